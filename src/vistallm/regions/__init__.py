@@ -1,0 +1,1 @@
+"""Regions: masks <-> polygons (masks.py), regions <-> answer text (codec.py), image <-> square (frame.py)."""

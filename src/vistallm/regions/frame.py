@@ -1,0 +1,93 @@
+"""Image sizes -> the square the model sees: (H, W, 3) pixels -> (size, size, 3) pixels, and the map both ways.
+
+Coordinates are pixels of the original image, x to the right and y down, with pixel EDGES at integers: the image spans
+[0, W] x [0, H] and the pixel in its top left corner is the box [0, 0, 1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How one image lies in its padded square.
+
+    Attributes:
+        width, height: size of the original image in pixels, at least 1.
+        size: side of the resized square in pixels.
+    """
+
+    width: int
+    height: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.height, self.size) < 1:
+            raise ValueError(f"frame: expected width, height and size of at least 1, got {self}")
+
+    @property
+    def side(self) -> int:
+        """Side of the padded square in original pixels."""
+        return max(self.width, self.height)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """(left, top) padding in original pixels; where the padding is odd, the extra row or column is at the end."""
+        return (self.side - self.width) // 2, (self.side - self.height) // 2
+
+    def to_unit(self, points: np.ndarray) -> np.ndarray:
+        """Original pixels -> padded square.
+
+        Args:
+            points: (n, 2) float, x then y, pixels of the original image; outside points are clipped to the image.
+
+        Returns:
+            (n, 2) float64 in [0, 1] of the padded square.
+        """
+        inside = np.clip(np.asarray(points, np.float64).reshape(-1, 2), 0, (self.width, self.height))
+        return (inside + self.padding) / self.side
+
+    def to_pixels(self, unit: np.ndarray) -> np.ndarray:
+        """Padded square -> original pixels, clipped to the image: the inverse of `to_unit` inside the image.
+
+        Args:
+            unit: (n, 2) float, x then y, in [0, 1] of the padded square.
+
+        Returns:
+            (n, 2) float32, pixels of the original image.
+        """
+        pixels = np.asarray(unit, np.float64).reshape(-1, 2) * self.side - self.padding
+        return np.clip(pixels, 0, (self.width, self.height)).astype(np.float32)
+
+
+def square_resize(image: np.ndarray, size: int, pad_colour: tuple[int, ...] | np.ndarray) -> tuple[np.ndarray, Frame]:
+    """Pad an image to a centred square and resize it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        size: side of the result in pixels.
+        pad_colour: (3,) 0..255, the colour around the image (the encoder's mean colour, so padding is near zero after
+            normalisation).
+
+    Returns:
+        (size, size, 3) uint8 RGB, and the frame that maps coordinates.
+
+    Raises:
+        ValueError: the array is not (H, W, 3) uint8.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}; convert it to RGB first")
+    frame = Frame(image.shape[1], image.shape[0], size)
+    left, top = frame.padding
+    square: np.ndarray = np.empty((frame.side, frame.side, 3), np.uint8)
+    square[:] = np.asarray(pad_colour, np.float64).round().astype(np.uint8)
+    square[top : top + frame.height, left : left + frame.width] = image
+    if frame.side != size:
+        # INTER_AREA averages when shrinking (no aliasing); enlarging needs a real interpolation kernel.
+        kernel = cv2.INTER_AREA if frame.side > size else cv2.INTER_CUBIC
+        return cv2.resize(square, (size, size), interpolation=kernel).astype(np.uint8, copy=False), frame
+    return square, frame
