@@ -1,0 +1,145 @@
+"""Pure scores on answers in words: normalised strings in, per-sample scores or named ratios out.
+
+VQAv2: the public evaluation (GT-Vision-Lab/VQA, vqaEval.py). POPE: RUCAIBox/POPE evaluate.py. NLVR2: lil-lab metrics.
+VCR: r2c eval_q2ar.py. CIDEr: pycocoevalcap's `Cider` (CIDEr-D), which needs no Java.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib import resources
+
+import numpy as np
+from pycocoevalcap.cider.cider import Cider
+
+_PUNCTUATION = ";:/'[]\"()=+\\_><@`,?"
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
+# The public table's other keys, with an apostrophe or a capital, can't match: both are gone before the look-up.
+_CONTRACTIONS = {
+    word.replace("'", ""): word
+    for word in resources.files("vistallm.metrics").joinpath("contractions.txt").read_text("utf-8").split()
+}
+
+
+def _strip_punctuation(text: str) -> str:
+    number_comma = re.search(r"\d,\d", text) is not None
+    stripped = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        stripped = stripped.replace(mark, "" if beside_space or number_comma else " ")
+    # The public code passes re.UNICODE (= 32) as `count`: at most 32 full stops go. Kept, to agree with it exactly.
+    return re.sub(r"\.(?!\d)", "", stripped, count=32)
+
+
+def normalise_vqa(text: str) -> str:
+    """Return an answer in VQAv2's normal form: no punctuation or articles, number words as digits, contractions.
+
+    >>> normalise_vqa("The two dogs, dont they?")
+    "2 dogs don't they"
+    """
+    text = _strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    words = [_DIGITS.get(word, word) for word in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Return VQAv2's soft accuracy: mean over the annotators of min(1, matches among the OTHERS / 3).
+
+    References are stripped of punctuation only where they differ, as in the public code.
+
+    >>> vqa_accuracy("Two.", ["2", "2", "2", "3", "3", "3", "3", "3", "3", "3"])
+    0.9
+    """
+    if len(set(references)) > 1:
+        references = [_strip_punctuation(reference) for reference in references]
+    given = normalise_vqa(answer)
+    matches = np.array([reference == given for reference in references], int)
+    return float(np.minimum(1, (matches.sum() - matches) / 3).mean())
+
+
+def read_yes_no(text: str) -> str:
+    """Return "yes" or "no" as POPE's code reads an answer: "no" or "not" among the first sentence's words, else yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
+
+
+def yes_no_scores(answers: Sequence[str | None], references: Sequence[str]) -> dict[str, float | None]:
+    """Return POPE's accuracy, precision, recall, F1 (of "yes") and the share of "yes" among the answers.
+
+    Args:
+        answers: N times "yes", "no" or None: an unreadable answer counts as the opposite of its reference.
+        references: N times "yes" or "no".
+
+    >>> yes_no_scores(["yes", "yes", "no", None], ["yes", "no", "no", "yes"])["f1"]
+    0.5
+    """
+    said = np.array([answer == "yes" for answer in answers], bool)
+    truth = np.array([reference == "yes" for reference in references], bool)
+    counted = np.where([answer is None for answer in answers], ~truth, said) if len(truth) else said
+    true_yes = int((counted & truth).sum())
+    return {
+        "accuracy": ratio(int((counted == truth).sum()), len(truth)),
+        "precision": ratio(true_yes, int(counted.sum())),
+        "recall": ratio(true_yes, int(truth.sum())),
+        "f1": ratio(2 * true_yes, int(counted.sum() + truth.sum())),
+        "yes_share": ratio(int(said.sum()), len(truth)),
+    }
+
+
+def all_right_share(right: Sequence[bool], groups: Sequence[str]) -> float | None:
+    """Return the share of groups whose every sample is right: NLVR2's consistency, VCR's Q>AR.
+
+    >>> all_right_share([True, True, True, False], ["a", "a", "b", "b"])
+    0.5
+    """
+    members: dict[str, list[bool]] = defaultdict(list)
+    for is_right, group in zip(right, groups, strict=True):
+        members[group].append(bool(is_right))
+    return ratio(sum(map(all, members.values())), len(members))
+
+
+def choice_scores(right: Sequence[bool], parts: Sequence[str], groups: Sequence[str]) -> dict[str, float | None]:
+    """Return VCR's Q>A, QA>R and Q>AR.
+
+    Args:
+        right: N bools.
+        parts: N times "answer" or "rationale": which choice the sample asks for.
+        groups: N names of the question that the two choices belong to; Q>AR counts questions that have both.
+    """
+    by_part = {part: [ok for ok, p in zip(right, parts, strict=True) if p == part] for part in ("answer", "rationale")}
+    both = {group for group, part in zip(groups, parts, strict=True) if part == "rationale"}
+    both &= {group for group, part in zip(groups, parts, strict=True) if part == "answer"}
+    paired = [(ok, group) for ok, group in zip(right, groups, strict=True) if group in both]
+    return {
+        "q_a": ratio(sum(by_part["answer"]), len(by_part["answer"])),
+        "qa_r": ratio(sum(by_part["rationale"]), len(by_part["rationale"])),
+        "q_ar": all_right_share([ok for ok, _ in paired], [group for _, group in paired]),
+    }
+
+
+def caption_tokens(text: str) -> str:
+    """Return a caption as lower-case words joined by spaces, punctuation dropped and clitics split off ("dog 's").
+
+    It follows the Penn Treebank tokeniser of the public caption evaluation on plain English; that one needs Java.
+    """
+    return " ".join(re.findall(r"\w+(?:-\w+)*|'\w+", text.lower()))
+
+
+def cider_scores(captions: Sequence[str | None], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return (N,) float64 CIDEr-D of N captions (1.0 is printed as 100); the mean is the corpus score.
+
+    Word weights come from the references of these N samples together, so with one sample every weight is 0.
+    """
+    if not captions:
+        return np.zeros(0)
+    answers = {key: [caption_tokens(caption or "")] for key, caption in enumerate(captions)}
+    truth = {key: [caption_tokens(reference) for reference in group] for key, group in enumerate(references)}
+    return np.asarray(Cider().compute_score(truth, answers)[1], float)
+
+
+def ratio(numerator: float, denominator: int) -> float | None:
+    """Return numerator / denominator, or None where nothing was counted."""
+    return numerator / denominator if denominator else None

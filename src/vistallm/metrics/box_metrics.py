@@ -1,0 +1,89 @@
+"""torchmetrics classes for boxes and for answers in words; sums and conventions as in `mask_metrics.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torchmetrics import Metric
+
+from vistallm.metrics import functional
+from vistallm.metrics.mask_metrics import _add, _ratio, _start
+
+
+class BoxAccuracy(Metric):
+    """P@0.5 of REC: share of the samples whose box has an IoU above `threshold` with the target's.
+
+    >>> metric = BoxAccuracy()
+    >>> metric.update([[0, 0, 4, 4], [0, 0, 4, 2], None], [[0, 0, 4, 5], [0, 0, 4, 4], [0, 0, 1, 1]])
+    >>> round(metric.compute().item(), 4)  # IoU 0.8 is a hit, exactly 0.5 is not
+    0.3333
+    """
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.threshold = threshold
+        _start(self, torch.int64)
+
+    def update(self, predicted: Sequence[Sequence[float] | None], target: Sequence[Sequence[float]]) -> None:
+        """Add N boxes (x0, y0, x1, y1), pixels of the original image, with their targets."""
+        pairs = zip(predicted, target, strict=True)
+        boxes = [(None if box is None else np.asarray(box), np.asarray(truth)) for box, truth in pairs]
+        _add(self, (sum(functional.box_hit(*pair, self.threshold) for pair in boxes), len(boxes)))
+
+    def compute(self) -> torch.Tensor:
+        """Return the score, () float64."""
+        return _ratio(self)
+
+
+class GeneralizedBoxPrecision(Metric):
+    """Pr(F1=1, IoU>=0.5) of GREC: share of the samples whose set of boxes is exactly right.
+
+    >>> metric = GeneralizedBoxPrecision()
+    >>> two = [[0, 0, 4, 4], [6, 6, 8, 8]]
+    >>> metric.update([two[::-1], two[:1], [], None], [two, two, [], []])
+    >>> metric.compute().item()
+    0.5
+    """
+
+    def __init__(self, threshold: float = 0.5, generalized: bool = False) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.generalized = generalized
+        _start(self, torch.int64)
+
+    def update(self, predicted: Sequence[Sequence | None], target: Sequence[Sequence]) -> None:
+        """Add N sets of boxes, each (n, 4) with n >= 0, with their N sets of targets."""
+        pairs = [
+            (None if boxes is None else np.asarray(boxes).reshape(-1, 4), np.asarray(truth).reshape(-1, 4))
+            for boxes, truth in zip(predicted, target, strict=True)
+        ]
+        right = sum(functional.matched_f1(*pair, self.threshold, self.generalized) == 1 for pair in pairs)
+        _add(self, (right, len(pairs)))
+
+    def compute(self) -> torch.Tensor:
+        """Return the score, () float64."""
+        return _ratio(self)
+
+
+class AnswerAccuracy(Metric):
+    """Mean of per-sample scores in [0, 1]: exact match, multiple choice, or VQAv2's soft accuracy.
+
+    >>> metric = AnswerAccuracy()
+    >>> metric.update([1.0, 0.0, 0.9, 0.1])
+    >>> metric.compute().item()
+    0.5
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _start(self, torch.float64)
+
+    def update(self, scores: Sequence[float]) -> None:
+        """Add N scores."""
+        _add(self, (float(sum(scores)), len(scores)))
+
+    def compute(self) -> torch.Tensor:
+        """Return the score, () float64."""
+        return _ratio(self)
