@@ -1,0 +1,158 @@
+"""Mini CoinIt: a seed in, train/val/test shards of the mini world out (same bytes for any number of processes)."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vistallm.coinit import expressions, mini_draft, mini_layout, mini_multi, mini_scene, mini_tasks, shards
+from vistallm.coinit.mini_draft import Draft
+from vistallm.coinit.mini_layout import random_scene
+from vistallm.coinit.mini_multi import MULTI_MAKERS, MULTI_WORDS
+from vistallm.coinit.mini_scene import ATTRIBUTES, SHAPES, Scene, SceneObject
+from vistallm.coinit.mini_tasks import SINGLE_MAKERS, SINGLE_WORDS
+from vistallm.coinit.shards import EncodedImage, read_index, write_index, write_shard
+from vistallm.schema import ImageInfo, Sample
+
+__all__ = ["MiniRecipe", "Scene", "SceneObject", "build_mini", "ensure_mini", "mini_words", "random_scene"]
+
+SOURCE = "mini"
+SPLITS = ("train", "val", "test")
+MAKERS = {**SINGLE_MAKERS, **MULTI_MAKERS}
+# Training shares: masks and boxes need the most practice, texts are learnt from fewer.
+TRAIN_WEIGHTS = {
+    "caption": 5, "reg": 5, "vqa": 8, "rec": 11, "res": 14, "grec": 6, "gres": 10, "pointqa": 5, "boxqa": 5,
+    "v7w": 5, "vcr": 4, "pope": 6, "nlvr2": 6, "coseg": 5, "attcoseg": 7,
+}  # fmt: skip
+_JPEG_QUALITY, _PNG_SHARE = 92, 0.1
+
+
+@dataclass(frozen=True)
+class MiniRecipe:
+    """What the bytes of a mini set depend on, beside the code; `train` samples are shared out by TRAIN_WEIGHTS."""
+
+    seed: int = 0
+    train: int = 28000
+    val: int = 600
+    test: int = 1500
+    samples_per_shard: int = 500
+
+    def digest(self) -> str:
+        """Hash of the recipe and of the source files that carry it out: a change of either rebuilds the set."""
+        code = (expressions, mini_scene, mini_layout, mini_draft, mini_tasks, mini_multi, shards)
+        digest = hashlib.sha256(json.dumps([vars(self), TRAIN_WEIGHTS], sort_keys=True).encode())
+        for path in (__file__, *(module.__file__ for module in code)):
+            digest.update(Path(str(path)).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def plan(self, split: str) -> list[tuple[str, int]]:
+        """The split's samples as (task, serial number), in the order of the shards."""
+        weights = TRAIN_WEIGHTS if split == "train" else dict.fromkeys(MAKERS, 1)
+        share = getattr(self, split) / sum(weights.values())
+        samples = [(task, serial) for task in MAKERS for serial in range(max(1, round(share * weights[task])))]
+        order = np.random.default_rng([self.seed, SPLITS.index(split)]).permutation(len(samples))
+        return [samples[i] for i in order.tolist()]
+
+
+def make_sample(recipe: MiniRecipe, split: str, task: str, serial: int) -> tuple[Sample, list[EncodedImage]]:
+    """Sample number `serial` of a task, with its encoded images: a pure function of the arguments."""
+    paired = task in ("vcr", "nlvr2")  # one draw gives two samples: question and reason, true and false
+    draw = serial // 2 if paired else serial
+    rng = np.random.default_rng([recipe.seed, SPLITS.index(split), list(MAKERS).index(task), draw])
+    draft = MAKERS[task](rng, split, draw)[serial % 2 if paired else 0]
+    if paired:
+        draft.meta["group"] = f"{split}-{task}-{draw:06d}"
+    return encode_draft(draft, f"mini-{split}-{task}-{serial:06d}", rng)
+
+
+def encode_draft(draft: Draft, name: str, rng: np.random.Generator) -> tuple[Sample, list[EncodedImage]]:
+    """Draw and encode the scenes (JPEG, now and then PNG) and make the sample; `meta["scenes"]` lists the objects."""
+    files: list[EncodedImage] = []
+    for scene in draft.scenes:
+        suffix = "png" if rng.random() < _PNG_SHARE else "jpg"
+        settings = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if suffix == "jpg" else []
+        done, data = cv2.imencode(f".{suffix}", scene.render()[0][:, :, ::-1], settings)
+        assert done
+        files.append((data.tobytes(), suffix))
+    infos = [ImageInfo(f"{i}.{files[i][1]}", scene.width, scene.height) for i, scene in enumerate(draft.scenes)]
+    meta: dict[str, Any] = {"held_out": any(scene.held_out for scene in draft.scenes), **draft.meta}
+    meta["scenes"] = [[[o.shape, o.colour, o.size, o.texture, *o.box] for o in scene.objects] for scene in draft.scenes]
+    return Sample(name, draft.task, SOURCE, infos, fields=draft.fields, regions=draft.regions, meta=meta), files
+
+
+def _build_shard(job: tuple[Path, MiniRecipe, str, int, list[tuple[str, int]]]) -> dict[str, Any]:
+    out, recipe, split, number, samples = job
+    cv2.setNumThreads(1)
+    return write_shard(out, split, number, (make_sample(recipe, split, task, serial) for task, serial in samples))
+
+
+def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> dict[str, Any]:
+    """Write the mini set's shards and index.json into the folder `out` and return the index.
+
+    Args:
+        out: folder, made when missing.
+        seed: of everything random.
+        workers: processes; None = one per CPU. The bytes do not depend on it.
+        sizes: `train`, `val`, `test` (samples) and `samples_per_shard`, as in MiniRecipe.
+    """
+    recipe, out = MiniRecipe(seed=seed, **sizes), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for split in SPLITS:
+        plan, size = recipe.plan(split), recipe.samples_per_shard if split == "train" else recipe.samples_per_shard // 2
+        jobs += [(out, recipe, split, i, plan[i * size : (i + 1) * size]) for i in range(-(-len(plan) // size))]
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if workers == 1:
+        rows = [_build_shard(job) for job in jobs]
+    else:  # spawn: forking a process that holds torch's threads can hang
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            rows = pool.map(_build_shard, jobs, chunksize=1)
+    return write_index(out, rows, source=SOURCE, recipe=recipe.digest(), seed=seed)
+
+
+def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> Path:
+    """Build the mini set at `root` if it is missing or of another recipe; several processes may call it at once.
+
+    Raises:
+        ValueError: when `root` holds something that is not a mini set; it is left untouched.
+    """
+    root, recipe = Path(root), MiniRecipe(seed=seed, **sizes)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.parent / f".{root.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
+        if root.exists() and any(root.iterdir()):
+            index = read_index(root)
+            if index.get("source") != SOURCE:
+                raise ValueError(
+                    f"{root}: expected a mini set or nothing, got shards of another source; choose another folder"
+                )
+            if index.get("recipe") == recipe.digest():
+                return root
+        building = root.parent / f".{root.name}.building"
+        shutil.rmtree(building, ignore_errors=True)
+        build_mini(building, seed=seed, workers=workers, **sizes)
+        if root.exists():
+            shutil.rmtree(root)
+        building.rename(root)
+    return root
+
+
+def mini_words() -> list[str]:
+    """Every word that the fields of mini samples can hold, sorted; with the templates' words, a whole vocabulary."""
+    attributes = [value for values in ATTRIBUTES.values() for value in values]
+    nouns = [expressions.plural(shape) for shape in SHAPES]
+    places = [*expressions.PLACES.values(), *expressions.EXTREMES.values(), *mini_scene.PLACE_NAMES, "a an A An"]
+    text = " ".join([*attributes, *nouns, *places, *SINGLE_WORDS, *MULTI_WORDS])
+    for mark in ".,?()":
+        text = text.replace(mark, f" {mark} ")
+    return sorted(set(text.replace("{}", " ").split()))

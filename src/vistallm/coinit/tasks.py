@@ -1,0 +1,184 @@
+"""The task table: a stored sample in, its instruction and answer text out.
+
+Regions stay placeholders in both texts: `{regions:0,2}` writes objects 0 and 2 of the sample, `{regions::mask}` an
+empty pair (no target), `{regions:0:point}` overrides the kind. Other braces in a template name a key of
+`Sample.fields`; a field's text may itself hold placeholders.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import numpy as np
+
+from vistallm.schema import REGION_KINDS, Sample
+
+_SLOT = re.compile(r"\{regions:(\d+(?:,\d+)*)?(?::(mask|box|point))?\}")
+_FIELD = re.compile(r"\{(?!regions:)([a-z_0-9]+)\}")
+
+
+@dataclass(frozen=True)
+class RegionSlot:
+    """A place in a text where regions are written: object numbers of the sample, and a kind if not the regions' own."""
+
+    objects: list[int]
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of instruction.
+
+    Attributes:
+        name: the task's name in shards, configs and template files.
+        kind: what the answer holds: "text", "mask", "box" or "point".
+        answer: answer template; `{targets}` writes the objects of `fields["targets"]` (default: object 0).
+        plural: answer template for several targets, when its words differ.
+        fields: the keys of `Sample.fields` that every instruction template must use.
+        regions: whether every instruction template must hold a region placeholder of its own.
+        multi_image: whether samples hold several images (stage 2).
+        metric: the family of scores: "caption", "vqa", "exact", "yesno", "choice", "truth", "box", "boxes", "mask",
+            "masks", "candidates" or "coseg".
+    """
+
+    name: str
+    kind: Literal["text", "mask", "box", "point"]
+    answer: str
+    metric: str
+    plural: str | None = None
+    fields: tuple[str, ...] = ()
+    regions: bool = False
+    multi_image: bool = False
+
+
+_BOX, _BOXES = "The bounding box is {targets}.", "The bounding boxes are {targets}."
+_MASK, _MASKS = "The mask is {targets}.", "The masks are {targets}."
+_ANSWER = "The answer is {answer}."
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("caption", "text", "{caption}", "caption"),
+        Task("reg", "text", "{expr}", "caption", regions=True),
+        Task("vqa", "text", _ANSWER, "vqa", fields=("question",)),
+        Task("rec", "box", _BOX, "box", fields=("expr",)),
+        Task("res", "mask", _MASK, "mask", fields=("expr",)),
+        Task("grec", "box", _BOX, "boxes", plural=_BOXES, fields=("expr",)),
+        Task("gres", "mask", _MASK, "masks", plural=_MASKS, fields=("expr",)),
+        Task("pointqa", "text", _ANSWER, "exact", fields=("question",)),
+        Task("boxqa", "text", _ANSWER, "exact", fields=("question",)),
+        Task("v7w", "box", "The answer is {targets}.", "candidates", fields=("question", "candidates")),
+        Task("vcr", "text", _ANSWER, "choice", fields=("question", "options")),
+        Task("pope", "text", _ANSWER, "yesno", fields=("question",)),
+        Task("nlvr2", "text", "That is {answer}.", "truth", fields=("statement",), multi_image=True),
+        Task("coseg", "mask", _MASK, "coseg", plural=_MASKS, multi_image=True),
+        Task(
+            "attcoseg",
+            "mask",
+            "The image is {images}. " + _MASK,
+            "coseg",
+            plural="The images are {images}. " + _MASKS,
+            fields=("attribute", "value"),
+            multi_image=True,
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name; raises ValueError naming those that exist."""
+    if name not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}; got {name!r}")
+    return TASKS[name]
+
+
+@functools.cache
+def load_templates(task: str) -> tuple[str, ...]:
+    """Instruction templates of a task; the first is the fixed one that evaluation uses."""
+    find_task(task)
+    text = resources.files("vistallm.coinit").joinpath("templates", f"{task}.txt").read_text(encoding="utf-8")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def split_placeholders(text: str) -> list[str | RegionSlot]:
+    """Split a text at its region placeholders; the strings between are kept as they are, empty ones left out.
+
+    Raises:
+        ValueError: for an empty placeholder without a kind, or one that is not of the grammar.
+    """
+    parts: list[str | RegionSlot] = []
+    end = 0
+    for match in _SLOT.finditer(text):
+        if match.start() > end:
+            parts.append(text[end : match.start()])
+        objects = [int(number) for number in (match[1] or "").split(",") if number]
+        if not objects and match[2] is None:
+            kinds = ", ".join(REGION_KINDS)
+            raise ValueError(f"placeholder {match[0]}: an empty one needs a kind ({kinds}), as in {{regions::mask}}")
+        parts.append(RegionSlot(objects, match[2]))
+        end = match.end()
+    if end < len(text):
+        parts.append(text[end:])
+    for part in parts:
+        if isinstance(part, str) and "{regions:" in part:
+            raise ValueError(
+                f"placeholder: expected {{regions:0,2}} or {{regions::mask}}, got {part[part.index('{regions:') :]!r}"
+            )
+    return parts
+
+
+def render(
+    sample: Sample,
+    template: int | None = None,
+    rng: random.Random | np.random.Generator | None = None,
+    templates: int | None = None,
+) -> tuple[str, str]:
+    """Write a sample's instruction and answer; region placeholders are left in place.
+
+    Args:
+        sample: its own `instruction` and `answer` are used when set, else the task's templates and `fields`.
+        template: number of the instruction template, 0 = the evaluation template; None = draw one.
+        rng: where a drawn template comes from; required when `template` is None.
+        templates: draw among the first so many only; None = all.
+
+    Raises:
+        ValueError: for an unknown task, a template number that does not exist, or a field that is missing.
+    """
+    task = find_task(sample.task)
+    instruction, answer = sample.instruction, sample.answer
+    if instruction is None:
+        pool = load_templates(sample.task)
+        pool = pool[: max(1, templates)] if templates is not None else pool
+        if template is None:
+            if rng is None:
+                raise ValueError("render: expected a template number or an rng to draw one, got neither")
+            template = int(rng.random() * len(pool))
+        if not 0 <= template < len(pool):
+            raise ValueError(f"template of {sample.task}: expected 0 to {len(pool) - 1}, got {template}")
+        instruction = _fill(pool[template], sample)
+    if answer is None:
+        several = len(sample.fields.get("targets", (0,))) > 1
+        answer = _fill(task.plural if several and task.plural else task.answer, sample)
+    return instruction, answer
+
+
+def _fill(text: str, sample: Sample) -> str:
+    """Replace `{field}` by the sample's fields, once (braces inside a field's text are left alone)."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "targets":
+            targets = sample.fields.get("targets", [0])
+            kind = "" if targets else f":{TASKS[sample.task].kind}"
+            return f"{{regions:{','.join(str(t) for t in targets)}{kind}}}"
+        if name not in sample.fields:
+            have = ", ".join(sample.fields) or "none"
+            raise ValueError(f"sample {sample.id} ({sample.task}): text needs field {name!r}, fields are: {have}")
+        return str(sample.fields[name])
+
+    return _FIELD.sub(replace, text)
