@@ -74,10 +74,10 @@ def test_all_right_share_counts_groups():
 
 def test_choice_scores_need_both_parts_for_q_ar():
     right = [True, True, True, False, True]
-    parts = ["answer", "rationale", "answer", "rationale", "answer"]
+    parts = ["q_a", "qa_r", "q_a", "qa_r", "q_a"]
     scores = A.choice_scores(right, parts, ["1", "1", "2", "2", "3"])
     assert scores == {"q_a": 1.0, "qa_r": 0.5, "q_ar": 0.5}
-    assert A.choice_scores([True], ["answer"], ["1"]) == {"q_a": 1.0, "qa_r": None, "q_ar": None}
+    assert A.choice_scores([True], ["q_a"], ["1"]) == {"q_a": 1.0, "qa_r": None, "q_ar": None}
 
 
 def test_caption_tokens():

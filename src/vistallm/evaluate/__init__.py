@@ -1,0 +1,1 @@
+"""Evaluation: generated text -> parsed answers -> scores -> report page."""

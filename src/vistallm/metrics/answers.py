@@ -106,16 +106,16 @@ def choice_scores(right: Sequence[bool], parts: Sequence[str], groups: Sequence[
 
     Args:
         right: N bools.
-        parts: N times "answer" or "rationale": which choice the sample asks for.
+        parts: N times "q_a" or "qa_r": which choice the sample asks for.
         groups: N names of the question that the two choices belong to; Q>AR counts questions that have both.
     """
-    by_part = {part: [ok for ok, p in zip(right, parts, strict=True) if p == part] for part in ("answer", "rationale")}
-    both = {group for group, part in zip(groups, parts, strict=True) if part == "rationale"}
-    both &= {group for group, part in zip(groups, parts, strict=True) if part == "answer"}
+    by_part = {part: [ok for ok, p in zip(right, parts, strict=True) if p == part] for part in ("q_a", "qa_r")}
+    both = {group for group, part in zip(groups, parts, strict=True) if part == "qa_r"}
+    both &= {group for group, part in zip(groups, parts, strict=True) if part == "q_a"}
     paired = [(ok, group) for ok, group in zip(right, groups, strict=True) if group in both]
     return {
-        "q_a": ratio(sum(by_part["answer"]), len(by_part["answer"])),
-        "qa_r": ratio(sum(by_part["rationale"]), len(by_part["rationale"])),
+        "q_a": ratio(sum(by_part["q_a"]), len(by_part["q_a"])),
+        "qa_r": ratio(sum(by_part["qa_r"]), len(by_part["qa_r"])),
         "q_ar": all_right_share([ok for ok, _ in paired], [group for _, group in paired]),
     }
 

@@ -1,0 +1,94 @@
+"""Sample -> the target a prediction is scored against, and predictions -> the masks and boxes that scores compare.
+
+Frame: pixels of the original image. Masks are COCO RLE of the image's size; a parsed mask is drawn from its polygons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vistallm.coinit.tasks import find_task
+from vistallm.metrics.functional import union_rle
+from vistallm.regions.masks import polygons_to_rle, rle_box
+from vistallm.schema import Prediction, Region, Rle, Sample
+
+
+def target_of(sample: Sample, answer: str) -> dict[str, Any]:
+    """Return the `target` of a sample's Prediction, JSON-ready.
+
+    Args:
+        sample: with full-size RLE in its mask regions.
+        answer: its rendered answer text.
+
+    Returns:
+        {"regions": the regions the answer names, "answer", "empty": whether it names none (a text task: False),
+        "meta": the sample's own plain values}, with "candidates" (boxes, in order), "given" (regions that only the
+        question names) and "answers" (references) where there are any.
+    """
+    task = find_task(sample.task)
+    wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []
+    regions = [region.to_json() for number in wanted for region in sample.regions if region.object == number]
+    target: dict[str, Any] = {
+        "regions": regions,
+        "answer": answer,
+        "empty": task.kind != "text" and not wanted,
+        "meta": {key: value for key, value in sample.meta.items() if isinstance(value, (bool, int, float, str))},
+    }
+    if task.metric == "candidates":
+        target["candidates"] = [list(box_of(region)) for region in sample.regions]
+    elif given := [region.to_json() for region in sample.regions if region.object not in wanted]:
+        target["given"] = given
+    if "answers" in sample.fields:
+        target["answers"] = list(sample.fields["answers"])
+    return target
+
+
+def target_regions(prediction: Prediction) -> list[Region]:
+    """Return the target's regions; raises ValueError naming the prediction when one is malformed."""
+    try:
+        return [Region.from_json(record) for record in prediction.target.get("regions", [])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"prediction {prediction.id}: target region is malformed: {error}") from error
+
+
+def fact(prediction: Prediction, name: str, default: Any = None) -> Any:
+    """Return what the target says beside regions and answer ("held_out", "group", "mode", "class"), or `default`."""
+    return prediction.target.get(name, (prediction.target.get("meta") or {}).get(name, default))
+
+
+def region_rle(region: Region, height: int, width: int) -> Rle:
+    """Return a mask region as COCO RLE of (height, width): its polygons drawn, or its own RLE."""
+    if region.polygons is not None:
+        return polygons_to_rle(region.polygons, height, width)
+    if region.rle is None:
+        raise ValueError(f"expected a mask region with polygons or RLE, got {region}")
+    return region.rle
+
+
+def image_masks(regions: list[Region], prediction: Prediction) -> list[Rle]:
+    """Return one RLE per image of the prediction: the union of the mask regions in that image, maybe empty."""
+    drawn = []
+    for index, image in enumerate(prediction.images):
+        height, width = int(image["height"]), int(image["width"])
+        masks = [region_rle(region, height, width) for region in regions if region.image == index]
+        try:
+            drawn.append(union_rle(masks, height, width))
+        except ValueError as error:
+            raise ValueError(f"prediction {prediction.id}, image {index}: {error}") from error
+    return drawn
+
+
+def box_of(region: Region) -> tuple[float, ...]:
+    """Return a region's box (x0, y0, x1, y1), of its mask where it has no box."""
+    if region.box is not None:
+        return region.box
+    if region.rle is None:
+        raise ValueError(f"expected a region with a box or a mask, got {region}")
+    return rle_box(region.rle)
+
+
+def boxes_of(regions: list[Region]) -> np.ndarray:
+    """Return (n, 4) float64 boxes."""
+    return np.array([box_of(region) for region in regions], np.float64).reshape(-1, 4)

@@ -1,0 +1,186 @@
+"""Scores from predictions alone: perfect, unreadable and hand-worked answers, the ceiling, the file's round trip."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vistallm.coinit.tasks import TASKS
+from vistallm.evaluate import benchmarks as B
+from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
+from vistallm.regions.masks import mask_to_rle, polygons_to_rle
+from vistallm.schema import Parsed, Prediction, Region
+
+BENCHMARKS = B.load_benchmarks()
+
+
+def square(x, y, side=4):
+    return np.array([[x, y], [x + side, y], [x + side, y + side], [x, y + side]], np.float32)
+
+
+def mask_prediction(name, predicted, target, failure=None, size=(10, 20), benchmark="mini_gres"):
+    """Squares given as (x, y); `predicted` None = unreadable."""
+    height, width = size
+    regions = (
+        None if predicted is None else [Region(0, "mask", i, polygons=[square(*p)]) for i, p in enumerate(predicted)]
+    )
+    return Prediction(
+        id=name,
+        benchmark=benchmark,
+        task=BENCHMARKS[benchmark].task,
+        prompt="",
+        text="",
+        parsed=None if regions is None else Parsed("mask", regions, ""),
+        failure=failure,
+        images=[{"width": width, "height": height}],
+        target={
+            "regions": [
+                Region(0, "mask", i, rle=polygons_to_rle([square(*t)], height, width)).to_json()
+                for i, t in enumerate(target)
+            ],
+            "answer": "",
+            "empty": not target,
+        },
+    )
+
+
+def test_every_mini_task_has_a_benchmark_and_every_score_a_name(predictions):
+    assert {b.task for b in BENCHMARKS.values() if b.data == "mini"} == {p.task for p in predictions} == set(TASKS)
+    for family in FAMILIES.values():
+        names = family.summarise([])
+        assert family.headline in names
+        assert set(names) <= set(SCORE_NAMES)
+        assert all(value is None for value in names.values())
+
+
+def test_perfect_answers_reach_the_ceiling(predictions, codec):
+    scores = B.score(predictions, BENCHMARKS, codec)
+    assert list(scores) == list(BENCHMARKS)
+    for name, one in scores.items():
+        assert one.unreadable == 0
+        if one.ceiling is not None:
+            assert one.scores == one.ceiling
+            assert 0.9 < one.scores[one.headline] <= 1
+        elif one.metric == "caption":
+            assert one.scores["exact"] == 1
+        else:
+            assert one.scores[one.headline] == pytest.approx(1), name
+    assert scores["mini_gres"].scores["n_acc"] == 1
+    assert scores["mini_nlvr2"].scores["consistency"] == 1
+    assert scores["mini_vcr"].scores["q_ar"] == 1
+    assert all(p.score > 0.8 for p in predictions if p.task not in ("caption", "reg"))
+
+
+def test_unreadable_answers_are_wrong_by_every_score(unreadable):
+    for one in B.score(unreadable, BENCHMARKS).values():
+        assert one.unreadable == 1
+        assert one.failures == {"unclosed": one.n}
+        assert set(one.scores.values()) <= {0, None}, one.name
+    assert {p.score for p in unreadable} == {0.0}
+
+
+def test_gres_by_hand():
+    scores = B.score(
+        [
+            mask_prediction("half", [(0, 0)], [(0, 0), (6, 0)]),  # I 16, U 32
+            mask_prediction("none", [], []),  # right
+            mask_prediction("false-mask", [(0, 0)], []),  # U 16
+            mask_prediction("missed", [], [(0, 0)]),  # U 16
+            mask_prediction("unreadable", None, [(0, 0)], "odd-count"),  # U 16
+            mask_prediction("unreadable-none", None, [], "unclosed"),
+        ],
+        BENCHMARKS,
+    )["mini_gres"]
+    assert scores.scores["giou"] == pytest.approx((0.5 + 1) / 6)
+    assert scores.scores["ciou"] == pytest.approx(16 / (32 + 16 + 16 + 16))
+    assert scores.scores["n_acc"] == pytest.approx(1 / 3)
+    assert scores.scores["t_acc"] == pytest.approx(1 / 3)
+    assert scores.scores["pr50"] == pytest.approx(1 / 3)
+    assert scores.unreadable == pytest.approx(2 / 6)
+    assert scores.failures == {"odd-count": 1, "unclosed": 1}
+
+
+def test_overlapping_objects_count_their_pixels_once():
+    one = B.score([mask_prediction("a", [(0, 0), (0, 0)], [(0, 0)], benchmark="mini_res")], BENCHMARKS)["mini_res"]
+    assert one.scores["miou"] == one.scores["ciou"] == 1
+
+
+def test_the_drawn_prediction_meets_the_full_mask_not_its_polygon():
+    predicted = mask_prediction("a", [(0, 0)], [(0, 0)], benchmark="mini_res")
+    truth = np.zeros((10, 20), bool)
+    truth[0:4, 0:4] = True
+    truth[9, 19] = True  # a pixel that no polygon of the answer has
+    predicted.target["regions"][0]["rle"] = mask_to_rle(truth)
+    assert B.score([predicted], BENCHMARKS)["mini_res"].scores["miou"] == pytest.approx(16 / 17)
+
+
+def test_coseg_by_hand():
+    pair = [mask_prediction("a", [(0, 0)], [(0, 0)], benchmark="mini_attcoseg") for _ in range(1)]
+    pair[0].images = [{"width": 20, "height": 10}] * 3
+    scores = B.score(pair, BENCHMARKS)["mini_attcoseg"].scores
+    assert scores["av_j"] == 1  # the two images without target or mask earn nothing
+    assert scores["images_right"] == 1
+    pair[0].parsed.regions[0].image = 1
+    scores = B.score(pair, BENCHMARKS)["mini_attcoseg"].scores
+    assert scores["av_j"] == 0
+    assert scores["av_p"] == pytest.approx(1 - 2 * (16 / 200) / 3)
+    assert scores["images_right"] == 0
+
+
+def test_held_out_split(predictions):
+    chosen = [p for p in predictions if p.task == "pope"]
+    for number, prediction in enumerate(chosen):
+        prediction.target["meta"]["held_out"] = number < 3
+        if number < 3:
+            prediction.parsed.answer = {"yes": "no", "no": "yes"}[prediction.parsed.answer]
+    splits = B.score(chosen, BENCHMARKS)["mini_pope"].splits
+    assert splits["held_out"]["n"] == 3
+    assert splits["held_out"]["scores"]["accuracy"] == 0
+    assert splits["seen"]["scores"]["accuracy"] == 1
+
+
+def test_v7w_takes_the_candidate_the_answer_means(predictions):
+    chosen = [p for p in predictions if p.task == "v7w"]
+    for prediction in chosen:
+        x0, y0, x1, y1 = prediction.parsed.regions[0].box
+        prediction.parsed.regions[0].box = (x0 + 2, y0 - 2, x1 + 2, y1 - 2)
+    assert B.score(chosen, BENCHMARKS)["mini_v7w"].scores["accuracy"] == 1
+    for prediction in chosen:
+        wrong = next(c for c in prediction.target["candidates"] if c != prediction.target["regions"][0]["box"])
+        prediction.parsed.regions[0].box = tuple(wrong)
+    assert B.score(chosen, BENCHMARKS)["mini_v7w"].scores["accuracy"] == 0
+
+
+def test_scores_from_the_file_are_the_same(predictions, tmp_path):
+    predictions[3].parsed, predictions[3].failure = None, "unclosed"
+    path = tmp_path / "predictions.jsonl"
+    B.write_predictions(predictions, path)
+    read = B.read_predictions(path)
+    B.write_predictions(read, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_text() == path.read_text()
+    # the file keeps thousandths of a pixel: what is read from it scores the same for ever, memory before it nearly so
+    assert B.score(B.read_predictions(tmp_path / "again.jsonl"), BENCHMARKS) == B.score(read, BENCHMARKS)
+    for name, one in B.score(predictions, BENCHMARKS).items():
+        assert B.score(read, BENCHMARKS)[name].scores == pytest.approx(one.scores, abs=1e-4, nan_ok=True)
+    B.write_scores(B.score(read, BENCHMARKS), tmp_path / "scores.json", {"seconds": 1.5})
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["run"] == {"seconds": 1.5}
+    assert record["benchmarks"]["mini_res"]["n"] == 10
+
+
+def test_errors_name_what_is_wrong(predictions, tmp_path):
+    one = predictions[0]
+    with pytest.raises(ValueError, match="more than once"):
+        B.score([one, one], BENCHMARKS)
+    with pytest.raises(ValueError, match="nearest: mini_res"):
+        B.select_benchmarks(BENCHMARKS, ["mini_re"], "mini")
+    one.benchmark = "refcoco"
+    with pytest.raises(ValueError, match="no such entry"):
+        B.score([one], BENCHMARKS)
+    for text in ("not json", '{"id": "a"}'):
+        (tmp_path / "bad.jsonl").write_text(text + "\n")
+        with pytest.raises(ValueError, match="line 1"):
+            B.read_predictions(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.yaml").write_text("x: {task: nope, data: mini, split: test}\ny: {task: res, colour: red}\n")
+    with pytest.raises(ValueError, match=r"nope[\s\S]*y: unknown key\(s\) colour"):
+        B.load_benchmarks(tmp_path / "bad.yaml")
