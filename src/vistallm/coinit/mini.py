@@ -21,7 +21,7 @@ from vistallm.coinit.mini_layout import random_scene
 from vistallm.coinit.mini_multi import MULTI_MAKERS, MULTI_WORDS
 from vistallm.coinit.mini_scene import ATTRIBUTES, SHAPES, Scene, SceneObject
 from vistallm.coinit.mini_tasks import SINGLE_MAKERS, SINGLE_WORDS
-from vistallm.coinit.shards import EncodedImage, read_index, write_index, write_shard
+from vistallm.coinit.shards import EncodedImage, Row, read_index, write_index, write_shard
 from vistallm.schema import ImageInfo, Sample
 
 __all__ = ["MiniRecipe", "Scene", "SceneObject", "build_mini", "ensure_mini", "mini_words", "random_scene"]
@@ -69,7 +69,9 @@ def make_sample(recipe: MiniRecipe, split: str, task: str, serial: int) -> tuple
     paired = task in ("vcr", "nlvr2")  # one draw gives two samples: question and reason, true and false
     draw = serial // 2 if paired else serial
     rng = np.random.default_rng([recipe.seed, SPLITS.index(split), list(MAKERS).index(task), draw])
-    draft = MAKERS[task](rng, split, draw)[serial % 2 if paired else 0]
+    # Several images seldom all lack held-out pairs, so some multi-image samples are drawn as in training.
+    look = "train" if task in MULTI_MAKERS and rng.random() < 0.4 else split
+    draft = MAKERS[task](rng, look, draw)[serial % 2 if paired else 0]
     if paired:
         draft.meta["group"] = f"{split}-{task}-{draw:06d}"
     return encode_draft(draft, f"mini-{split}-{task}-{serial:06d}", rng)
@@ -90,7 +92,7 @@ def encode_draft(draft: Draft, name: str, rng: np.random.Generator) -> tuple[Sam
     return Sample(name, draft.task, SOURCE, infos, fields=draft.fields, regions=draft.regions, meta=meta), files
 
 
-def _build_shard(job: tuple[Path, MiniRecipe, str, int, list[tuple[str, int]]]) -> dict[str, Any]:
+def _build_shard(job: tuple[Path, MiniRecipe, str, int, list[tuple[str, int]]]) -> tuple[str, Row]:
     out, recipe, split, number, samples = job
     cv2.setNumThreads(1)
     return write_shard(out, split, number, (make_sample(recipe, split, task, serial) for task, serial in samples))
@@ -117,7 +119,7 @@ def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **siz
     else:  # spawn: forking a process that holds torch's threads can hang
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             rows = pool.map(_build_shard, jobs, chunksize=1)
-    return write_index(out, rows, source=SOURCE, recipe=recipe.digest(), seed=seed)
+    return write_index(out, dict(rows), source=SOURCE, recipe=recipe.digest(), seed=seed)
 
 
 def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> Path:

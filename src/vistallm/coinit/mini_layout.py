@@ -21,6 +21,7 @@ from vistallm.coinit.mini_scene import (
 )
 
 _BAR_SHARE = 0.12  # of the objects are crossed by a grey bar
+_MAX_TURN = math.pi / 12
 _MIN_VISIBLE, _MIN_VISIBLE_BARRED = 0.62, 0.52  # share of its outline that an object must show
 _LARGE_CHANCE = (0.5, 0.5, 0.5, 0.35, 0.2)  # by number of objects: four large ones do not fit
 
@@ -35,16 +36,11 @@ def _place(rng: np.random.Generator, attributes: Sequence[Attributes]) -> Scene 
     for wanted in attributes:
         scene_object = SceneObject(wanted["shape"], wanted["colour"], wanted["size"], wanted["texture"])
         low, high = SIZES[scene_object.size]
-        scene_object.diameter = rng.uniform(low, high) * short
-        scene_object.angle, scene_object.texture_angle = (
-            rng.uniform(-math.pi / 12, math.pi / 12),
-            rng.uniform(0, math.pi),
-        )
-        shade = rng.uniform(0.93, 1.04)
-        red, green, blue = np.clip(
-            np.array(COLOURS[scene_object.colour]) * shade + rng.uniform(-8, 8, 3), 0, 255
-        ).tolist()
-        scene_object.rgb = (red, green, blue)
+        # Of the geometric mean of the sides, so that small and large stay apart once the image is padded to a square.
+        scene_object.diameter = rng.uniform(low, high) * math.sqrt(width * height)
+        scene_object.angle, scene_object.texture_angle = rng.uniform(-_MAX_TURN, _MAX_TURN), rng.uniform(0, math.pi)
+        shades = rng.uniform(0.93, 1.04) * np.array(COLOURS[scene_object.colour]) + rng.uniform(-8, 8, 3)
+        scene_object.rgb = tuple(np.clip(shades, 0, 255).tolist())
         if not _find_spot(rng, scene_object, objects, (width, height), apart):
             return None
         if rng.random() < _BAR_SHARE:
@@ -93,7 +89,7 @@ def _cover(scene: Scene) -> bool:
 def _settle(scene_object: SceneObject, mask: np.ndarray, area: int) -> bool:
     """Set the object's box from its visible mask; False when too little of it shows."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    visible = np.count_nonzero(mask)
+    visible = int(np.count_nonzero(mask))
     if visible < area * (_MIN_VISIBLE if scene_object.bar is None else _MIN_VISIBLE_BARRED):
         return False
     scene_object.box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)

@@ -17,8 +17,8 @@ STATEMENTS = {
     "right": "The right image contains {}.",
     "exactly one": "Exactly one image contains {}.",
     "more": "The {} image has more objects than the {} image.",
-    "one in total": "There is one {} in total.",
-    "in total": "There are {} {} in total.",
+    "total": "There are {} {} in total.",
+    "one": "There is one {} in total.",
 }
 NUMBERS = ("no", "one", "two", "three", "four")
 _SIDE = 0.38  # "left" as a position: the centre lies in the left 38% of the image
@@ -29,7 +29,7 @@ def _nlvr2(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     kind = tuple(STATEMENTS)[:6][serial % 6]
     if kind == "more":
         statement, pairs = _more(rng, split)
-    elif kind == "one in total":
+    elif kind == "total":
         statement, pairs = _total(rng, split)
     else:
         statement, pairs = _contains(rng, split, kind)
@@ -70,8 +70,8 @@ def _total(rng: np.random.Generator, split: str) -> tuple[str, list[list[Scene]]
         left = int(rng.integers(max(0, total - 3), min(3, total) + 1))
         pairs.append([scene_with(rng, split, {"shape": shape}, n) for n in (left, total - left)])
     if number == 1:
-        return STATEMENTS["one in total"].format(shape), pairs
-    return STATEMENTS["in total"].format(NUMBERS[number], plural(shape)), pairs
+        return STATEMENTS["one"].format(shape), pairs
+    return STATEMENTS["total"].format(NUMBERS[number], plural(shape)), pairs
 
 
 def _coseg(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:

@@ -22,7 +22,7 @@ COLOURS = {
     "blue": (34, 66, 206),
     "purple": (150, 44, 180),
 }
-SIZES = {"small": (0.24, 0.30), "large": (0.42, 0.55)}  # diameter as a share of the image's short side
+SIZES = {"small": (0.24, 0.30), "large": (0.42, 0.55)}  # diameter as a share of sqrt(width * height)
 TEXTURES = ("plain", "striped", "dotted")
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -93,7 +93,7 @@ class SceneObject:
     diameter: float = 0.0
     angle: float = 0.0
     texture_angle: float = 0.0
-    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rgb: tuple[float, ...] = (0.0, 0.0, 0.0)
     bar: tuple[float, float] | None = None
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
@@ -179,6 +179,7 @@ def _fill(scene_object: SceneObject, layer: Layer) -> np.ndarray:
     dx, dy = x + 0.5 - scene_object.x, y + 0.5 - scene_object.y
     cos, sin = math.cos(scene_object.texture_angle), math.sin(scene_object.texture_angle)
     period = min(max(0.2 * scene_object.diameter, 6.0), 10.0)
+    ink: np.ndarray
     u = (dx * cos + dy * sin) * np.float32(2 * math.pi / period)
     if scene_object.texture == "striped":
         ink = 0.5 + 0.25 * period * np.sin(u)

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vistallm.coinit.expressions import Expression, article, attributes_of, describe, expression_of, grid_place, plural
+from vistallm.coinit.expressions import (
+    Expression,
+    article,
+    attributes_of,
+    describe,
+    expression_of,
+    grid_place,
+    plural,
+    unambiguous,
+)
 from vistallm.coinit.mini_draft import Draft, Maker, absent, draw_pair, pick, point_of, referred, region_of, scene_with
 from vistallm.coinit.mini_layout import random_scene
 from vistallm.coinit.mini_scene import ATTRIBUTES, COLOURS, NOUN, SHAPES, Attributes, Scene
@@ -51,7 +60,9 @@ def _reg(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     while expression is None:
         scene = random_scene(rng, split)
         expression = describe(scene, scene.focus)
-    return [Draft("reg", [scene], {"expr": f"the {expression.phrase()}"}, [region_of(scene, scene.focus, "box")])]
+    references = [f"the {other.phrase()}" for other, _ in unambiguous(scene, scene.focus)]
+    fields, region = {"expr": f"the {expression.phrase()}"}, region_of(scene, scene.focus, "box")
+    return [Draft("reg", [scene], fields, [region], {"references": references})]
 
 
 def _attribute_question(rng: np.random.Generator, split: str, serial: int) -> tuple[Scene, str, str, str]:

@@ -20,6 +20,8 @@ from typing import Any
 from vistallm.schema import ImageInfo, Sample
 
 INDEX_VERSION = 1
+_ROW = ("split", "samples", "bytes", "sha256", "tasks")
+Row = dict[str, Any]  # what index.json says of one shard: the fields of _ROW
 EncodedImage = tuple[bytes, str]  # file bytes and their suffix, "jpg" or "png"
 
 
@@ -30,8 +32,8 @@ def shard_name(split: str, number: int) -> str:
 
 def write_shard(
     out_dir: Path, split: str, number: int, samples: Iterable[tuple[Sample, Sequence[EncodedImage]]]
-) -> dict:
-    """Write one shard and return its row of the index; the file appears whole or not at all.
+) -> tuple[str, Row]:
+    """Write one shard and return its name and index row; the file appears whole or not at all.
 
     Args:
         out_dir: existing folder.
@@ -57,18 +59,17 @@ def write_shard(
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     size = temporary.stat().st_size
     temporary.replace(path)
-    row = {"name": path.name, "split": split, "samples": tasks.total(), "bytes": size, "sha256": digest}
-    return {**row, "tasks": dict(sorted(tasks.items()))}
+    row = {"split": split, "samples": tasks.total(), "bytes": size, "sha256": digest}
+    return path.name, {**row, "tasks": dict(sorted(tasks.items()))}
 
 
-def write_index(out_dir: Path, shards: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
-    """Write index.json for these shard rows (in order of name) and return it; `extra` is kept beside (recipe, seed)."""
-    rows = sorted(shards, key=lambda row: row["name"])
+def write_index(out_dir: Path, shards: dict[str, Row], **extra: Any) -> dict[str, Any]:
+    """Write index.json for these shards (by name) and return it; `extra` is kept beside (source, recipe, seed)."""
     totals: dict[str, Counter[str]] = {}
-    for row in rows:
+    for row in shards.values():
         totals.setdefault(row["split"], Counter()).update(row["tasks"])
     tasks = {split: dict(sorted(counts.items())) for split, counts in totals.items()}
-    index = {"version": INDEX_VERSION, **extra, "tasks": tasks, "shards": rows}
+    index = {"version": INDEX_VERSION, **extra, "tasks": tasks, "shards": dict(sorted(shards.items()))}
     temporary = out_dir / f".index.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     temporary.replace(out_dir / "index.json")
@@ -82,8 +83,8 @@ def read_index(root: Path | str) -> dict[str, Any]:
         raise ValueError(f"shards: expected {path}, which is not there; build it with `python tools/build_coinit.py`")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        rows = [(row["name"], row["split"], row["samples"], row["bytes"], row["sha256"]) for row in index["shards"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        rows = [[row[name] for name in _ROW] for row in index["shards"].values()]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of shards ({error!r}); build the shards again") from error
     if index.get("version") != INDEX_VERSION:
         raise ValueError(
@@ -131,7 +132,7 @@ class ShardWriter:
     def __init__(self, out_dir: Path | str, split: str, max_samples: int = 1000) -> None:
         self.out_dir, self.split, self.max_samples = Path(out_dir), split, max_samples
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._rows: list[dict[str, Any]] = []
+        self._rows: dict[str, Row] = {}
         self._waiting: list[tuple[Sample, Sequence[EncodedImage]]] = []
 
     def __enter__(self) -> ShardWriter:
@@ -146,7 +147,8 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        self._rows.append(write_shard(self.out_dir, self.split, len(self._rows), self._waiting))
+        name, row = write_shard(self.out_dir, self.split, len(self._rows), self._waiting)
+        self._rows[name] = row
         self._waiting = []
 
     def __exit__(
@@ -160,5 +162,5 @@ class ShardWriter:
         rows = self._rows
         if (self.out_dir / "index.json").is_file():
             extra = read_index(self.out_dir)
-            rows = [row for row in extra["shards"] if row["split"] != self.split] + rows
+            rows = {name: row for name, row in extra["shards"].items() if row["split"] != self.split} | rows
         write_index(self.out_dir, rows, **{k: v for k, v in extra.items() if k not in ("version", "tasks", "shards")})

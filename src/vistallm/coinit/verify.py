@@ -30,11 +30,11 @@ def verify(root: Path | str) -> Report:
     """Read every byte of a shard folder and list what is wrong; raises ValueError only when there is no index."""
     root, report = Path(root), Report()
     index = read_index(root)
-    listed = {row["name"] for row in index["shards"]}
+    listed = index["shards"]
     report.faults += [f"{p.name}: not in index.json" for p in sorted(root.glob("*.tar")) if p.name not in listed]
     seen: dict[str, str] = {}
-    for row in index["shards"]:
-        report.faults += [f"{row['name']}: {fault}" for fault in _check_shard(root / row["name"], row, report, seen)]
+    for name, row in listed.items():
+        report.faults += [f"{name}: {fault}" for fault in _check_shard(root / name, row, report, seen)]
     return report
 
 
