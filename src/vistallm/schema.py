@@ -191,7 +191,8 @@ class Batch:
         instruction_ids, instruction_mask: (B, Q) int64, right-padded.
         images: (N, 3, S, S) uint8, N = sum of the samples' image counts.
         image_owner: (N,) int64, the row of the batch that each image belongs to, ascending.
-        tasks: B task names; sequences: the B sequences behind the rows.
+        ids, tasks: B sample ids and task names.
+        sequences: the B sequences behind the rows at evaluation; empty in training (they would be copied by workers).
     """
 
     input_ids: torch.Tensor
@@ -201,6 +202,7 @@ class Batch:
     instruction_mask: torch.Tensor
     images: torch.Tensor
     image_owner: torch.Tensor
+    ids: list[str]
     tasks: list[str]
     sequences: list[Sequence]
 

@@ -1,0 +1,283 @@
+"""The configuration: schema <- default.yaml <- stage, model, data groups <- `key=value` overrides.
+
+In: command-line words. Out: a checked `Config`. Every key is declared here with its unit; an unknown key is an error.
+A group file may hold `stage_1:` / `stage_2:` mappings, which count only in that stage (mini trains more than Vicuna).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+GROUPS = ("stage", "model", "data")
+
+
+@dataclass
+class EncoderConfig:
+    """The frozen image encoder: an open_clip vision tower."""
+
+    name: str = "EVA01-g-14"  # open_clip model name; "vistallm-mini" is ours
+    weights: str | None = None  # path or open_clip tag; null = random initialisation
+    layer: int = -2  # block whose patch tokens are used; -1 = the last
+    image_size: int = 224  # side of the square input, pixels
+
+
+@dataclass
+class TokenizerConfig:
+    """The instruction-guided image tokenizer (QFormer)."""
+
+    weights: str | None = None  # folder of an InstructBLIP checkpoint; null = random initialisation
+    text_tokenizer: str | None = None  # BERT tokenizer of the QFormer; null = built from the task table
+    queries: int = 32  # tokens per image
+    hidden_size: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate_size: int = 3072
+    cross_attention_every: int = 2  # layers
+    dropout: float = 0.1
+    sees_instruction: bool = True  # false = the ablation without guidance
+    max_instruction_tokens: int = 128
+
+
+@dataclass
+class DecoderConfig:
+    """The causal language model."""
+
+    weights: str | None = None  # local path or hub name; null = a small Llama from scratch
+    hidden_size: int = 4096
+    layers: int = 32
+    heads: int = 32
+    intermediate_size: int = 11008
+    tie_embeddings: bool = False
+    system_prompt: str = ""
+    lora_rank: int = 64
+    lora_alpha: int = 128
+    lora_dropout: float = 0.05
+    attention: str = "sdpa"  # any attn_implementation of transformers
+
+
+@dataclass
+class ModelConfig:
+    """The three parts."""
+
+    name: str = "mini"
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+@dataclass
+class DataConfig:
+    """Shards, mixture and loading."""
+
+    name: str = "mini"
+    root: str | None = None  # folder with index.json and the tar shards; null = the mini set, built on first use
+    templates: int | None = None  # use only the first n instruction templates of a task; null = all
+    batch_size: int = 8  # samples per device and step
+    workers: int = 2
+    shuffle_buffer: int = 1000  # undecoded samples
+    max_length: int = 1024  # tokens of one sequence; longer ones are counted rejects
+    max_reject_share: float = 0.01  # of the samples read; above it the run stops
+    weights: dict[str, float] = field(default_factory=dict)  # task -> relative share of samples; absent tasks weigh 0
+    val_batches: int = 20  # batches of one validation pass
+
+
+@dataclass
+class TrainConfig:
+    """Trainable parts, optimiser and schedule."""
+
+    encoder: bool = False
+    tokenizer: bool = True
+    decoder: str = "full"  # full | lora | frozen
+    lr: float = 2e-5
+    encoder_lr: float | None = None  # null = lr
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    warmup: float = 0.03  # share of the steps
+    final_lr: float = 0.0  # share of lr at the end of the cosine
+    gradient_clip: float = 1.0  # global norm
+    bin_sigma: float = 0.0  # bins; > 0 spreads a coordinate's target over its neighbours as a Gaussian; 0 = cross-entropy
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written."""
+
+    every_n_steps: int = 1000
+    keep: int = 2
+
+
+@dataclass
+class DecodeConfig:
+    """Generation at evaluation: greedy."""
+
+    max_new_tokens: int = 512
+    batch_size: int = 16
+    limit: int | None = None  # samples per benchmark; null = all
+
+
+@dataclass
+class LogConfig:
+    """Loggers beside metrics.csv."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+    project: str = "vistallm"
+    every_n_steps: int = 1
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    stage: int = 1
+    name: str | None = None  # null = stage<k>-<model>
+    run_dir: str | None = None  # null = runs/<name>
+    ckpt: str | None = None  # run folder or file whose weights the run starts from
+    resume: str = "auto"  # auto | never | path of a checkpoint
+    seed: int = 0
+    strategy: str = "auto"  # auto | single | ddp | fsdp
+    precision: str = "auto"  # auto | fp32 | bf16
+    dry_run: bool = False
+    coords: str = "tokens"  # tokens | text
+    num_bins: int = 1001
+    points: int = 32  # budget of one mask object
+    mask_sampler: str = "adaptive"  # uniform | curvature | adaptive
+    target_iou: float | None = None  # fewest points that reach it; null = always the whole budget
+    benchmarks: list[str] | None = None  # null = all of data.root's
+    predictions: str | None = None  # score this predictions.jsonl instead of generating
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # Lightning Trainer arguments
+
+
+OPEN_KEYS = ("trainer", "data.weights")  # mappings whose keys the schema does not fix
+CHOICES = {
+    "stage": (1, 2),
+    "strategy": ("auto", "single", "ddp", "fsdp"),
+    "precision": ("auto", "fp32", "bf16"),
+    "coords": ("tokens", "text"),
+    "mask_sampler": ("uniform", "curvature", "adaptive"),
+    "train.decoder": ("full", "lora", "frozen"),
+}
+
+
+def load_config(argv: list[str]) -> Config:
+    """Build the configuration from `key=value` words such as `["stage=2", "model=mini", "train.lr=1e-4"]`.
+
+    Raises:
+        ValueError: all problems at once, one per line: words that are no `key=value`, unknown keys with the nearest
+            known one, values of the wrong type or outside their choices, unknown group files.
+    """
+    overrides = _split_words(argv)
+    schema = OmegaConf.structured(Config)
+    layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], []
+    stage = overrides.get("stage", str(layers[0].get("stage", 1)))
+    for group in GROUPS:
+        chosen = overrides.pop(group, None) or layers[0].get(group, {"stage": 1, "model": "mini", "data": "mini"}[group])
+        if isinstance(chosen, DictConfig):
+            raise ValueError(f"default.yaml: `{group}` must name a file of configs/{group}/, got a mapping")
+        path = CONFIG_ROOT / group / f"{chosen}.yaml"
+        if not path.is_file():
+            names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+            problems.append(f"{group}={chosen}: no such {group}; choose one of {names}")
+            continue
+        layers.append(_for_stage(_read_yaml(path), stage))
+    base = {key: value for key, value in layers[0].items() if key not in GROUPS}
+    merged = OmegaConf.merge(base, *layers[1:], {"stage": int(stage) if stage.isdigit() else stage})
+    for key, value in overrides.items():
+        OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
+    return _checked(schema, merged, problems)
+
+
+def config_from_file(path: Path) -> Config:
+    """Read the resolved `config.yaml` of a run folder; raises ValueError as `load_config` does."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the config.yaml of a run folder, found no such file")
+    return _checked(OmegaConf.structured(Config), _read_yaml(path), [])
+
+
+def apply_overrides(config: Config, argv: list[str], skip: tuple[str, ...] = ()) -> Config:
+    """Return `config` with `key=value` words on top (without the keys in `skip`)."""
+    merged = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config)))
+    for key, value in _split_words(argv).items():
+        if key not in skip:
+            OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
+    return _checked(OmegaConf.structured(Config), merged, [])
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _split_words(argv: list[str]) -> dict[str, str]:
+    overrides: dict[str, str] = {}
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            raise ValueError(f"{word!r}: expected key=value (no dashes), for example stage=1 or train.lr=1e-4")
+        overrides[key] = value
+    return overrides
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    content = OmegaConf.load(path)
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: expected a mapping of keys, got a list")
+    return content
+
+
+def _for_stage(group: DictConfig, stage: str) -> DictConfig:
+    plain = OmegaConf.masked_copy(group, [k for k in group if not re.fullmatch(r"stage_\d+", str(k))])
+    merged = OmegaConf.merge(plain, group.get(f"stage_{stage}") or {})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        name = f"{prefix}{key}"
+        value = node._get_node(key)
+        if isinstance(value, DictConfig) and name not in OPEN_KEYS and not value._is_none():
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name
+
+
+def _checked(schema: DictConfig, merged: Any, problems: list[str]) -> Config:
+    known = set(_leaves(schema))
+    for key in _leaves(merged):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            problems.append(f"unknown key {key!r}; the nearest known one is {near[0]!r}")
+            continue
+        try:
+            OmegaConf.update(schema, key, OmegaConf.select(merged, key), merge=False)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key}: {str(error).splitlines()[0]}")
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(schema, key)
+        if value not in allowed:
+            problems.append(f"{key}={value}: expected one of {', '.join(map(str, allowed))}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    config = OmegaConf.to_object(schema)
+    assert isinstance(config, Config)
+    config.name = config.name or f"stage{config.stage}-{config.model.name}"
+    config.run_dir = config.run_dir or f"runs/{config.name}"
+    return config

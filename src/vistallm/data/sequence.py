@@ -1,0 +1,133 @@
+"""Sample -> Sequence: prompt and answer as token ids, with the labels made in the same pass.
+
+`USER: [Image 1: ]<im_start><im_patch>*Q<im_end> instruction ASSISTANT:` then the answer and the end token, which alone
+are supervised (vicuna_v1.1, paper.md 1.6). The instruction also goes to the instruction-guided tokenizer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vistallm.coinit.tasks import TASKS, render, split_placeholders
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.regions.codec import RegionCodec
+from vistallm.regions.frame import Frame, square_resize
+from vistallm.schema import IGNORE_INDEX, Sample, Sequence
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in [0, 1]; OpenAI CLIP, as the authors' release uses
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOUR = tuple(round(255 * value) for value in CLIP_MEAN)  # uint8 RGB: padding is zero after normalisation
+
+
+class SampleReject(ValueError):
+    """A sample that can't become a sequence; `reason` is a short word, for counting."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class SequenceBuilder:
+    """Turns samples into sequences.
+
+    Attributes:
+        codec, vocabulary: region tokens and the two tokenizers.
+        queries: image slots per image; image_size: side of the square input in pixels; pad_colour: uint8 RGB.
+        system_prompt: text before `USER:`; may be empty.
+        max_length: tokens; a longer sequence is a reject. max_instruction: tokens of the QFormer's copy, cut beyond.
+        templates: use only the first n templates of a task; None = all.
+    """
+
+    codec: RegionCodec
+    vocabulary: Vocabulary
+    queries: int
+    image_size: int
+    pad_colour: tuple[int, ...]
+    system_prompt: str = ""
+    max_length: int = 1024
+    max_instruction: int = 128
+    templates: int | None = None
+
+    def build(self, sample: Sample, rng: random.Random | None = None) -> Sequence:
+        """Build the sequence of a decoded sample; `rng` picks the template, None takes the fixed evaluation template.
+
+        Raises:
+            SampleReject: unknown task, a placeholder without its region, no answer token, or too many tokens.
+        """
+        if sample.task not in TASKS:
+            raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
+        images, frames = self._images(sample)
+        try:
+            instruction, answer = render(sample, template=None if rng else 0, rng=rng, templates=self.templates)
+            instruction, answer = (self.write_regions(text, sample, frames) for text in (instruction, answer))
+        except (KeyError, ValueError) as error:
+            raise SampleReject("bad-text", f"{sample.id}: {error}") from error
+        return self.assemble(sample, images, frames, instruction, answer)
+
+    def assemble(
+        self, sample: Sample, images: torch.Tensor, frames: list[Frame], instruction: str, answer: str
+    ) -> Sequence:
+        """Tokenise a written instruction and answer over prepared images (K, 3, S, S); raises as `build` does."""
+        text = self.vocabulary.text
+        prompt_ids = self._prompt_ids(len(frames), instruction)
+        answer_ids = [*text.encode(answer, add_special_tokens=False), text.eos_token_id]
+        if len(answer_ids) < 2:
+            raise SampleReject("empty-answer", f"{sample.id}: the answer {answer!r} has no token to supervise")
+        input_ids = prompt_ids + answer_ids
+        if len(input_ids) > self.max_length:
+            raise SampleReject("too-long", f"{sample.id}: {len(input_ids)} tokens, data.max_length is {self.max_length}")
+        labels = [IGNORE_INDEX] * len(prompt_ids) + answer_ids
+        return Sequence(
+            input_ids=torch.tensor(input_ids),
+            labels=torch.tensor(labels),
+            instruction_ids=torch.tensor(self._instruction_ids(instruction)),
+            images=images,
+            frames=frames,
+            prompt=instruction,
+            answer=answer,
+            sample=sample,
+        )
+
+    def write_regions(self, text: str, sample: Sample, frames: list[Frame]) -> str:
+        """Replace the `{regions:...}` placeholders of `text` by region tokens; raises ValueError for a missing object."""
+        written = []
+        for part in split_placeholders(text):
+            if isinstance(part, str):
+                written.append(part)
+                continue
+            chosen = []
+            for number in part.objects:
+                found = [r for r in sample.regions if r.object == number and part.kind in (None, r.kind)]
+                if not found:
+                    raise ValueError(f"placeholder names object {number}, but the sample has no such {part.kind or 'region'}")
+                chosen.append(found[0])
+            written.append(self.codec.encode(chosen, frames, part.kind or chosen[0].kind))
+        return "".join(written)
+
+    def _images(self, sample: Sample) -> tuple[torch.Tensor, list[Frame]]:
+        assert sample.pixels, "the stream decodes the images before building"
+        squares, frames = zip(*(square_resize(p, self.image_size, self.pad_colour) for p in sample.pixels), strict=True)
+        stacked = np.stack(squares).transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(stacked)), list(frames)
+
+    def _prompt_ids(self, images: int, instruction: str) -> list[int]:
+        text = self.vocabulary.text
+        start, end = text.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+        ids = [] if text.bos_token_id is None else [text.bos_token_id]
+        ids += text.encode(f"{self.system_prompt} USER:".strip(), add_special_tokens=False)
+        for number in range(1, images + 1):
+            if images > 1:
+                ids += text.encode(f"Image {number}:", add_special_tokens=False)
+            ids += [start, *[self.vocabulary.image_id] * self.queries, end]
+        return ids + text.encode(f"{instruction} ASSISTANT:", add_special_tokens=False)
+
+    def _instruction_ids(self, instruction: str) -> list[int]:
+        tokenizer = self.vocabulary.instruction
+        ids = tokenizer.encode(instruction, add_special_tokens=False)[: self.max_instruction - 2]
+        return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]

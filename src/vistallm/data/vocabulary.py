@@ -1,0 +1,128 @@
+"""The two text tokenizers of a run: the decoder's and the instruction-guided tokenizer's, with the region tokens added.
+
+In: config and codec. Out: a `Vocabulary`, saved beside the weights so that a checkpoint never meets other token ids.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from vistallm.coinit.mini import mini_words
+from vistallm.coinit.tasks import TASKS, load_templates
+from vistallm.config import ModelConfig
+from vistallm.regions.codec import RegionCodec
+
+IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
+PRINTABLE = [chr(code) for code in range(33, 127)]
+
+
+@dataclass
+class Vocabulary:
+    """Both tokenizers and the ids that the model needs.
+
+    Attributes:
+        text: the decoder's tokenizer; image_id: id of one image slot; first_new: ids from here on were added.
+        instruction: the QFormer's tokenizer, with the same region tokens; instruction_first_new: likewise.
+        bin_ids, instruction_bin_ids: ids of the coordinate tokens in order; bin_values: (num_bins,) their coordinates.
+    """
+
+    text: PreTrainedTokenizerBase
+    instruction: PreTrainedTokenizerBase
+    first_new: int
+    instruction_first_new: int
+    region_tokens: list[str]
+    bin_values: np.ndarray
+
+    @classmethod
+    def build(cls, model: ModelConfig, codec: RegionCodec) -> Vocabulary:
+        """Load (or, for a model from scratch, make) both tokenizers and add the image and region tokens."""
+        text, instruction = _text_tokenizer(model), _instruction_tokenizer(model)
+        first_new, instruction_first_new = len(text), len(instruction)
+        text.add_tokens([*IMAGE_TOKENS, *codec.tokens])
+        instruction.add_tokens(codec.tokens)
+        return cls(text, instruction, first_new, instruction_first_new, codec.tokens, np.asarray(codec.bin_values))
+
+    @property
+    def image_id(self) -> int:
+        """Id of `<im_patch>`."""
+        return int(self.text.convert_tokens_to_ids(IMAGE_TOKENS[0]))
+
+    @property
+    def bin_ids(self) -> list[int]:
+        """Ids of `<bin_i>` in the decoder's vocabulary, ascending; empty for text coordinates."""
+        return self.text.convert_tokens_to_ids([t for t in self.region_tokens if t.startswith("<bin_")])
+
+    @property
+    def instruction_bin_ids(self) -> list[int]:
+        """Ids of `<bin_i>` in the QFormer's vocabulary."""
+        return self.instruction.convert_tokens_to_ids([t for t in self.region_tokens if t.startswith("<bin_")])
+
+    def save(self, folder: Path) -> None:
+        """Write both tokenizers and the ids to `folder`."""
+        self.text.save_pretrained(folder / "text")
+        self.instruction.save_pretrained(folder / "instruction")
+        facts = {
+            "first_new": self.first_new,
+            "instruction_first_new": self.instruction_first_new,
+            "region_tokens": self.region_tokens,
+            "bin_values": self.bin_values.tolist(),
+        }
+        (folder / "vocabulary.json").write_text(json.dumps(facts))
+
+    @classmethod
+    def load(cls, folder: Path) -> Vocabulary:
+        """Inverse of `save`; raises ValueError when the folder is not one."""
+        path = folder / "vocabulary.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: expected the vocabulary of a run (vocabulary.json), found none")
+        facts = json.loads(path.read_text())
+        text = AutoTokenizer.from_pretrained(folder / "text")
+        instruction = AutoTokenizer.from_pretrained(folder / "instruction")
+        values = np.asarray(facts.pop("bin_values"))
+        return cls(text=text, instruction=instruction, bin_values=values, **facts)
+
+
+def _text_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    weights = model.decoder.weights
+    if weights is None:
+        return _from_words({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token  # as Vicuna's training code does: no row is added for padding
+    return tokenizer
+
+
+def _instruction_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    if model.tokenizer.text_tokenizer is None:
+        return _from_words({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"})
+    folder = Path(model.tokenizer.text_tokenizer)
+    if folder.is_dir() and not (folder / "qformer_tokenizer").is_dir():
+        return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(model.tokenizer.text_tokenizer, subfolder="qformer_tokenizer")
+
+
+def _from_words(special: dict[str, str]) -> PreTrainedTokenizerFast:
+    """A word-piece tokenizer over the words of the task table; any other printable text is spelled letter by letter."""
+    pieces = [*special.values(), *PRINTABLE, *("##" + c for c in PRINTABLE), *_task_words()]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    unknown = special["unk_token"]
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def _task_words() -> list[str]:
+    """Words and punctuation of every template, answer form and mini sentence, sorted."""
+    texts = [*mini_words(), *(t.answer for t in TASKS.values()), *(t.plural or "" for t in TASKS.values())]
+    texts += [line for name in TASKS for line in load_templates(name)]
+    texts += ["USER: ASSISTANT: Image image"]
+    pieces = pre_tokenizers.BertPreTokenizer()
+    return sorted({word for text in texts for word, _ in pieces.pre_tokenize_str(text)})

@@ -1,0 +1,87 @@
+"""The causal language model: Vicuna from disk or hub, or a small Llama from scratch, with the new tokens' rows added."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from vistallm.config import DecoderConfig
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def build_decoder(config: DecoderConfig, text_tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Module:
+    """Build the language model with one embedding row per token of `text_tokenizer` (transformers causal LM)."""
+    if config.weights is not None:
+        decoder = AutoModelForCausalLM.from_pretrained(
+            config.weights, dtype=dtype, attn_implementation=config.attention
+        )
+    else:
+        decoder = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(text_tokenizer),
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=config.intermediate_size,
+                max_position_embeddings=2048,
+                tie_word_embeddings=config.tie_embeddings,
+                bos_token_id=text_tokenizer.bos_token_id,
+                eos_token_id=text_tokenizer.eos_token_id,
+                pad_token_id=text_tokenizer.pad_token_id,
+                attn_implementation=config.attention,
+            )
+        )
+    decoder.resize_token_embeddings(len(text_tokenizer), mean_resizing=False)
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    assert rows == len(text_tokenizer) == decoder.config.vocab_size, "tokenizer, embedding and config sizes must agree"
+    return decoder
+
+
+@torch.no_grad()
+def initialise_new_rows(weight: Tensor, first_new: int, bin_ids: list[int], bin_values: Tensor) -> None:
+    """Set the rows of added tokens in place: the mean of the old rows, plus a smooth code for coordinate tokens.
+
+    Args:
+        weight: (V, D) embedding or output matrix.
+        first_new: rows from here on are new; the old ones give mean and scale.
+        bin_ids: rows of the coordinate tokens, in order of their coordinate.
+        bin_values: (num_bins,) float coordinates in [0, 1].
+
+    The code is a random rotation of sines and cosines from half a period to num_bins / 4 periods over the image, so
+    near coordinates start with near rows. As large as an old row is, its amplitude falls with the frequency.
+    """
+    old = weight[:first_new].float()
+    mean, scale = old.mean(0), (old - old.mean(0)).norm(dim=1).mean()
+    weight[first_new:] = mean.to(weight.dtype)
+    if not bin_ids:
+        return
+    bands = min(16, weight.shape[1] // 2)
+    frequencies = 0.5 * (len(bin_ids) / 2) ** (torch.arange(bands) / max(bands - 1, 1))
+    phase = 2 * math.pi * bin_values[:, None].float().cpu() * frequencies
+    waves = torch.cat([phase.cos(), phase.sin()], 1) * frequencies.repeat(2) ** -0.5
+    generator = torch.Generator().manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(weight.shape[1], 2 * bands, generator=generator))
+    code = waves @ rotation.T
+    code = code / code.norm(dim=1, keepdim=True).mean() * scale.cpu()
+    weight[bin_ids] = (mean.cpu() + code).to(weight)
+
+
+def add_lora(decoder: nn.Module, config: DecoderConfig, new_ids: list[int]) -> nn.Module:
+    """Wrap with LoRA (peft); the rows of the new tokens train too, in the input and the output matrix."""
+    rows: dict[str, list[int]] = {"embed_tokens": new_ids}
+    if not decoder.config.tie_word_embeddings:
+        rows["lm_head"] = new_ids
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=LORA_TARGETS,
+        trainable_token_indices=rows,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(decoder, lora)

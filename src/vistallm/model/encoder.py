@@ -1,0 +1,62 @@
+"""The image encoder: square uint8 images -> patch tokens of one block of an open_clip vision tower (EVA-CLIP ViT-g)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from vistallm.config import EncoderConfig
+from vistallm.data.sequence import CLIP_MEAN, CLIP_STD
+
+open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
+
+
+class ImageEncoder(nn.Module):
+    """Patch tokens of block `layer` of the vision tower `name`; the class token is dropped."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        if config.name not in open_clip.list_models():
+            raise ValueError(f"model.encoder.name={config.name}: open_clip has no such model; see open_clip.list_models()")
+        size = config.image_size
+        is_file = config.weights is not None and Path(config.weights).suffix == ".safetensors"
+        pretrained = None if is_file else config.weights
+        self.visual = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size).visual
+        if is_file:
+            load_visual(self.visual, Path(str(config.weights)))
+        self.layer, self.image_size = config.layer, size
+        self.register_buffer("mean", 255 * torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
+        with torch.no_grad():
+            probe = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        self.patches, self.width = probe.shape[1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode (N, 3, S, S) uint8 RGB images to patch tokens (N, P, D), row by row from the top left."""
+        weight = next(self.visual.parameters())
+        pixels = ((images.to(self.mean) - self.mean) / self.std).to(weight.dtype)
+        result = self.visual.forward_intermediates(
+            pixels, indices=[self._block()], stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )
+        return result["image_intermediates"][0]
+
+    def _block(self) -> int:
+        trunk = getattr(self.visual, "trunk", None)
+        blocks = trunk.blocks if trunk is not None else self.visual.transformer.resblocks
+        return self.layer % len(blocks)
+
+
+def load_visual(visual: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a vision tower; raises ValueError unless names and shapes match exactly."""
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"model.encoder.weights={path}: no such file; give a .safetensors file, an open_clip tag or null")
+    state, own = load_file(path), visual.state_dict()
+    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} keys missing, unexpected or of another shape, first: {sorted(wrong)[:3]}")
+    visual.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})

@@ -1,0 +1,53 @@
+"""The instruction-guided image tokenizer: patch tokens + instruction -> `queries` tokens of the decoder's width.
+
+A transformers `InstructBlipQFormerModel` runs once per image; its learned queries attend to the instruction
+(self-attention) and to the patch tokens (cross-attention), and a linear map takes them to the decoder.
+Shape legend: N images, P patches, D encoder width, I instruction tokens, Q queries, H QFormer width, C decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
+
+from vistallm.config import TokenizerConfig
+
+
+class InstructionGuidedTokenizer(nn.Module):
+    """QFormer with learned queries and a projection (paper.md 1.1; layout of InstructBLIP, arXiv 2305.06500)."""
+
+    def __init__(self, config: TokenizerConfig, vocabulary: int, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        self.sees_instruction = config.sees_instruction
+        qformer = InstructBlipQFormerConfig(
+            vocab_size=vocabulary,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.intermediate_size,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            max_position_embeddings=max(512, config.max_instruction_tokens),
+            cross_attention_frequency=config.cross_attention_every,
+            encoder_hidden_size=encoder_width,
+        )
+        qformer._attn_implementation = "sdpa"
+        self.feature_norm = nn.LayerNorm(encoder_width)  # InstructBLIP's vision post-layernorm
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries, config.hidden_size).normal_(std=0.02))
+        self.qformer = InstructBlipQFormerModel(qformer)
+        self.projection = nn.Linear(config.hidden_size, decoder_width)
+
+    def forward(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
+        """Return image tokens (N, Q, C); `instruction_mask_NI` is 1 on real tokens, ids are right-padded."""
+        features_NPD = self.feature_norm(patch_tokens_NPD)
+        queries_NQH = self.query_tokens.expand(len(features_NPD), -1, -1)
+        query_mask = instruction_mask_NI.new_ones(queries_NQH.shape[:2])
+        if self.sees_instruction:
+            ids, mask = instruction_ids_NI, torch.cat([query_mask, instruction_mask_NI], 1)
+        else:
+            ids, mask = None, query_mask
+        output = self.qformer(
+            input_ids=ids, attention_mask=mask, query_embeds=queries_NQH, encoder_hidden_states=features_NPD
+        )
+        return self.projection(output.last_hidden_state[:, : queries_NQH.shape[1]])

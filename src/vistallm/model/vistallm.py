@@ -1,0 +1,119 @@
+"""VistaLLM: Batch -> loss, or Batch -> generated token ids. A plain nn.Module that knows no Lightning.
+
+encoder (frozen) -> instruction-guided tokenizer (one run per image) -> image slots of the decoder's input embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistallm.config import Config
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.decoder import add_lora, build_decoder, initialise_new_rows
+from vistallm.model.encoder import ImageEncoder
+from vistallm.model.tokenizer import InstructionGuidedTokenizer
+from vistallm.schema import IGNORE_INDEX, Batch
+
+
+@dataclass
+class Output:
+    """Losses of a batch: `loss` () float32, mean over supervised tokens; the rest per sample, for logging.
+
+    token_loss: (M,) float32 loss of each supervised token; row: (M,) int64 its sample; correct: (M,) bool.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    row: Tensor
+    correct: Tensor
+
+
+class VistaLLM(nn.Module):
+    """Encoder, instruction-guided tokenizer and decoder behind `forward` (loss) and `generate` (greedy answers)."""
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.vocabulary, self.bin_sigma = vocabulary, config.train.bin_sigma
+        self.encoder = ImageEncoder(config.model.encoder)
+        decoder = build_decoder(config.model.decoder, vocabulary.text, dtype)
+        first_new, bin_ids = vocabulary.first_new, vocabulary.bin_ids
+        self.register_buffer("bin_ids", torch.tensor(bin_ids, dtype=torch.long), persistent=False)
+        for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
+            initialise_new_rows(matrix, first_new, bin_ids, torch.as_tensor(vocabulary.bin_values))
+        width = decoder.config.hidden_size
+        tokenizer = InstructionGuidedTokenizer(
+            config.model.tokenizer, len(vocabulary.instruction), self.encoder.width, width
+        )
+        words = tokenizer.qformer.get_input_embeddings().weight
+        initialise_new_rows(
+            words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, torch.as_tensor(vocabulary.bin_values)
+        )
+        self.tokenizer = tokenizer
+        if config.train.decoder == "lora":
+            decoder = add_lora(decoder, config.model.decoder, list(range(first_new, len(vocabulary.text))))
+        self.decoder = decoder
+
+    def image_tokens(self, batch: Batch) -> Tensor:
+        """Return (N, Q, C) image tokens, one block per image, guided by the instruction of the image's sample."""
+        frozen = not any(p.requires_grad for p in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            patch_tokens_NPD = self.encoder(batch.images)
+        owner = batch.image_owner
+        return self.tokenizer(patch_tokens_NPD, batch.instruction_ids[owner], batch.instruction_mask[owner])
+
+    def input_embeddings(self, batch: Batch) -> Tensor:
+        """Return (B, T, C) embeddings with the image tokens laid into the image slots."""
+        embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
+        slots = (batch.input_ids == self.vocabulary.image_id).unsqueeze(-1)
+        image_tokens = self.image_tokens(batch).to(embeddings.dtype)
+        expected = slots.sum().item()
+        if expected != image_tokens.shape[0] * image_tokens.shape[1]:
+            raise ValueError(f"batch: {expected} image slots, but {tuple(image_tokens.shape[:2])} image tokens; rebuild it")
+        return embeddings.masked_scatter(slots, image_tokens)
+
+    def forward(self, batch: Batch) -> Output:
+        """Loss over the supervised positions of a right-padded batch; the LM head runs on those positions alone."""
+        # Right padding and a causal mask: no real token sees a pad, so the mask is left out (and SDPA stays fast).
+        hidden = self.language_model()(inputs_embeds=self.input_embeddings(batch)).last_hidden_state
+        targets = batch.labels[:, 1:]
+        row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        target = targets[row, position]
+        logits = self.decoder.get_output_embeddings()(hidden[row, position]).float()
+        token_loss = F.cross_entropy(logits, target, reduction="none")
+        if self.bin_sigma > 0:
+            token_loss = torch.where(self._is_bin(target), self._soft_bin_loss(logits, target), token_loss)
+        return Output(token_loss.mean(), token_loss.detach(), row, logits.detach().argmax(-1) == target)
+
+    @torch.inference_mode()
+    def generate(self, batch: Batch, max_new_tokens: int, **arguments: object) -> Tensor:
+        """Greedy answers for a left-padded batch: (B, G) int64 new token ids, padded after the end token."""
+        text = self.vocabulary.text
+        return self.decoder.generate(
+            inputs_embeds=self.input_embeddings(batch),
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=text.eos_token_id,
+            pad_token_id=text.pad_token_id,
+            **arguments,
+        )
+
+    def language_model(self) -> nn.Module:
+        """The decoder without its LM head, also under LoRA."""
+        base = self.decoder.get_base_model() if hasattr(self.decoder, "get_base_model") else self.decoder
+        return base.model
+
+    def _is_bin(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, self.bin_ids)
+
+    def _soft_bin_loss(self, logits_MV: Tensor, target_M: Tensor) -> Tensor:
+        """Cross-entropy against a Gaussian over neighbouring coordinate tokens, `bin_sigma` bins wide (ours)."""
+        place = torch.arange(len(self.bin_ids), device=target_M.device)
+        where = torch.searchsorted(self.bin_ids, target_M).clamp(max=len(place) - 1)
+        weight = torch.softmax(-0.5 * ((place[None] - where[:, None]) / self.bin_sigma) ** 2, dim=1)
+        return -(weight * torch.log_softmax(logits_MV, 1)[:, self.bin_ids]).sum(1)

@@ -1,0 +1,91 @@
+"""Run folders: `config.yaml`, `vocabulary/`, `checkpoints/step-<n>.ckpt`. Save and load live here together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vistallm.config import Config, config_from_file
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.vistallm import VistaLLM
+
+_STEP = re.compile(r"step-(\d+)\.ckpt$")
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint of the highest step in `run_dir`/checkpoints, or None."""
+    steps = {int(found[1]): path for path in run_dir.glob("checkpoints/*") if (found := _STEP.search(path.name))}
+    return steps[max(steps)] if steps else None
+
+
+def find_checkpoint(path: str) -> tuple[Path, Path]:
+    """Resolve `ckpt=` (a run folder or a checkpoint file in one) to (run folder, checkpoint); raises ValueError."""
+    given = Path(path)
+    if given.is_dir():
+        found = newest_checkpoint(given)
+        if found is None:
+            raise ValueError(f"ckpt={path}: expected a run folder with checkpoints/step-<n>.ckpt, found no checkpoint")
+        return given, found
+    if not given.is_file():
+        raise ValueError(f"ckpt={path}: expected a run folder or a checkpoint file, found nothing there")
+    return given.parent.parent, given
+
+
+def resume_path(config: Config) -> Path | None:
+    """Return the checkpoint to resume from under `resume=auto|never|PATH`; raises ValueError for a missing path."""
+    match config.resume:
+        case "never":
+            return None
+        case "auto":
+            return newest_checkpoint(Path(str(config.run_dir)))
+        case path:
+            return find_checkpoint(path)[1]
+
+
+def load_weights(model: VistaLLM, path: Path) -> None:
+    """Load the model weights of a Lightning checkpoint.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or shapes differ (a checkpoint of another model); one line.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    state = {key.removeprefix("model."): value for key, value in state.items()}
+    own = model.state_dict()
+    shapes = [f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here" for k in own if k in state and state[k].shape != own[k].shape]
+    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    if shapes or missing or unexpected:
+        first = (shapes or [f"missing {k}" for k in missing] or [f"unexpected {k}" for k in unexpected])[0]
+        raise ValueError(
+            f"{path}: a checkpoint of another model ({len(shapes)} shapes differ, {len(missing)} keys missing, "
+            f"{len(unexpected)} unexpected; first: {first}); use the model= and coordinate settings it was trained with"
+        )
+    model.load_state_dict(state)
+
+
+def load_run(path: str, config: Config | None = None) -> tuple[VistaLLM, Config, Path]:
+    """Build the model of a run from its own config and vocabulary and load its weights, in evaluation mode.
+
+    Args:
+        path: run folder or checkpoint file.
+        config: use this configuration instead of the run's own.
+
+    Returns:
+        model, config, checkpoint path.
+    """
+    run_dir, checkpoint = find_checkpoint(path)
+    config = config or config_from_file(run_dir / "config.yaml")
+    config.model.encoder.weights = config.model.tokenizer.weights = None  # the checkpoint holds them
+    model = VistaLLM(config, Vocabulary.load(run_dir / "vocabulary"))
+    load_weights(model, checkpoint)
+    return model.eval(), config, checkpoint
+
+
+def describe(checkpoint: dict[str, Any]) -> str:
+    """One line about a checkpoint: its step."""
+    return f"step {checkpoint['global_step']}"

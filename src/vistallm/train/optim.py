@@ -1,0 +1,64 @@
+"""Trainable parts, AdamW and its schedule. In: a VistaLLM and the train config. Out: parameters set, optimiser, scheduler."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from vistallm.config import TrainConfig
+from vistallm.model.vistallm import VistaLLM
+
+
+def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, int, int]]:
+    """Freeze and unfreeze the three parts as the config says; frozen parts go to evaluation mode.
+
+    Returns:
+        One row per part: name, state, trainable parameters, all parameters.
+    """
+    model.encoder.requires_grad_(config.encoder)
+    model.tokenizer.requires_grad_(config.tokenizer)
+    if config.decoder != "lora":  # peft has set the adapters trainable and all else frozen
+        model.decoder.requires_grad_(config.decoder == "full")
+    said = {
+        "encoder": "trained" if config.encoder else "frozen",
+        "tokenizer": "trained" if config.tokenizer else "frozen",
+        "decoder": config.decoder,
+    }
+    rows = []
+    for name, state in said.items():
+        parameters = list(getattr(model, name).parameters())
+        rows.append((name, state, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)))
+    return rows
+
+
+def keep_frozen_in_eval(model: VistaLLM) -> None:
+    """Put every part without trainable parameters into evaluation mode (no dropout in a frozen part)."""
+    for part in (model.encoder, model.tokenizer, model.decoder):
+        if not any(p.requires_grad for p in part.parameters()):
+            part.eval()
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[AdamW, LambdaLR]:
+    """Return AdamW over the trainable parameters (matrices decay, vectors do not) and warm-up + cosine per step."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = config.encoder_lr if name.startswith("encoder.") and config.encoder_lr is not None else config.lr
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((lr, decay), []).append(parameter)
+    if not groups:
+        raise ValueError("nothing to train: expected train.encoder, train.tokenizer or train.decoder to be trained, got none")
+    settings = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    optimizer = AdamW(settings, betas=(config.betas[0], config.betas[1]), fused=True)
+    warmup = max(1, round(config.warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return optimizer, LambdaLR(optimizer, factor)

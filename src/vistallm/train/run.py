@@ -1,0 +1,124 @@
+"""One training run from a configuration: data, vocabulary, model, trainer, in that order."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+from vistallm.config import Config, save_config
+from vistallm.data.datamodule import CoinItDataModule, build_codec, data_root
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.vistallm import VistaLLM
+from vistallm.train.callbacks import MetricsFile
+from vistallm.train.checkpoint import find_checkpoint, load_weights, resume_path
+from vistallm.train.module import VistaModule
+from vistallm.train.optim import set_trainable
+from vistallm.train.strategy import build_strategy, resolve_precision
+
+OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_root_dir", "gradient_clip_val")
+
+
+def train(config: Config) -> Path:
+    """Run one stage and return its run folder; raises ValueError for anything wrong in config, data or checkpoint."""
+    taken = sorted(set(config.trainer) & set(OWN_TRAINER_KEYS))
+    if taken:
+        raise ValueError(f"trainer.{taken[0]}: set by this project; use the key of its own (strategy, precision, train.*)")
+    quiet()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    root, run_dir = data_root(config), Path(str(config.run_dir))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    resume = resume_path(config)
+    module, data = build(config, root)
+    trainer = build_trainer(config, run_dir)
+    if config.dry_run:
+        print(f"dry run: {module.steps} steps of {config.data.batch_size} samples from {root}; nothing was trained")
+        return run_dir
+    if trainer.is_global_zero:
+        save_config(config, run_dir / "config.yaml")
+        module.model.vocabulary.save(run_dir / "vocabulary")
+    if resume is not None:
+        print(f"resuming from {resume}")
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    if trainer.is_global_zero:
+        print(f"stage {config.stage} is done: {run_dir}")
+    return run_dir
+
+
+def build(config: Config, root: Path) -> tuple[VistaModule, CoinItDataModule]:
+    """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
+    start = find_checkpoint(config.ckpt) if config.ckpt else None
+    vocabulary = Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, build_codec(config))
+    data = CoinItDataModule(config, vocabulary, root)
+    steps = _steps(config, data)
+    model = VistaLLM(config, vocabulary)
+    if start:
+        load_weights(model, start[1])
+    rows = set_trainable(model, config.train)
+    print(f"stage {config.stage}, {config.model.name}: {steps} steps" + (f" from {start[1]}" if start else ""))
+    for name, state, trainable, total in rows:
+        print(f"  {name:<10} {state:<8} {trainable:>13,} of {total:>13,} parameters train")
+    return VistaModule(model, config, steps), data
+
+
+def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
+    """Build the Lightning Trainer: endless stream, steps from the config, checkpoints in the run folder."""
+    checkpoints = ModelCheckpoint(
+        dirpath=run_dir / "checkpoints",
+        filename="step-{step:06d}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=config.checkpoint.every_n_steps,
+        save_top_k=config.checkpoint.keep,
+        monitor="step",
+        mode="max",
+        save_on_train_epoch_end=True,
+    )
+    arguments: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "check_val_every_n_epoch": None, "enable_model_summary": False}
+    if config.strategy == "single":
+        arguments["devices"] = 1
+    arguments |= config.trainer
+    if "max_steps" not in arguments:
+        arguments.setdefault("max_epochs", 1)
+    return L.Trainer(
+        **arguments,
+        strategy=build_strategy(config),
+        precision=resolve_precision(config),
+        default_root_dir=run_dir,
+        logger=_loggers(config, run_dir),
+        callbacks=[checkpoints, MetricsFile(run_dir / "metrics.csv")],
+    )
+
+
+def quiet() -> None:
+    """Silence the lines that Lightning prints about itself; warnings about the user's data stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+
+
+def _steps(config: Config, data: CoinItDataModule) -> int:
+    """Optimizer steps of the run: trainer.max_steps, else trainer.max_epochs (1) over the mixture."""
+    steps = config.trainer.get("max_steps")
+    if steps is not None:
+        return int(steps)
+    devices, nodes = config.trainer.get("devices", 1), int(config.trainer.get("num_nodes", 1))
+    world = (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
+    per_epoch = data.steps_per_epoch(world, int(config.trainer.get("accumulate_grad_batches", 1)))
+    steps = per_epoch * int(config.trainer.get("max_epochs", 1))
+    config.trainer = {k: v for k, v in config.trainer.items() if k != "max_epochs"} | {"max_steps": steps}
+    return steps
+
+
+def _loggers(config: Config, run_dir: Path) -> list[Logger]:
+    loggers: list[Logger] = []
+    if config.log.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+    if config.log.wandb:
+        loggers.append(WandbLogger(name=config.name, project=config.log.project, save_dir=run_dir))
+    return loggers

@@ -1,0 +1,74 @@
+"""Where and how a run computes: Lightning strategy, precision and attention kernels from the config.
+
+FSDP is Lightning's ModelParallelStrategy (FSDP2): clipping there is the ordinary global norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vistallm.config import Config
+from vistallm.model.vistallm import VistaLLM
+
+
+def build_strategy(config: Config) -> str | Strategy:
+    """Return the Lightning strategy: auto and single let Lightning decide, ddp, or fsdp (FSDP2)."""
+    match config.strategy:
+        case "ddp":
+            return "ddp"
+        case "fsdp":
+            return ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=1)
+        case _:
+            return "auto"
+
+
+def resolve_precision(config: Config) -> str:
+    """Return Lightning's precision word: bf16-mixed where the hardware gains from it, or as the config says."""
+    wanted = config.precision
+    if wanted == "auto":
+        wanted = "bf16" if has_fast_bf16() else "fp32"
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[wanted]
+
+
+def has_fast_bf16() -> bool:
+    """Whether the accelerator, or else the CPU (AVX512-BF16 or AMX), multiplies bf16 faster than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has it not
+    if read is None:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    facts = read()
+    return bool(facts.get("avx512_bf16") or facts.get("amx_bf16"))
+
+
+def shard(model: VistaLLM, mesh: Any, dtype: torch.dtype) -> None:
+    """Apply FSDP2 in place: one unit per decoder layer, encoder block and QFormer layer, gradients reduced in fp32."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for unit in repeated_layers(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def repeated_layers(model: VistaLLM) -> list[nn.Module]:
+    """The repeated blocks of the three parts: units of sharding and of activation checkpointing."""
+    visual = model.encoder.visual
+    blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+    return [*blocks, *model.tokenizer.qformer.encoder.layer, *model.language_model().layers]
+
+
+@contextlib.contextmanager
+def attention_kernels() -> Iterator[None]:
+    """On a CPU without an accelerator leave the flash path out: its bf16 backward is slower at the mini model's heads."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield

@@ -1,0 +1,14 @@
+"""Train one stage: `python train.py stage=1 [model=mini] [data=mini] [key=value ...]`; see configs/ and the README."""
+
+from __future__ import annotations
+
+import sys
+
+from vistallm.config import load_config
+from vistallm.train.run import train
+
+if __name__ == "__main__":
+    try:
+        train(load_config(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
