@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from vistallm.coinit.mini import MiniRecipe, build_mini
+from vistallm.coinit.mini import MiniRecipe, ensure_mini
 from vistallm.coinit.shards import read_index
 from vistallm.coinit.verify import verify
 
@@ -52,12 +52,11 @@ def build(arguments: argparse.Namespace) -> int:
         raise ValueError(f"source {arguments.source!r}: expected one of {', '.join(SOURCES)}, or check")
     if arguments.out is None:
         raise ValueError(f"{arguments.source}: expected --out DIR")
-    if (arguments.out / "index.json").exists() and read_index(arguments.out).get("source") != arguments.source:
-        raise ValueError(f"{arguments.out} holds shards of another source; choose another folder")
     started = time.perf_counter()
     sizes = {name: getattr(arguments, name) for name in ("train", "val", "test")}
-    index = build_mini(arguments.out, seed=arguments.seed, workers=arguments.workers, **sizes)
-    counts = ", ".join(f"{split} {sum(tasks.values())}" for split, tasks in index["tasks"].items())
+    ensure_mini(arguments.out, seed=arguments.seed, workers=arguments.workers, **sizes)
+    tasks = read_index(arguments.out)["tasks"]
+    counts = ", ".join(f"{split} {sum(numbers.values())}" for split, numbers in tasks.items())
     print(f"{arguments.out}: {counts} samples in {time.perf_counter() - started:.0f} s")
     return 0
 

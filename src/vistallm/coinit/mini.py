@@ -133,12 +133,12 @@ def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **s
     with open(root.parent / f".{root.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
         if root.exists() and any(root.iterdir()):
-            index = read_index(root)
+            index = read_index(root) if (root / "index.json").is_file() else {}
             if index.get("source") != SOURCE:
-                raise ValueError(
-                    f"{root}: expected a mini set or nothing, got shards of another source; choose another folder"
-                )
-            if index.get("recipe") == recipe.digest():
+                raise ValueError(f"{root}: expected a mini set or no files, got something else; choose another folder")
+            files = {path.name: path.stat().st_size for path in root.glob("*.tar")}
+            whole = files == {name: row["bytes"] for name, row in index["shards"].items()}
+            if whole and index.get("recipe") == recipe.digest():
                 return root
         building = root.parent / f".{root.name}.building"
         shutil.rmtree(building, ignore_errors=True)

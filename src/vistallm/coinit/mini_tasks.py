@@ -227,7 +227,7 @@ SINGLE_MAKERS: dict[str, Maker] = {
 SINGLE_WORDS = (
     *QUESTIONS.values(),
     *LETTERS,
-    "the all both in middle top bottom and yes no 0 1 2 3 .",
+    "the all both in middle top bottom and yes no 0 1 2 3 . ,",
     NOUN,
     plural(NOUN),
 )

@@ -1,0 +1,1 @@
+"""Builders of instruction shards from real datasets, one module per family."""
