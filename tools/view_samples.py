@@ -57,9 +57,9 @@ def _draw_region(image: np.ndarray, region, factor: float) -> None:  # noqa: ANN
     if region.rle is not None:
         mask = rle_to_mask(region.rle).astype(np.uint8)
         mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        image[mask > 0] = (0.6 * image[mask > 0] + 0.4 * np.array(colour)).astype(np.uint8)
+        image[mask > 0] = (0.8 * image[mask > 0] + 0.2 * np.array(colour)).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(image, contours, -1, colour, 1)
+        cv2.drawContours(image, contours, -1, colour, 2)
         rows, columns = np.nonzero(mask)
         anchor = (int(columns.mean()) - 4, int(rows.mean()) + 5)
     elif region.box is not None:
@@ -86,8 +86,8 @@ def png_sheet(tiles: list[tuple[tuple[str, str, str], np.ndarray]], columns: int
     font, drawn = ImageFont.load_default(13), []
     for (heading, instruction, answer), image in tiles:
         lines = [(heading, (150, 150, 150))]
-        lines += [(line, (0, 0, 0)) for line in textwrap.wrap(instruction, 52)]
-        lines += [(line, (0, 90, 200)) for line in textwrap.wrap(answer, 52)]
+        lines += [(line, (0, 0, 0)) for line in textwrap.wrap(instruction, 47)]
+        lines += [(line, (0, 90, 200)) for line in textwrap.wrap(answer, 47)]
         canvas = Image.new("RGB", (TILE, image.shape[0] + LINE * len(lines) + 6), "white")
         canvas.paste(Image.fromarray(image), (0, 0))
         for row, (line, colour) in enumerate(lines):

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **s
             whole = files == {name: row["bytes"] for name, row in index["shards"].items()}
             if whole and index.get("recipe") == recipe.digest():
                 return root
+        print(f"building the mini set in {root} (about 20 s on two cores)", file=sys.stderr, flush=True)
         building = root.parent / f".{root.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         build_mini(building, seed=seed, workers=workers, **sizes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from vistallm.coinit.expressions import article, attributes_of, matches, plural
@@ -21,7 +19,7 @@ STATEMENTS = {
     "one": "There is one {} in total.",
 }
 NUMBERS = ("no", "one", "two", "three", "four")
-_SIDE = 0.38  # "left" as a position: the centre lies in the left 38% of the image
+_SIDE, _CLEAR = 0.36, 0.46  # "left": the centre is in the left 36% of the image; no other one is in the left 46%
 
 
 def _nlvr2(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
@@ -90,31 +88,27 @@ def _coseg(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     return [Draft("coseg", scenes, {"targets": list(range(number))}, regions, {"class": shape})]
 
 
-def positioned(scene: Scene, scene_object: SceneObject, value: str) -> bool:
-    """Whether the object's centre lies at that side of the image."""
+def _from_side(scene: Scene, scene_object: SceneObject, side: str) -> float:
+    """Distance of the object's centre from a side, as a share of the image."""
     x, y = scene_object.centre[0] / scene.width, scene_object.centre[1] / scene.height
-    return {"left": x < _SIDE, "right": x > 1 - _SIDE, "top": y < _SIDE, "bottom": y > 1 - _SIDE}[value]
+    return {"left": x, "right": 1 - x, "top": y, "bottom": 1 - y}[side]
 
 
-def _has(name: str, value: str) -> Callable[[Scene], list[int]]:
-    """A function that gives the objects of a scene with that value of an attribute, or of their position."""
-
-    def find(scene: Scene) -> list[int]:
-        if name == "position":
-            return [i for i, o in enumerate(scene.objects) if positioned(scene, o, value)]
+def _find(scene: Scene, name: str, value: str) -> list[int] | None:
+    """Objects with that value of an attribute, or at that side; None when an object's side is not clear."""
+    if name != "position":
         return [i for i, o in enumerate(scene.objects) if matches(attributes_of(o), {name: value})]
-
-    return find
+    distance = [_from_side(scene, o, value) for o in scene.objects]
+    return None if any(_SIDE <= d < _CLEAR for d in distance) else [i for i, d in enumerate(distance) if d < _SIDE]
 
 
 def _attribute_scene(rng: np.random.Generator, split: str, name: str, value: str, present: bool) -> Scene:
     """A scene with exactly one object of that attribute value, its focus, or with none."""
-    find = _has(name, value)
     wanted: list[Attributes] = [{name: value}] if present and name != "position" else []
 
     def accept(scene: Scene) -> bool:
-        found = find(scene)
-        if len(found) != int(present):
+        found = _find(scene, name, value)
+        if found is None or len(found) != int(present):
             return False
         scene.focus = found[0] if found else scene.focus
         return True

@@ -11,16 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vistallm.coinit.expressions import (
-    Expression,
-    article,
-    attributes_of,
-    describe,
-    expression_of,
-    grid_place,
-    plural,
-    unambiguous,
-)
+from vistallm.coinit import expressions as ex
+from vistallm.coinit.expressions import Expression, article, attributes_of
 from vistallm.coinit.mini_draft import Draft, Maker, absent, draw_pair, pick, point_of, referred, region_of, scene_with
 from vistallm.coinit.mini_layout import random_scene
 from vistallm.coinit.mini_scene import ATTRIBUTES, COLOURS, NOUN, SHAPES, Attributes, Scene
@@ -44,7 +36,7 @@ LETTERS = ("(A)", "(B)", "(C)", "(D)")
 def _caption(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     scene = random_scene(rng, split)
     order = sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].centre)
-    items = [article(f"{full_phrase(attributes_of(scene.objects[i]))} {grid_place(scene, i)}") for i in order]
+    items = [article(f"{full_phrase(attributes_of(scene.objects[i]))} {ex.grid_place(scene, i)}") for i in order]
     text = items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
     return [Draft("caption", [scene], {"caption": text[0].upper() + text[1:] + "."})]
 
@@ -59,8 +51,8 @@ def _reg(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     expression = None
     while expression is None:
         scene = random_scene(rng, split)
-        expression = describe(scene, scene.focus)
-    references = [f"the {other.phrase()}" for other, _ in unambiguous(scene, scene.focus)]
+        expression = ex.describe(scene, scene.focus)
+    references = [f"the {other.phrase()}" for other, _ in ex.unambiguous(scene, scene.focus)]
     fields, region = {"expr": f"the {expression.phrase()}"}, region_of(scene, scene.focus, "box")
     return [Draft("reg", [scene], fields, [region], {"references": references})]
 
@@ -118,10 +110,8 @@ def _many(task: str, kind: str) -> Maker:
             scene, expression = scene_with(rng, split, group, number), Expression.of(group)
             targets, quantity = expression.resolve(scene), "both" if number == 2 and rng.random() < 0.5 else "all"
             targets.sort(key=lambda i: scene.objects[i].centre)  # left to right: an order that can be learnt
-        fields = {
-            "expr": f"{quantity} {expression.phrase(many=quantity != 'the')}",
-            "targets": list(range(len(targets))),
-        }
+        phrase = expression.phrase(many=quantity != "the")
+        fields = {"expr": f"{quantity} {phrase}", "targets": list(range(len(targets)))}
         regions = [region_of(scene, target, kind, number) for number, target in enumerate(targets)]
         meta = {"targets": len(targets), "held_out": scene.held_out or expression.held_out}
         return [Draft(task, [scene], fields, regions, meta)]
@@ -176,15 +166,12 @@ def _vcr(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     seen = dict.fromkeys(getattr(o, name) for o in scene.objects)
     values = list(seen) + rng.permutation([v for v in ATTRIBUTES[name] if v not in seen]).tolist()
     options, letter = _options(rng, right, [value for value in values if value != right])
-    answer_draft = Draft(
-        "vcr", [scene], {"question": question, "options": options, "answer": letter}, meta={"mode": "q_a"}
-    )
+    fields = {"question": question, "options": options, "answer": letter}
+    answer_draft = Draft("vcr", [scene], fields, meta={"mode": "q_a"})
 
     other_size = {"large": "small", "small": "large"}[target["size"]]
-    wrong = [
-        dict(target, size=other_size),
-        *(attributes_of(o) for o in scene.objects),
-    ]  # false; true but beside the point
+    wrong = [dict(target, size=other_size)]  # false; then what is true but beside the point
+    wrong += [attributes_of(o) for o in scene.objects]
     while len({full_phrase(w) for w in wrong} - {full_phrase(target)}) < 3:
         colour, shape = pick(rng, tuple(COLOURS)), pick(rng, SHAPES)
         wrong.append(dict(target, **pick(rng, ({"colour": colour}, {"shape": shape}))))
@@ -193,7 +180,11 @@ def _vcr(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     reasons = [r for r in dict.fromkeys(full_phrase(w) for w in wrong) if r != full_phrase(target)]
     said = [QUESTIONS["reason"].format(article(reason)) for reason in (full_phrase(target), *reasons)]
     options, letter = _options(rng, said[0], said[1:])
-    fields = {"question": QUESTIONS["why"].format(question, right), "options": options, "answer": letter}
+    fields = {
+        "question": QUESTIONS["why"].format(question, article(right) if name == "shape" else right),
+        "options": options,
+        "answer": letter,
+    }
     return [answer_draft, Draft("vcr", [scene], fields, meta={"mode": "qa_r"})]
 
 
@@ -202,7 +193,7 @@ def _pope(rng: np.random.Generator, split: str, serial: int) -> list[Draft]:
     level = pick(rng, ("random", "hard"))
     if serial % 2 == 0:
         names = pick(rng, (("shape", "colour"), ("shape", "colour"), ("shape", "colour"), ("shape",), ("colour",)))
-        expression = expression_of(scene.objects[scene.focus], names)
+        expression = ex.expression_of(scene.objects[scene.focus], names)
     else:
         expression = absent(rng, split, scene, hard=level == "hard", placed=False)
     question = QUESTIONS["presence"].format(article(expression.phrase()))
@@ -229,5 +220,5 @@ SINGLE_WORDS = (
     *LETTERS,
     "the all both in middle top bottom and yes no 0 1 2 3 . ,",
     NOUN,
-    plural(NOUN),
+    ex.plural(NOUN),
 )
