@@ -1,0 +1,97 @@
+"""Numbers of a run -> inline SVG for the report: metrics.csv rows and per-sample scores in, SVG text out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+INK, SOFT, GRID = "#1d2330", "#6a7280", "#e4e7ec"
+LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c")
+Curve = tuple[np.ndarray, np.ndarray]  # x and y, both (n,) float64
+
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: smaller, and in the page's own font
+    "svg.hashsalt": "vistallm",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+}
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Return the columns of a metrics.csv, each (rows,) float64 with NaN for a blank cell; {} when there is no row."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = rows[0] if rows else {}
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+
+
+def curve(columns: Mapping[str, np.ndarray], name: str, points: int = 120) -> Curve | None:
+    """Return a column against the step, averaged in at most `points` runs of rows; None where it has no number."""
+    if name not in columns:
+        return None
+    filled = np.isfinite(columns[name])
+    if not filled.any():
+        return None
+    runs = np.array_split(np.flatnonzero(filled), min(points, int(filled.sum())))
+    return tuple(np.array([columns[key][run].mean() for run in runs]) for key in ("step", name))  # type: ignore[return-value]
+
+
+def line_plot(
+    curves: Mapping[str, Curve], x_label: str, y_label: str, *, log_y: bool = False, unit_square: bool = False
+) -> str:
+    """Draw named curves; with `unit_square` both axes run from 0 to 1."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        for colour, (name, (x, y)) in zip(LINES * 4, curves.items(), strict=False):
+            axes.plot(x, y, color=colour, linewidth=1.6, label=name)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if log_y and all((y > 0).all() for _, y in curves.values()):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
+        if unit_square:
+            axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        if len(curves) > 1:
+            axes.legend(fontsize=8, handlelength=1.4)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def sparkline(values: np.ndarray, width: int = 120, height: int = 30) -> str:
+    """Draw (n,) values as one small line without axes; its floor is 0."""
+    x = np.linspace(1, width - 1, len(values))
+    y = height - 2 - (height - 4) * values / max(float(values.max()), 1e-12)
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        f'<svg class="spark" viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">'
+        f'<polyline points="{points}"/></svg>'
+    )
+
+
+def precision_curve(scores: Sequence[float]) -> Curve:
+    """Return the share of samples whose score is at least t, for t = 0, 0.01, ..., 1."""
+    thresholds = np.linspace(0, 1, 101)
+    return thresholds, (np.asarray(scores, float)[None] >= thresholds[:, None]).mean(1)

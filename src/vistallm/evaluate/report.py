@@ -1,0 +1,237 @@
+"""Scores, predictions and a run's history -> report.html: one page that needs nothing beside itself.
+
+Images are data URIs, plots inline SVG, style and script inside the page, whose frame is `report.html`, `report.css` and
+`report.js` beside this module.
+"""
+
+from __future__ import annotations
+
+import html
+import string
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vistallm.coinit.tasks import TASKS
+from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
+from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
+from vistallm.evaluate.gallery import gallery
+from vistallm.evaluate.plots import Curve, curve, line_plot, precision_curve, read_columns, sparkline
+from vistallm.schema import Prediction
+
+TITLES = {
+    "caption": "Image captions",
+    "reg": "Region captions",
+    "vqa": "Questions (VQA)",
+    "rec": "Referring boxes (REC)",
+    "res": "Referring masks (RES)",
+    "grec": "Boxes: none, one or more (GREC)",
+    "gres": "Masks: none, one or more (GRES)",
+    "pointqa": "Questions at a point (PointQA)",
+    "boxqa": "Questions on a box (BoxQA)",
+    "v7w": "Pointing among boxes (Visual7W)",
+    "vcr": "Choice with reason (VCR)",
+    "pope": "Presence, yes or no (POPE)",
+    "nlvr2": "Statements on two images (NLVR2)",
+    "coseg": "Co-segmentation (CoSeg)",
+    "attcoseg": "Co-segmentation by attribute (AttCoSeg)",
+}
+_LEGEND = " ".join(
+    f'<span class="legend"><i class="key {key}-key"></i>{name}</span>'
+    for key, name in (("answer", "answer"), ("truth", "truth"), ("given", "given in the prompt"))
+)
+
+
+def write_report(
+    path: Path,
+    scores: Scores,
+    predictions: Sequence[Prediction],
+    images: Mapping[str, Sequence[np.ndarray]] | None = None,
+    *,
+    title: str = "VistaLLM evaluation",
+    history: Mapping[str, Path] | None = None,
+    run: Mapping[str, Any] | None = None,
+    config: str = "",
+) -> None:
+    """Write the report.
+
+    Args:
+        path: of the HTML file.
+        scores: from `benchmarks.score`, which has also filled the predictions' scores.
+        predictions: those that were scored.
+        images: prediction id -> its images, each (H, W, 3) uint8 RGB; predictions without any are drawn on a canvas.
+        title: heading.
+        history: label ("Stage 1") -> metrics.csv of the run that trained it; missing files are left out.
+        run: facts to list (seconds, samples per second, device, ...), by name.
+        config: the resolved configuration as text.
+    """
+    # Masks first: overlays are what a reader comes for.
+    kinds = ("mask", "box", "point", "text")
+    order = sorted(scores.values(), key=lambda one: kinds.index(TASKS[one.task].kind))
+    titles = {one.name: _title(one) for one in order}
+    groups = {one.name: [p for p in predictions if p.benchmark == one.name] for one in order}
+    has_paper = any(one.paper for one in order)
+    page = string.Template(_asset("report.html")).substitute(
+        title=html.escape(title),
+        css=_asset("report.css"),
+        js=_asset("report.js"),
+        summary=_summary(order),
+        paper_head="<th>Published</th>" * has_paper,
+        headlines="\n".join(_headline(one, has_paper) for one in order),
+        all_scores="\n".join(_all_scores(one) for one in order),
+        legend=_LEGEND,
+        task_options="".join(
+            f'<option value="{html.escape(name)}">{html.escape(titles[name])}</option>' for name in groups
+        ),
+        cards=gallery(groups, images, {one.name: _short(one) for one in order}),
+        analysis=_precision(order, groups) + _failures(order),
+        training=_training(history or {}),
+        facts="".join(f"<div><dt>{html.escape(k)}</dt><dd>{_fact(v)}</dd></div>" for k, v in (run or {}).items()),
+        config=html.escape(config),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _asset(name: str) -> str:
+    return resources.files("vistallm.evaluate").joinpath(name).read_text("utf-8")
+
+
+def _title(one: BenchmarkScores) -> str:
+    return TITLES.get(one.task, one.task) if one.name.startswith("mini_") else one.name
+
+
+def _short(one: BenchmarkScores) -> str:
+    """The part of the title in brackets, "RES", where there is one."""
+    return _title(one).rpartition("(")[2].rstrip(")")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _fact(value: Any) -> str:
+    return f"{value:,.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else html.escape(str(value))
+
+
+def _summary(order: Sequence[BenchmarkScores]) -> str:
+    samples = sum(one.n for one in order)
+    unread = sum(sum(one.failures.values()) for one in order)
+    share = 100 * unread / max(samples, 1)
+    return f"{samples:,} answers on {len(order)} benchmarks; {unread:,} ({share:.1f}%) could not be read."
+
+
+def _headline(one: BenchmarkScores, has_paper: bool) -> str:
+    name, value = one.headline, one.scores[one.headline]
+    ceiling = (one.ceiling or {}).get(name)
+    tick = "" if ceiling is None else f'<b style="left:{100 * min(ceiling, 1):.1f}%"></b>'
+    full = 10.0 if name == "cider" else 1.0  # a caption equal to its one reference has a CIDEr of 10
+    bar = f'<span class="bar"><i style="width:{100 * min(1, (value or 0) / full):.1f}%"></i>{tick}</span>'
+    paper = "; ".join(f"{row['scores'][name]:.1f} ({row['model']})" for row in one.paper if name in row["scores"])
+    cells = [
+        f'<td class="name">{html.escape(_title(one))}</td>',
+        f'<td class="metric">{html.escape(SCORE_NAMES[name])}</td>',
+        f'<td class="value"><strong>{_percent(value) or "–"}</strong>{bar}</td>',
+        _cell("Ceiling", _percent(ceiling)),
+        *(
+            _cell(label, _percent(_split(one, key, name)))
+            for label, key in (("Known pairs", "seen"), ("New pairs", "held_out"))
+        ),
+        *([_cell("Published", html.escape(paper))] if has_paper else []),
+        _cell("Samples", f"{one.n:,}"),
+        _cell("Unreadable", f"{100 * one.unreadable:.1f}%", bad=one.unreadable > 0.01),
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _cell(label: str, text: str, bad: bool = False) -> str:
+    return f'<td data-label="{label}"{" class=bad" * bad}>{text}</td>'
+
+
+def _split(one: BenchmarkScores, split: str, name: str) -> float | None:
+    return one.splits.get(split, {"scores": {}})["scores"].get(name)
+
+
+def _all_scores(one: BenchmarkScores) -> str:
+    rows = [f'<tr><th scope="rowgroup" colspan="5">{html.escape(_title(one))}</th></tr>']
+    for name, value in one.scores.items():
+        cells = (value, (one.ceiling or {}).get(name), _split(one, "seen", name), _split(one, "held_out", name))
+        values = "".join(f"<td>{_percent(cell)}</td>" for cell in cells)
+        rows.append(f"<tr><td>{html.escape(SCORE_NAMES[name])}</td>{values}</tr>")
+    return f"<tbody>{''.join(rows)}</tbody>"
+
+
+def _figure(caption: str, body: str) -> str:
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{body}</figure>"
+
+
+def _precision(order: Sequence[BenchmarkScores], groups: Mapping[str, Sequence[Prediction]]) -> str:
+    """Pr@ as a curve over all thresholds, of the mask tasks; samples without a target have no IoU and are left out."""
+    curves = {}
+    for one in order:
+        if FAMILIES[one.metric].masks and (
+            found := [p.score or 0.0 for p in groups[one.name] if p.target.get("regions")]
+        ):
+            curves[_short(one)] = precision_curve(found)
+    if not curves:
+        return ""
+    plot = line_plot(curves, "IoU threshold", "share of samples at or above", unit_square=True)
+    return _figure("Precision at every IoU threshold", plot)
+
+
+def _failures(order: Sequence[BenchmarkScores]) -> str:
+    reasons: dict[str, dict[str, int]] = {}
+    for one in order:
+        for reason, number in one.failures.items():
+            reasons.setdefault(reason, {})[_short(one)] = number
+    if not reasons:
+        return _figure("Unreadable answers", "<p class=note>None: every answer could be read.</p>")
+    ranked = sorted(reasons.items(), key=lambda item: -sum(item[1].values()))
+    most = sum(ranked[0][1].values())
+    rows = []
+    for reason, tasks in ranked:
+        total, detail = sum(tasks.values()), ", ".join(f"{task} {number}" for task, number in tasks.items())
+        rows.append(
+            f"<tr><td>{html.escape(reason)}<small>{html.escape(detail)}</small></td><td>{total}</td>"
+            f'<td><span class="bar"><i style="width:{100 * total / most:.0f}%"></i></span></td></tr>'
+        )
+    body = "".join(rows)
+    return _figure("Unreadable answers by reason", f'<table class="counts"><tbody>{body}</tbody></table>')
+
+
+def _training(history: Mapping[str, Path]) -> str:
+    parts = []
+    for label, path in history.items():
+        columns = read_columns(path)
+        if not columns:
+            continue
+        losses: dict[str, Curve | None] = {"training": curve(columns, "loss"), "validation": curve(columns, "val_loss")}
+        drawn = {name: line for name, line in losses.items() if line is not None}
+        plots = _figure("Loss", line_plot(drawn, "step", "loss per token", log_y=True)) if drawn else ""
+        if (rate := curve(columns, "lr")) is not None:
+            plots += _figure("Learning rate", line_plot({"learning rate": rate}, "step", "learning rate"))
+        parts.append(
+            f"<h3>{html.escape(label)}</h3>{_pace(columns)}<div class=plots>{plots}</div>{_task_losses(columns)}"
+        )
+    return f"<section id=training><h2>Training</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _pace(columns: Mapping[str, np.ndarray]) -> str:
+    seconds, samples = (float(np.nansum(columns.get(name, np.zeros(1)))) for name in ("seconds", "samples"))
+    if not seconds:
+        return ""
+    rate = f", {samples:,.0f} samples, {samples / seconds:,.0f} samples per second" if samples else ""
+    return f"<p class=note>{int(np.nanmax(columns['step'])):,} steps in {seconds / 60:,.1f} minutes{rate}.</p>"
+
+
+def _task_losses(columns: Mapping[str, np.ndarray]) -> str:
+    cells = []
+    for name in columns:
+        line = curve(columns, name, 40) if name.startswith("loss/") else None
+        if line is not None:
+            cells.append(
+                f"<div><span>{html.escape(name[5:])}</span><span>{line[1][-1]:.2f}</span>{sparkline(line[1])}</div>"
+            )
+    return f"<h4>Loss by task, with its last value</h4><div class=sparks>{''.join(cells)}</div>" if cells else ""

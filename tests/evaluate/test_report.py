@@ -1,0 +1,180 @@
+"""The report page: complete, self-contained, safe against what a model may write, and the same twice."""
+
+import doctest
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from vistallm.coinit.tasks import TASKS
+from vistallm.evaluate import benchmarks as B
+from vistallm.evaluate import gallery, plots
+from vistallm.evaluate.report import TITLES, write_report
+from vistallm.regions.codec import RegionCodec
+
+BENCHMARKS = B.load_benchmarks()
+VOID = {"meta", "input", "rect", "path", "circle", "image", "polyline", "use", "br", "line"}
+
+
+class Balance(HTMLParser):
+    """Collects cards, attributes that load something, and tags that are left open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.cards, self.loads = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.loads += [
+            attrs[name] for name in ("src", "href", "xlink:href", "srcset") if not attrs.get(name, "#").startswith("#")
+        ]
+        if attrs.get("class") == "card":
+            self.cards.append(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert tag in VOID or self.open.pop() == tag
+
+
+def parse(page):
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    return parser
+
+
+@pytest.fixture
+def metrics_csv(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = ["step,seconds,loss,lr,samples,val_loss,loss/res"]
+    rows += [f"{i},0.5,{3 / i},0.001,8,,{2 / i}" for i in range(1, 30)] + ["30,,,,,0.5,"]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def write(path, predictions, **options):
+    scores = B.score(predictions, BENCHMARKS, RegionCodec(num_bins=101, points=12))
+    write_report(path, scores, predictions, **options)
+    return path.read_text(encoding="utf-8"), scores
+
+
+def test_page_shows_every_task_and_loads_nothing(predictions, tmp_path, metrics_csv):
+    spoilt = next(p for p in predictions if p.task == "res")
+    spoilt.parsed, spoilt.failure, spoilt.text = None, "odd-count", "The mask is <m_st><bin_1><bin_2><bin_3>"
+    images = {p.id: [np.full((i["height"], i["width"], 3), 90, np.uint8) for i in p.images] for p in predictions}
+    page, scores = write(
+        tmp_path / "report.html",
+        predictions,
+        images=images,
+        history={"Stage 1": metrics_csv, "Stage 2": tmp_path / "absent.csv"},
+        run={"answers per second": 12.5},
+        config="seed: 7",
+    )
+    parser = parse(page)
+    assert all(load.startswith("data:image/jpeg;base64,") for load in parser.loads)
+    assert len(parser.loads) == sum(len(p.images) for p in predictions if p.id in page)
+    assert not re.search(r"@import|url\((?!#)|<link|\$[a-z_]+\b", page)
+    for name, one in scores.items():
+        assert TITLES[one.task] in page
+        assert {card["data-group"] for card in parser.cards if card["data-task"] == name} >= {"worst", "median", "best"}
+        assert f"<strong>{100 * one.scores[one.headline]:.1f}</strong>" in page
+        if one.ceiling:
+            assert f'<td data-label="Ceiling">{100 * one.ceiling[one.headline]:.1f}</td>' in page
+    assert [card["data-task"] for card in parser.cards if card["data-group"] == "unreadable"] == ["mini_res"]
+    for text in (
+        "odd-count",
+        "Stage 1",
+        "30 steps",
+        "12.5",
+        "seed: 7",
+        "10.0%",
+        "res</span>",
+    ):
+        assert text in page, text
+    assert "Stage 2" not in page
+
+
+def test_without_images_masks_are_drawn_on_a_canvas(predictions, tmp_path):
+    page, _ = write(tmp_path / "report.html", [p for p in predictions if p.task in ("res", "attcoseg")])
+    parser = parse(page)
+    assert parser.loads == []
+    assert page.count('class="canvas"') >= len(parser.cards)
+    assert 'class="answer"><path d="M' in page
+    assert "id=training" not in page
+
+
+def test_text_of_a_model_cannot_break_the_page(predictions, tmp_path):
+    nasty = '</dd><script>alert("x")</script>&amp; $css <m_st'
+    for prediction in predictions:
+        prediction.text = prediction.prompt = prediction.target["answer"] = nasty
+        prediction.id += '"><b>'
+    chosen = [p for p in predictions if TASKS[p.task].kind == "mask"]
+    page, _ = write(tmp_path / "report.html", chosen, title="<i>run</i>", config="<u>")
+    parse(page)
+    assert page.count("<script>") == 1
+    assert "<i>run" not in page
+    assert "<u>" not in page
+
+
+def test_same_input_same_page(predictions, tmp_path, metrics_csv):
+    pages = [
+        write(tmp_path / f"{name}.html", predictions, history={"Stage 1": metrics_csv})[0]
+        for name in ("first", "second")
+    ]
+    assert pages[0] == pages[1]
+
+
+def test_published_row_stands_beside_a_real_benchmark_only(predictions, tmp_path):
+    chosen = [p for p in predictions if p.task == "res"]
+    assert "Published" not in write(tmp_path / "a.html", chosen)[0]
+    row = B.PaperRow("VistaLLM-13B", "project page", {"miou": 77.2})
+    real = B.Benchmark("refcoco_val_res", "res", "coinit", "val", "refcoco", "mask", (row,))
+    for prediction in chosen:
+        prediction.benchmark = real.name
+    write_report(tmp_path / "b.html", B.score(chosen, {real.name: real}), chosen)
+    page = (tmp_path / "b.html").read_text()
+    assert "77.2 (VistaLLM-13B)" in page
+    assert "refcoco_val_res" in page
+
+
+def test_gallery_picks_worst_median_and_best(predictions):
+    for score, prediction in enumerate(predictions[:30]):
+        prediction.score = score / 30
+    predictions[5].parsed = None
+    picked = gallery.pick(predictions[:30], per_group=2)
+    assert [group for group, _ in picked] == ["unreadable"] + ["worst"] * 2 + ["median"] * 2 + ["best"] * 2
+    assert [round(30 * p.score) for _, p in picked] == [5, 0, 1, 14, 15, 29, 28]
+    few = gallery.pick(predictions[:3], per_group=2)
+    assert len({id(p) for _, p in few}) == len(few) == 3
+
+
+def test_every_task_has_a_title():
+    assert set(TITLES) >= set(TASKS)
+
+
+def test_short_text():
+    assert doctest.testmod(gallery).failed == 0
+    assert gallery.short_text("<m_st><bin_1><bin_2><bin_3><bin_4><bin_5><bin_6><m_ed>") == "<b>[mask, 3 points]</b>"
+    assert gallery.short_text("<m_st><m_ed>") == "<b>[mask, none]</b>"
+
+
+def test_precision_curve_equals_counting():
+    x, y = plots.precision_curve([0.0, 0.255, 1.0])
+    assert (y[0], y[25], y[26], y[100]) == (1, pytest.approx(2 / 3), pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert len(x) == 101
+
+
+def test_curve_averages_runs_of_rows_and_skips_blanks(metrics_csv):
+    columns = plots.read_columns(metrics_csv)
+    steps, loss = plots.curve(columns, "loss", points=10)
+    assert len(steps) == 10
+    assert loss[0] == pytest.approx(np.mean([3, 1.5, 1]))
+    assert plots.curve(columns, "val_loss")[1].tolist() == [0.5]
+    assert plots.curve(columns, "nothing") is None
