@@ -5,9 +5,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +93,17 @@ def encode_draft(draft: Draft, name: str, rng: np.random.Generator) -> tuple[Sam
     return Sample(name, draft.task, SOURCE, infos, fields=draft.fields, regions=draft.regions, meta=meta), files
 
 
-def _build_shard(job: tuple[Path, MiniRecipe, str, int, list[tuple[str, int]]]) -> tuple[str, Row]:
-    out, recipe, split, number, samples = job
-    cv2.setNumThreads(1)
-    return write_shard(out, split, number, (make_sample(recipe, split, task, serial) for task, serial in samples))
+def _build_part(out: Path, recipe: MiniRecipe, part: int = 0, parts: int = 1) -> dict[str, Row]:
+    """Write every `parts`-th shard of the recipe, from number `part`; returns their index rows by name."""
+    jobs = []
+    for split in SPLITS:
+        plan, size = recipe.plan(split), recipe.samples_per_shard if split == "train" else recipe.samples_per_shard // 2
+        jobs += [(split, i, plan[i * size : (i + 1) * size]) for i in range(-(-len(plan) // size))]
+    rows = {}
+    for split, number, samples in jobs[part::parts]:
+        name, row = write_shard(out, split, number, (make_sample(recipe, split, task, n) for task, n in samples))
+        rows[name] = row
+    return rows
 
 
 def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> dict[str, Any]:
@@ -110,17 +117,20 @@ def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **siz
     """
     recipe, out = MiniRecipe(seed=seed, **sizes), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for split in SPLITS:
-        plan, size = recipe.plan(split), recipe.samples_per_shard if split == "train" else recipe.samples_per_shard // 2
-        jobs += [(out, recipe, split, i, plan[i * size : (i + 1) * size]) for i in range(-(-len(plan) // size))]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    workers = workers or len(os.sched_getaffinity(0))
+    rows: dict[str, Row] = {}
     if workers == 1:
-        rows = [_build_shard(job) for job in jobs]
-    else:  # spawn: forking a process that holds torch's threads can hang
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            rows = pool.map(_build_shard, jobs, chunksize=1)
-    return write_index(out, dict(rows), source=SOURCE, recipe=recipe.digest(), seed=seed)
+        rows = _build_part(out, recipe)
+    else:
+        # Fresh interpreters, not multiprocessing: a fork can hang after torch has started threads, and a spawned
+        # child would import the caller's main script, torch and all, before its first sample.
+        command = [sys.executable, "-m", "vistallm.coinit.mini", str(out), json.dumps(vars(recipe))]
+        builders = [subprocess.Popen([*command, str(i), str(workers)], stdout=subprocess.PIPE) for i in range(workers)]
+        for text, builder in [(builder.communicate()[0], builder) for builder in builders]:
+            if builder.returncode != 0:
+                raise RuntimeError(f"building the mini set failed (exit {builder.returncode}): see the traceback above")
+            rows |= json.loads(text)
+    return write_index(out, rows, source=SOURCE, recipe=recipe.digest(), seed=seed)
 
 
 def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> Path:
@@ -160,3 +170,8 @@ def mini_words() -> list[str]:
     for mark in ".,?()":
         text = text.replace(mark, f" {mark} ")
     return sorted(set(text.replace("{}", " ").split()))
+
+
+if __name__ == "__main__":  # one of build_mini's processes
+    cv2.setNumThreads(1)
+    print(json.dumps(_build_part(Path(sys.argv[1]), MiniRecipe(**json.loads(sys.argv[2])), *map(int, sys.argv[3:]))))
