@@ -184,3 +184,9 @@ def test_errors_name_what_is_wrong(predictions, tmp_path):
     (tmp_path / "bad.yaml").write_text("x: {task: nope, data: mini, split: test}\ny: {task: res, colour: red}\n")
     with pytest.raises(ValueError, match=r"nope[\s\S]*y: unknown key\(s\) colour"):
         B.load_benchmarks(tmp_path / "bad.yaml")
+
+
+def test_a_target_with_polygons_too_is_still_its_full_mask():
+    predicted = mask_prediction("a", [(0, 0)], [(0, 0)], benchmark="mini_res")
+    predicted.target["regions"][0]["polygons"] = [square(6, 6).tolist()]
+    assert B.score([predicted], BENCHMARKS)["mini_res"].scores["miou"] == 1

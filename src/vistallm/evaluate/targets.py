@@ -59,12 +59,12 @@ def fact(prediction: Prediction, name: str, default: Any = None) -> Any:
 
 
 def region_rle(region: Region, height: int, width: int) -> Rle:
-    """Return a mask region as COCO RLE of (height, width): its polygons drawn, or its own RLE."""
-    if region.polygons is not None:
-        return polygons_to_rle(region.polygons, height, width)
-    if region.rle is None:
+    """Return a mask region as COCO RLE of (height, width): its own (a target's full mask), else its polygons drawn."""
+    if region.rle is not None:
+        return region.rle
+    if region.polygons is None:
         raise ValueError(f"expected a mask region with polygons or RLE, got {region}")
-    return region.rle
+    return polygons_to_rle(region.polygons, height, width)
 
 
 def image_masks(regions: list[Region], prediction: Prediction) -> list[Rle]:

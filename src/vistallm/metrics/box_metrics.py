@@ -9,10 +9,10 @@ import torch
 from torchmetrics import Metric
 
 from vistallm.metrics import functional
-from vistallm.metrics.mask_metrics import _add, _ratio, _start
+from vistallm.metrics.mask_metrics import RatioState
 
 
-class BoxAccuracy(Metric):
+class BoxAccuracy(RatioState, Metric):
     """P@0.5 of REC: share of the samples whose box has an IoU above `threshold` with the target's.
 
     >>> metric = BoxAccuracy()
@@ -24,20 +24,15 @@ class BoxAccuracy(Metric):
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
         self.threshold = threshold
-        _start(self, torch.int64)
 
     def update(self, predicted: Sequence[Sequence[float] | None], target: Sequence[Sequence[float]]) -> None:
         """Add N boxes (x0, y0, x1, y1), pixels of the original image, with their targets."""
         pairs = zip(predicted, target, strict=True)
         boxes = [(None if box is None else np.asarray(box), np.asarray(truth)) for box, truth in pairs]
-        _add(self, (sum(functional.box_hit(*pair, self.threshold) for pair in boxes), len(boxes)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add((sum(functional.box_hit(*pair, self.threshold) for pair in boxes), len(boxes)))
 
 
-class GeneralizedBoxPrecision(Metric):
+class GeneralizedBoxPrecision(RatioState, Metric):
     """Pr(F1=1, IoU>=0.5) of GREC: share of the samples whose set of boxes is exactly right.
 
     >>> metric = GeneralizedBoxPrecision()
@@ -51,7 +46,6 @@ class GeneralizedBoxPrecision(Metric):
         super().__init__()
         self.threshold = threshold
         self.generalized = generalized
-        _start(self, torch.int64)
 
     def update(self, predicted: Sequence[Sequence | None], target: Sequence[Sequence]) -> None:
         """Add N sets of boxes, each (n, 4) with n >= 0, with their N sets of targets."""
@@ -60,14 +54,10 @@ class GeneralizedBoxPrecision(Metric):
             for boxes, truth in zip(predicted, target, strict=True)
         ]
         right = sum(functional.matched_f1(*pair, self.threshold, self.generalized) == 1 for pair in pairs)
-        _add(self, (right, len(pairs)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add((right, len(pairs)))
 
 
-class AnswerAccuracy(Metric):
+class AnswerAccuracy(RatioState, Metric):
     """Mean of per-sample scores in [0, 1]: exact match, multiple choice, or VQAv2's soft accuracy.
 
     >>> metric = AnswerAccuracy()
@@ -76,14 +66,8 @@ class AnswerAccuracy(Metric):
     0.5
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        _start(self, torch.float64)
+    sum_dtype = torch.float64
 
     def update(self, scores: Sequence[float]) -> None:
         """Add N scores."""
-        _add(self, (float(sum(scores)), len(scores)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add((float(sum(scores)), len(scores)))

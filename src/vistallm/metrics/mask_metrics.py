@@ -1,7 +1,7 @@
 """torchmetrics classes for masks, boxes and presence: samples in, one ratio out, equal for any number of processes.
 
 Each class keeps two sums (int64 counts, float64 sums) that processes add; the definitions are in `functional.py`.
-`compute` returns float64 in [0, 1], NaN where no sample counts. A predicted item that is None is an unreadable answer.
+A predicted item that is None is an unreadable answer.
 """
 
 from __future__ import annotations
@@ -22,19 +22,29 @@ MaskLike = Rle | Sequence[np.ndarray] | None
 """A COCO RLE of the target's size, polygons (each (n, 2), original pixels; [] = no mask), or None (unreadable)."""
 
 
-def _start(metric: Metric, dtype: torch.dtype) -> None:
-    metric.add_state("numerator", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
-    metric.add_state("denominator", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+class RatioState:
+    """Mixin of the metrics here: two sums that processes add, and their ratio as the score."""
 
+    full_state_update: bool | None = False
+    higher_is_better: bool | None = True
+    sum_dtype = torch.int64
+    numerator: torch.Tensor
+    denominator: torch.Tensor
 
-# `Any`: the states are attributes that add_state makes, which Metric does not declare.
-def _add(metric: Any, sums: Sums) -> None:
-    metric.numerator += sums[0]
-    metric.denominator += sums[1]
+    def __init__(self) -> None:
+        super().__init__()
+        metric: Any = self
+        metric.add_state("numerator", torch.zeros((), dtype=self.sum_dtype), dist_reduce_fx="sum")
+        metric.add_state("denominator", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def add(self, sums: Sums) -> None:
+        """Add the sums of a batch."""
+        self.numerator += sums[0]
+        self.denominator += sums[1]
 
-def _ratio(metric: Any) -> torch.Tensor:
-    return metric.numerator.double() / metric.denominator.double()
+    def compute(self) -> torch.Tensor:
+        """Return the score, () float64 in [0, 1], NaN where no sample counts."""
+        return self.numerator.double() / self.denominator.double()
 
 
 def counts_of(predicted: Sequence[MaskLike], target: Sequence[Rle]) -> MaskCounts:
@@ -46,7 +56,7 @@ def counts_of(predicted: Sequence[MaskLike], target: Sequence[Rle]) -> MaskCount
     return functional.mask_counts(drawn, target)
 
 
-class CumulativeIoU(Metric):
+class CumulativeIoU(RatioState, Metric):
     """cIoU: sum of intersections over sum of unions; large objects weigh more.
 
     >>> square, half = ({"size": [2, 2], "counts": counts} for counts in ("04", "022"))
@@ -56,20 +66,12 @@ class CumulativeIoU(Metric):
     0.25
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        _start(self, torch.int64)
-
     def update(self, predicted: Sequence[MaskLike], target: Sequence[Rle]) -> None:
         """Add N predicted masks with their N targets."""
-        _add(self, functional.cumulative_iou(counts_of(predicted, target)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add(functional.cumulative_iou(counts_of(predicted, target)))
 
 
-class MeanSampleIoU(Metric):
+class MeanSampleIoU(RatioState, Metric):
     """mIoU: mean over samples of the sample's own IoU; every sample weighs the same.
 
     >>> square, half = ({"size": [2, 2], "counts": counts} for counts in ("04", "022"))
@@ -79,20 +81,14 @@ class MeanSampleIoU(Metric):
     0.75
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        _start(self, torch.float64)
+    sum_dtype = torch.float64
 
     def update(self, predicted: Sequence[MaskLike], target: Sequence[Rle]) -> None:
         """Add N predicted masks with their N targets."""
-        _add(self, functional.mean_sample_iou(counts_of(predicted, target)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add(functional.mean_sample_iou(counts_of(predicted, target)))
 
 
-class GeneralizedIoU(Metric):
+class GeneralizedIoU(RatioState, Metric):
     """gRefCOCO's gIoU: mean IoU where a right "no target" counts 1 and a wrong one 0.
 
     >>> square, empty = ({"size": [2, 2], "counts": counts} for counts in ("04", "4"))
@@ -102,20 +98,14 @@ class GeneralizedIoU(Metric):
     0.3333
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        _start(self, torch.float64)
+    sum_dtype = torch.float64
 
     def update(self, predicted: Sequence[MaskLike], target: Sequence[Rle]) -> None:
         """Add N predicted masks with their N targets; an empty target is an RLE without pixels."""
-        _add(self, functional.mean_sample_iou(counts_of(predicted, target)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add(functional.mean_sample_iou(counts_of(predicted, target)))
 
 
-class PrecisionAtIoU(Metric):
+class PrecisionAtIoU(RatioState, Metric):
     """Pr@: share of the samples with a target whose IoU is at least `threshold`.
 
     >>> square, half = ({"size": [2, 2], "counts": counts} for counts in ("04", "022"))
@@ -128,15 +118,10 @@ class PrecisionAtIoU(Metric):
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
         self.threshold = threshold
-        _start(self, torch.int64)
 
     def update(self, predicted: Sequence[MaskLike], target: Sequence[Rle]) -> None:
         """Add N predicted masks with their N targets."""
-        _add(self, functional.precision_at_iou(counts_of(predicted, target), self.threshold))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add(functional.precision_at_iou(counts_of(predicted, target), self.threshold))
 
 
 def _presence(predicted: Sequence[bool | None], target: Sequence[bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -147,7 +132,7 @@ def _presence(predicted: Sequence[bool | None], target: Sequence[bool]) -> tuple
     )
 
 
-class NoTargetAccuracy(Metric):
+class NoTargetAccuracy(RatioState, Metric):
     """N-acc: share of the samples without a target that are answered "none".
 
     >>> metric = NoTargetAccuracy()
@@ -156,20 +141,12 @@ class NoTargetAccuracy(Metric):
     0.3333
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        _start(self, torch.int64)
-
     def update(self, predicted_empty: Sequence[bool | None], target_empty: Sequence[bool]) -> None:
         """Add N answers: whether each names no region (None: unreadable), and whether its target is empty."""
-        _add(self, functional.no_target_accuracy(*_presence(predicted_empty, target_empty)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add(functional.no_target_accuracy(*_presence(predicted_empty, target_empty)))
 
 
-class TargetAccuracy(Metric):
+class TargetAccuracy(RatioState, Metric):
     """T-acc: share of the samples with a target that are answered with some region, right or not.
 
     >>> metric = TargetAccuracy()
@@ -178,14 +155,6 @@ class TargetAccuracy(Metric):
     0.3333
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        _start(self, torch.int64)
-
     def update(self, predicted_empty: Sequence[bool | None], target_empty: Sequence[bool]) -> None:
         """Add N answers: whether each names no region (None: unreadable), and whether its target is empty."""
-        _add(self, functional.target_accuracy(*_presence(predicted_empty, target_empty)))
-
-    def compute(self) -> torch.Tensor:
-        """Return the score, () float64."""
-        return _ratio(self)
+        self.add(functional.target_accuracy(*_presence(predicted_empty, target_empty)))
