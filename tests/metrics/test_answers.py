@@ -18,7 +18,9 @@ from vistallm.metrics import answers as A
         ("black/white", "black white"),
         ("None", "0"),
         ("isnt it", "isn't it"),
-        ("don't", "don t"),
+        ("don't", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("T-shirt!", "t shirt"),
     ],
 )
 def test_vqa_normal_form(text, expected):

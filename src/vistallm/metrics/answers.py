@@ -14,14 +14,13 @@ from importlib import resources
 import numpy as np
 from pycocoevalcap.cider.cider import Cider
 
-_PUNCTUATION = ";:/'[]\"()=+\\_><@`,?"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 _DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
-# The public table's other keys, with an apostrophe or a capital, can't match: both are gone before the look-up.
-_CONTRACTIONS = {
-    word.replace("'", ""): word
-    for word in resources.files("vistallm.metrics").joinpath("contractions.txt").read_text("utf-8").split()
-}
+# The public table maps a contraction that lacks one of its apostrophes to the whole; "somebody'd" is its own oddity.
+_WORDS = resources.files("vistallm.metrics").joinpath("contractions.txt").read_text("utf-8").split()
+_CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _WORDS for i, mark in enumerate(word) if mark == "'"}
+_CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
 def _strip_punctuation(text: str) -> str:
