@@ -27,8 +27,8 @@ from vistallm.coinit.mini_scene import ATTRIBUTES, Scene
 from vistallm.config import load_config
 from vistallm.data.sequence import PAD_COLOUR
 from vistallm.model.encoder import ImageEncoder
-from vistallm.train.strategy import attention_kernels
 from vistallm.regions.frame import Frame, square_resize
+from vistallm.train.strategy import attention_kernels
 
 COVER = 0.3  # a patch is labelled with the object that covers at least this share of it
 
@@ -56,7 +56,11 @@ class SceneStream(IterableDataset):
         x, y = np.floor(spots).astype(int).T
         inside = (x >= 0) & (y >= 0) & (x < frame.width) & (y < frame.height)
         stack = masks[:, y.clip(0, frame.height - 1), x.clip(0, frame.width - 1)] & inside
-        tiles = stack.reshape(len(stack), grid, patch, grid, patch).transpose(0, 1, 3, 2, 4).reshape(len(stack), -1, patch**2)
+        tiles = (
+            stack.reshape(len(stack), grid, patch, grid, patch)
+            .transpose(0, 1, 3, 2, 4)
+            .reshape(len(stack), -1, patch**2)
+        )
         cover = tiles.mean(-1)
         owner, on = cover.argmax(0), cover.max(0) >= COVER
         facts = [[names.index(getattr(o, key)) for key, names in ATTRIBUTES.items()] for o in scene.objects]
@@ -84,7 +88,10 @@ class Heads(nn.Module):
         loss = loss + F.binary_cross_entropy_with_logits(outline[on], pixels[on])
         distance = (box[on] - boxes[on]).abs().mean()
         loss = loss + 5 * distance
-        scores = {"box_error": distance.item(), "pixels": ((outline[on] > 0) == (pixels[on] > 0.5)).float().mean().item()}
+        scores = {
+            "box_error": distance.item(),
+            "pixels": ((outline[on] > 0) == (pixels[on] > 0.5)).float().mean().item(),
+        }
         for number, name in enumerate(ATTRIBUTES):
             loss = loss + 0.5 * F.cross_entropy(kinds[number][on], labels[..., number][on])
             scores[name] = (kinds[number][on].argmax(-1) == labels[..., number][on]).float().mean().item()
@@ -123,7 +130,10 @@ def main() -> None:
         if step % 100 == 0:
             told = " ".join(f"{key} {value:.3f}" for key, value in scores.items())
             seconds = time.monotonic() - start
-            print(f"step {step} seconds {seconds:.0f} images/s {(step + 1) * arguments.batch / seconds:.0f} loss {loss:.3f} {told}", flush=True)
+            print(
+                f"step {step} seconds {seconds:.0f} images/s {(step + 1) * arguments.batch / seconds:.0f} loss {loss:.3f} {told}",
+                flush=True,
+            )
             save(encoder, arguments.out)
     save(encoder, arguments.out)
 

@@ -84,6 +84,7 @@ class DataConfig:
     batch_size: int = 8  # samples per device and step
     workers: int = 2
     shuffle_buffer: int = 1000  # undecoded samples
+    pool_batches: int = 8  # batches filled together, by length
     max_length: int = 1024  # tokens of one sequence; longer ones are counted rejects
     max_reject_share: float = 0.01  # of the samples read; above it the run stops
     weights: dict[str, float] = field(default_factory=dict)  # task -> relative share of samples; absent tasks weigh 0
@@ -104,7 +105,9 @@ class TrainConfig:
     warmup: float = 0.03  # share of the steps
     final_lr: float = 0.0  # share of lr at the end of the cosine
     gradient_clip: float = 1.0  # global norm
-    bin_sigma: float = 0.0  # bins; > 0 spreads a coordinate's target over its neighbours as a Gaussian; 0 = cross-entropy
+    bin_sigma: float = (
+        0.0  # bins; > 0 spreads a coordinate's target over its neighbours as a Gaussian; 0 = cross-entropy
+    )
     activation_checkpointing: bool = False
 
 
@@ -187,7 +190,9 @@ def load_config(argv: list[str]) -> Config:
     layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], []
     stage = overrides.get("stage", str(layers[0].get("stage", 1)))
     for group in GROUPS:
-        chosen = overrides.pop(group, None) or layers[0].get(group, {"stage": 1, "model": "mini", "data": "mini"}[group])
+        chosen = overrides.pop(group, None) or layers[0].get(
+            group, {"stage": 1, "model": "mini", "data": "mini"}[group]
+        )
         if isinstance(chosen, DictConfig):
             raise ValueError(f"default.yaml: `{group}` must name a file of configs/{group}/, got a mapping")
         path = CONFIG_ROOT / group / f"{chosen}.yaml"

@@ -59,13 +59,15 @@ def data_root(config: Config) -> Path:
         return ensure_mini(MINI_ROOT)
     root = Path(config.data.root)
     if not (root / "index.json").is_file():
-        raise ValueError(f"data.root={root}: expected a shard folder with index.json, found none; run tools/build_coinit.py")
+        raise ValueError(
+            f"data.root={root}: expected a shard folder with index.json, found none; run tools/build_coinit.py"
+        )
     return root
 
 
 def split_shards(root: Path, split: str) -> list[Path]:
     """Return the shard files of a split in index order; raises ValueError when there is none or one is missing."""
-    names = [shard["name"] for shard in read_index(root)["shards"] if shard["split"] == split]
+    names = [name for name in read_index(root)["shards"] if name.startswith(f"{split}-")]
     if not names:
         raise ValueError(f"{root}: index.json lists no shard of split {split!r}; build it with tools/build_coinit.py")
     missing = [name for name in names if not (root / name).is_file()]
@@ -89,7 +91,9 @@ class CoinItDataModule(L.LightningDataModule):
         counts = self._task_counts("train")
         samples = sum(self.weights.get(task, 0.0) * n for task, n in counts.items())
         if samples < 1:
-            raise ValueError(f"{self.root}: no training sample of the tasks {', '.join(self.weights)}; has {dict(counts)}")
+            raise ValueError(
+                f"{self.root}: no training sample of the tasks {', '.join(self.weights)}; has {dict(counts)}"
+            )
         return max(1, int(samples / (self.config.data.batch_size * world_size * accumulate)))
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -109,6 +113,7 @@ class CoinItDataModule(L.LightningDataModule):
             world_size=trainer.world_size,
             workers=data.workers,
             done=self.batches_done,
+            pool=data.pool_batches,
         )
         return DataLoader(stream, batch_size=None, num_workers=data.workers, persistent_workers=data.workers > 0)
 
@@ -123,7 +128,10 @@ class CoinItDataModule(L.LightningDataModule):
         for task in self.weights:
             rows += evaluation_sequences(shards, self.builder, task, rejects, per_task)
         mine = rows[trainer.global_rank :: trainer.world_size][: len(rows) // trainer.world_size]
-        batches = [collate(mine[i : i + data.batch_size], self.builder.vocabulary) for i in range(0, len(mine), data.batch_size)]
+        batches = [
+            collate(mine[i : i + data.batch_size], self.builder.vocabulary)
+            for i in range(0, len(mine), data.batch_size)
+        ]
         return DataLoader(_Batches(batches), batch_size=None, num_workers=0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,8 +140,15 @@ class CoinItDataModule(L.LightningDataModule):
         assert trainer is not None
         # `ready` counts the batch that is being trained on, which is done by the time a checkpoint is written.
         done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        slots = {"world_size": trainer.world_size, "workers": self.config.data.workers}
-        return {"seed": self.config.seed, "batches_done": done, "batch_size": self.config.data.batch_size, **slots}
+        data = self.config.data
+        slots = {"world_size": trainer.world_size, "workers": data.workers}
+        return {
+            "seed": self.config.seed,
+            "batches_done": done,
+            "batch_size": data.batch_size,
+            "pool_batches": data.pool_batches,
+            **slots,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the place in the stream; raises ValueError when the layout of ranks and workers has changed."""
@@ -146,8 +161,8 @@ class CoinItDataModule(L.LightningDataModule):
 
     def _task_counts(self, split: str) -> dict[str, int]:
         counts: dict[str, int] = {}
-        for shard in read_index(self.root)["shards"]:
-            if shard["split"] == split:
+        for name, shard in read_index(self.root)["shards"].items():
+            if name.startswith(f"{split}-"):
                 for task, number in shard["tasks"].items():
                     counts[task] = counts.get(task, 0) + number
         return counts

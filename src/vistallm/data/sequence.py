@@ -18,7 +18,6 @@ from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame, square_resize
 from vistallm.schema import IGNORE_INDEX, Sample, Sequence
 
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in [0, 1]; OpenAI CLIP, as the authors' release uses
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(round(255 * value) for value in CLIP_MEAN)  # uint8 RGB: padding is zero after normalisation
@@ -81,7 +80,9 @@ class SequenceBuilder:
             raise SampleReject("empty-answer", f"{sample.id}: the answer {answer!r} has no token to supervise")
         input_ids = prompt_ids + answer_ids
         if len(input_ids) > self.max_length:
-            raise SampleReject("too-long", f"{sample.id}: {len(input_ids)} tokens, data.max_length is {self.max_length}")
+            raise SampleReject(
+                "too-long", f"{sample.id}: {len(input_ids)} tokens, data.max_length is {self.max_length}"
+            )
         labels = [IGNORE_INDEX] * len(prompt_ids) + answer_ids
         return Sequence(
             input_ids=torch.tensor(input_ids),
@@ -105,7 +106,9 @@ class SequenceBuilder:
             for number in part.objects:
                 found = [r for r in sample.regions if r.object == number and part.kind in (None, r.kind)]
                 if not found:
-                    raise ValueError(f"placeholder names object {number}, but the sample has no such {part.kind or 'region'}")
+                    raise ValueError(
+                        f"placeholder names object {number}, but the sample has no such {part.kind or 'region'}"
+                    )
                 chosen.append(found[0])
             written.append(self.codec.encode(chosen, frames, part.kind or chosen[0].kind))
         return "".join(written)

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def decode_sample(raw: RawSample) -> Sample:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is None or pixels.shape[:2] != (info.height, info.width):
             got = "nothing" if pixels is None else f"{pixels.shape[1]}x{pixels.shape[0]}"
-            raise SampleReject("bad-image", f"{key}.{info.file}: expected {info.width}x{info.height} pixels, decoded {got}")
+            raise SampleReject(
+                "bad-image", f"{key}.{info.file}: expected {info.width}x{info.height} pixels, decoded {got}"
+            )
         sample.pixels.append(pixels)
     return sample
 
@@ -67,7 +70,12 @@ class RejectLog:
         """Record one reject; raises ValueError above `max_share` of the samples read."""
         self.counts[reject.reason] = self.counts.get(reject.reason, 0) + 1
         if self.path is not None:
-            line = {"shard": raw.get("__url__"), "key": raw.get("__key__"), "reason": reject.reason, "error": str(reject)}
+            line = {
+                "shard": raw.get("__url__"),
+                "key": raw.get("__key__"),
+                "reason": reject.reason,
+                "error": str(reject),
+            }
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         total = sum(self.counts.values())
@@ -85,6 +93,7 @@ class TrainStream(IterableDataset):
         shards: all shard paths of the split, in index order.
         weights: task -> how often each of its samples is met per epoch (1 = once, 0.5 = every second one, 2 = twice).
         done: batches that this rank has already trained on: they are skipped without decoding an image.
+        pool: batches that are filled together, so that sequences of like length share one.
     """
 
     def __init__(
@@ -101,6 +110,7 @@ class TrainStream(IterableDataset):
         world_size: int = 1,
         workers: int = 0,
         done: int = 0,
+        pool: int = 1,
     ) -> None:
         super().__init__()
         slots = world_size * max(workers, 1)
@@ -111,30 +121,48 @@ class TrainStream(IterableDataset):
             )
         self.shards, self.builder, self.weights, self.rejects = shards, builder, weights, rejects
         self.batch_size, self.buffer, self.seed = batch_size, buffer, seed
-        self.rank, self.world_size, self.workers, self.done = rank, world_size, max(workers, 1), done
+        self.rank, self.world_size, self.workers = rank, world_size, max(workers, 1)
+        self.done, self.pool = done, pool
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         # The loader asks its workers in turn, from 0: after `done` batches the turn belongs to worker done % workers.
         lane = (worker + self.done) % self.workers
-        skip = (self.done - lane + self.workers - 1) // self.workers
+        pools, skip = divmod((self.done - lane + self.workers - 1) // self.workers, self.pool)
         slot = self.rank * self.workers + lane
+        size = self.pool * self.batch_size
+        samples = self._raw(slot, pools * size)
+        while True:
+            raws = list(islice(samples, size))
+            yield from self._pool_batches(raws, f"{self.seed}-{slot}-{pools}")[skip:]
+            pools, skip = pools + 1, 0
+
+    def _pool_batches(self, raws: list[RawSample], seed: str) -> list[Batch]:
+        """Build one pool: sequences of like length share a batch, and the batches are shuffled.
+
+        A pool is a fixed number of samples READ and of batches made, whatever is rejected (batches then are a little
+        smaller), so that the place in the stream is known from the number of batches alone.
+        """
         rows: list[Sequence] = []
-        for raw in self._raw(slot, skip * self.batch_size):
+        for raw in raws:
             self.rejects.read += 1
             rng = random.Random(f"{self.seed}-{raw['__key__']}-{raw['__epoch__']}-{raw['__copy__']}")
             try:
                 rows.append(self.builder.build(decode_sample(raw), rng))
             except SampleReject as reject:
                 self.rejects.add(raw, reject)
-                continue
-            if len(rows) == self.batch_size:
-                yield collate(rows, self.builder.vocabulary)
-                rows = []
+        if len(rows) < self.pool:
+            raise ValueError(
+                f"{len(rows)} of {len(raws)} samples are usable {self.rejects.counts}; see {self.rejects.path}"
+            )
+        rows.sort(key=lambda sequence: len(sequence.input_ids))
+        edges = [round(i * len(rows) / self.pool) for i in range(self.pool + 1)]
+        order = random.Random(seed).sample(range(self.pool), self.pool)
+        return [collate(rows[edges[i] : edges[i + 1]], self.builder.vocabulary) for i in order]
 
     def _raw(self, slot: int, skip: int) -> Iterator[RawSample]:
-        """Shuffled raw samples of all epochs, the first `skip` left out (rejects among them count as trained on)."""
+        """Shuffled raw samples of all epochs, the first `skip` left out."""
         epoch = 0
         while True:
             rng = random.Random(f"{self.seed}-{epoch}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import open_clip
@@ -20,11 +21,15 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         if config.name not in open_clip.list_models():
-            raise ValueError(f"model.encoder.name={config.name}: open_clip has no such model; see open_clip.list_models()")
+            raise ValueError(
+                f"model.encoder.name={config.name}: open_clip has no such model; see open_clip.list_models()"
+            )
         size = config.image_size
         is_file = config.weights is not None and Path(config.weights).suffix == ".safetensors"
         pretrained = None if is_file else config.weights
+        logging.getLogger().addFilter(_is_not_about_random_weights)
         self.visual = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size).visual
+        logging.getLogger().removeFilter(_is_not_about_random_weights)
         if is_file:
             load_visual(self.visual, Path(str(config.weights)))
         self.layer, self.image_size = config.layer, size
@@ -49,14 +54,23 @@ class ImageEncoder(nn.Module):
         return self.layer % len(blocks)
 
 
+def _is_not_about_random_weights(record: logging.LogRecord) -> bool:
+    """open_clip warns of random weights, but ours come from a file or a checkpoint a moment later."""
+    return "No pretrained weights loaded" not in record.getMessage()
+
+
 def load_visual(visual: nn.Module, path: Path) -> None:
     """Load a safetensors file into a vision tower; raises ValueError unless names and shapes match exactly."""
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise ValueError(f"model.encoder.weights={path}: no such file; give a .safetensors file, an open_clip tag or null")
+        raise ValueError(
+            f"model.encoder.weights={path}: no such file; give a .safetensors file, an open_clip tag or null"
+        )
     state, own = load_file(path), visual.state_dict()
     wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} keys missing, unexpected or of another shape, first: {sorted(wrong)[:3]}")
+        raise ValueError(
+            f"{path}: {len(wrong)} keys missing, unexpected or of another shape, first: {sorted(wrong)[:3]}"
+        )
     visual.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})

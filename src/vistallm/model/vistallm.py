@@ -50,7 +50,10 @@ class VistaLLM(nn.Module):
         )
         words = tokenizer.qformer.get_input_embeddings().weight
         initialise_new_rows(
-            words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, torch.as_tensor(vocabulary.bin_values)
+            words,
+            vocabulary.instruction_first_new,
+            vocabulary.instruction_bin_ids,
+            torch.as_tensor(vocabulary.bin_values),
         )
         self.tokenizer = tokenizer
         if config.train.decoder == "lora":
@@ -72,7 +75,9 @@ class VistaLLM(nn.Module):
         image_tokens = self.image_tokens(batch).to(embeddings.dtype)
         expected = slots.sum().item()
         if expected != image_tokens.shape[0] * image_tokens.shape[1]:
-            raise ValueError(f"batch: {expected} image slots, but {tuple(image_tokens.shape[:2])} image tokens; rebuild it")
+            raise ValueError(
+                f"batch: {expected} image slots, but {tuple(image_tokens.shape[:2])} image tokens; rebuild it"
+            )
         return embeddings.masked_scatter(slots, image_tokens)
 
     def forward(self, batch: Batch) -> Output:

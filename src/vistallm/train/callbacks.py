@@ -14,7 +14,20 @@ from vistallm.coinit.tasks import TASKS
 from vistallm.train.module import VistaModule
 
 COLUMNS = [
-    *("step", "seconds", "wait", "loss", "accuracy", "lr", "grad_norm", "samples", "tokens", "padding", "val_loss", "val_accuracy"),
+    *(
+        "step",
+        "seconds",
+        "wait",
+        "loss",
+        "accuracy",
+        "lr",
+        "grad_norm",
+        "samples",
+        "tokens",
+        "padding",
+        "val_loss",
+        "val_accuracy",
+    ),
     *(f"loss/{task}" for task in TASKS),
 ]
 
@@ -47,18 +60,26 @@ class MetricsFile(Callback):
         """Start the clock of the first step."""
         self._clock = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """The loader has delivered."""
         self._ready = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Write a row when an optimizer step has ended."""
         assert isinstance(pl_module, VistaModule)
         if trainer.global_step == self._step:
             return
         now = time.perf_counter()
         self._step = trainer.global_step
-        facts = {"step": self._step, "seconds": round(now - self._clock, 5), "wait": round(self._ready - self._clock, 5)}
+        facts = {
+            "step": self._step,
+            "seconds": round(now - self._clock, 5),
+            "wait": round(self._ready - self._clock, 5),
+        }
         row = facts | {key: round(value, 6) if key != "lr" else value for key, value in pl_module.report.items()}
         self._clock = now
         self._write(trainer, row)
@@ -79,6 +100,19 @@ class MetricsFile(Callback):
             csv.DictWriter(file, COLUMNS).writerow(row)
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+class FinalCheckpoint(Callback):
+    """Saves `step-<n>.ckpt` when training ends, whatever `checkpoint.every_n_steps` is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save unless the periodic checkpoint of this very step is there."""
+        path = self.folder / f"step-{trainer.global_step:06d}.ckpt"
+        if not path.exists():
+            trainer.save_checkpoint(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

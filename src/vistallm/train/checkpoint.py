@@ -54,10 +54,16 @@ def load_weights(model: VistaLLM, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
     state = {key.removeprefix("model."): value for key, value in state.items()}
     own = model.state_dict()
-    shapes = [f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here" for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
     if shapes or missing or unexpected:
         first = (shapes or [f"missing {k}" for k in missing] or [f"unexpected {k}" for k in unexpected])[0]

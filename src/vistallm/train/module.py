@@ -34,7 +34,9 @@ class VistaModule(L.LightningModule):
         """Shard the model when the strategy brings a device mesh (FSDP2)."""
         mesh = getattr(self, "device_mesh", None)
         if mesh is not None:
-            shard(self.model, mesh["data_parallel"], torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
+            shard(
+                self.model, mesh["data_parallel"], torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with warm-up and cosine, stepped per optimizer step."""
@@ -68,7 +70,9 @@ class VistaModule(L.LightningModule):
         self.log("val_loss", output.loss, batch_size=size, sync_dist=True, prog_bar=True)
         self.log("val_accuracy", output.correct.float().mean(), batch_size=size, sync_dist=True, prog_bar=True)
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         """Clip by the global norm over all ranks and remember it."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = self.config.train.gradient_clip

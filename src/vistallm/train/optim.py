@@ -30,7 +30,9 @@ def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, 
     rows = []
     for name, state in said.items():
         parameters = list(getattr(model, name).parameters())
-        rows.append((name, state, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)))
+        rows.append(
+            (name, state, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+        )
     return rows
 
 
@@ -50,7 +52,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
     if not groups:
-        raise ValueError("nothing to train: expected train.encoder, train.tokenizer or train.decoder to be trained, got none")
+        raise ValueError(
+            "nothing to train: expected train.encoder, train.tokenizer or train.decoder to be trained, got none"
+        )
     settings = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
     optimizer = AdamW(settings, betas=(config.betas[0], config.betas[1]), fused=True)
     warmup = max(1, round(config.warmup * steps))

@@ -16,7 +16,7 @@ from vistallm.config import Config, save_config
 from vistallm.data.datamodule import CoinItDataModule, build_codec, data_root
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.vistallm import VistaLLM
-from vistallm.train.callbacks import MetricsFile
+from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
 from vistallm.train.checkpoint import find_checkpoint, load_weights, resume_path
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import set_trainable
@@ -29,7 +29,9 @@ def train(config: Config) -> Path:
     """Run one stage and return its run folder; raises ValueError for anything wrong in config, data or checkpoint."""
     taken = sorted(set(config.trainer) & set(OWN_TRAINER_KEYS))
     if taken:
-        raise ValueError(f"trainer.{taken[0]}: set by this project; use the key of its own (strategy, precision, train.*)")
+        raise ValueError(
+            f"trainer.{taken[0]}: set by this project; use the key of its own (strategy, precision, train.*)"
+        )
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     root, run_dir = data_root(config), Path(str(config.run_dir))
@@ -54,7 +56,9 @@ def train(config: Config) -> Path:
 def build(config: Config, root: Path) -> tuple[VistaModule, CoinItDataModule]:
     """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
     start = find_checkpoint(config.ckpt) if config.ckpt else None
-    vocabulary = Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, build_codec(config))
+    vocabulary = (
+        Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, build_codec(config))
+    )
     data = CoinItDataModule(config, vocabulary, root)
     steps = _steps(config, data)
     model = VistaLLM(config, vocabulary)
@@ -77,9 +81,13 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
         save_top_k=config.checkpoint.keep,
         monitor="step",
         mode="max",
-        save_on_train_epoch_end=True,
     )
-    arguments: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "check_val_every_n_epoch": None, "enable_model_summary": False}
+    arguments: dict[str, Any] = {
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "check_val_every_n_epoch": None,
+        "enable_model_summary": False,
+    }
     if config.strategy == "single":
         arguments["devices"] = 1
     arguments |= config.trainer
@@ -91,7 +99,7 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
         precision=resolve_precision(config),
         default_root_dir=run_dir,
         logger=_loggers(config, run_dir),
-        callbacks=[checkpoints, MetricsFile(run_dir / "metrics.csv")],
+        callbacks=[checkpoints, MetricsFile(run_dir / "metrics.csv"), FinalCheckpoint(run_dir / "checkpoints")],
     )
 
 
@@ -100,6 +108,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*transfer_batch_to_device.*")
 
 
 def _steps(config: Config, data: CoinItDataModule) -> int:

@@ -1,0 +1,126 @@
+"""Answer one prompt on given images: `python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--save overlay.png]`.
+
+Regions in the prompt are written in pixels of the image: `{box:x0,y0,x1,y1}` or `{point:x,y}`, with `@k` for image k
+(`{point:40,60@2}`). The overlay shows masks, boxes and points of the answer, the images side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from vistallm.data.datamodule import build_sequencer
+from vistallm.evaluate.generate import answer_texts
+from vistallm.regions.codec import RegionParseError
+from vistallm.regions.masks import polygons_to_mask
+from vistallm.schema import ImageInfo, Parsed, Region, Sample
+from vistallm.train.checkpoint import load_run
+from vistallm.train.run import quiet
+
+COLOURS = ((255, 64, 64), (64, 128, 255), (48, 176, 96), (240, 160, 32))
+_GIVEN = re.compile(r"\{(box|point):([-\d.,\s]+)(?:@(\d+))?\}")
+
+
+def read_images(paths: list[str]) -> list[np.ndarray]:
+    """Read images as (H, W, 3) uint8 RGB; raises ValueError for a missing or unreadable file."""
+    if not paths:
+        raise ValueError("--image: expected at least one image, got none")
+    images = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"--image {path}: no such file")
+        image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
+        if image is None:
+            raise ValueError(f"--image {path}: not an image that OpenCV can read")
+        images.append(image)
+    return images
+
+
+def make_sample(images: list[np.ndarray], prompt: str) -> Sample:
+    """Turn a prompt and its images into a sample; regions of the prompt become region placeholders."""
+    regions: list[Region] = []
+
+    def write(match: re.Match[str]) -> str:
+        values, image = tuple(float(v) for v in match[2].split(",")), int(match[3] or 1) - 1
+        if len(values) != (4 if match[1] == "box" else 2) or not 0 <= image < len(images):
+            raise ValueError(f"--prompt {match[0]}: expected {{box:x0,y0,x1,y1}} or {{point:x,y}}, with @k for image k")
+        regions.append(Region.from_json({"image": image, "kind": match[1], "object": len(regions), match[1]: values}))
+        return f"{{regions:{len(regions) - 1}}}"
+
+    text = _GIVEN.sub(write, prompt)
+    infos = [ImageInfo(f"{i}.png", image.shape[1], image.shape[0]) for i, image in enumerate(images)]
+    return Sample("prompt", "vqa", "user", infos, instruction=text, answer="?", regions=regions, pixels=images)
+
+
+def overlay(images: list[np.ndarray], parsed: Parsed | None) -> np.ndarray:
+    """Draw the answer's regions: images (H, W, 3) uint8 RGB scaled to one height of at least 240 pixels, side by side."""
+    height = max(240, *(image.shape[0] for image in images))
+    panels = []
+    for index, image in enumerate(images):
+        scale = height / image.shape[0]
+        panel = cv2.resize(image, (round(image.shape[1] * scale), height), interpolation=cv2.INTER_CUBIC)
+        regions = [] if parsed is None else [r for r in parsed.regions if r.image == index]
+        for number, region in enumerate(regions):
+            draw(panel, region, scale, COLOURS[number % len(COLOURS)])
+        panels.append(
+            cv2.copyMakeBorder(
+                panel, 0, 0, 0, 8 if index + 1 < len(images) else 0, cv2.BORDER_CONSTANT, value=(255,) * 3
+            )
+        )
+    return np.concatenate(panels, axis=1)
+
+
+def draw(panel: np.ndarray, region: Region, scale: float, colour: tuple[int, ...]) -> None:
+    """Draw one region in place."""
+    if region.polygons:
+        parts = [polygon * scale for polygon in region.polygons]
+        mask = polygons_to_mask(parts, *panel.shape[:2])
+        panel[mask] = (0.55 * panel[mask] + 0.45 * np.array(colour)).astype(np.uint8)
+        cv2.polylines(panel, [np.round(part).astype(np.int32) for part in parts], True, colour, 2, cv2.LINE_AA)
+    if region.kind == "box" and region.box is not None:
+        x0, y0, x1, y1 = (round(v * scale) for v in region.box)
+        cv2.rectangle(panel, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
+    if region.kind == "point" and region.point is not None:
+        cv2.circle(panel, (round(region.point[0] * scale), round(region.point[1] * scale)), 5, colour, -1, cv2.LINE_AA)
+
+
+def main(argv: list[str]) -> None:
+    """Print the answer and its regions as JSON; save the overlay."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
+    parser.add_argument("--image", nargs="+", default=[], help="one or several images")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--save", type=Path, help="write the overlay here")
+    arguments = parser.parse_args(argv)
+    quiet()
+    sample = make_sample(read_images(arguments.image), arguments.prompt)
+    model, config, _ = load_run(arguments.ckpt)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    builder = build_sequencer(config, model.vocabulary)
+    sequence = builder.build(sample)
+    text = answer_texts(model, [sequence], config.decode.max_new_tokens)[0][0]
+    print(text)
+    parsed = None
+    try:
+        parsed = builder.codec.decode(text, sequence.frames)
+        print(json.dumps(parsed.to_json()))
+    except RegionParseError as error:
+        print(f"the regions of this answer can't be read: {error}", file=sys.stderr)
+    if arguments.save:
+        if not cv2.imwrite(str(arguments.save), overlay(sample.pixels or [], parsed)[:, :, ::-1]):
+            raise ValueError(f"--save {arguments.save}: could not write; use a .png or .jpg name in an existing folder")
+        print(f"overlay: {arguments.save}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"predict.py: {error}")

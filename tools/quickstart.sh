@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Fresh machine -> environment, mini CoinIt, stage 1, stage 2, evaluation, runs/quickstart/report.html.
+# Extra arguments are key=value overrides for both training stages: `bash tools/quickstart.sh trainer.max_steps=50`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+start=$SECONDS
+source tools/environment.sh
+
+run=runs/quickstart
+echo "== 1/4 mini CoinIt"
+python tools/build_coinit.py mini --out data/mini
+echo "== 2/4 stage 1: single-image data ($((SECONDS - start)) s so far)"
+python train.py stage=1 run_dir=$run/stage1 "$@"
+echo "== 3/4 stage 2: multi-image data ($((SECONDS - start)) s so far)"
+python train.py stage=2 ckpt=$run/stage1 run_dir=$run/stage2 "$@"
+echo "== 4/4 evaluation on the mini test split ($((SECONDS - start)) s so far)"
+python eval.py ckpt=$run/stage2 run_dir=$run
+echo "quickstart took $((SECONDS - start)) s; open $run/report.html"
