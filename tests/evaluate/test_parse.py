@@ -1,5 +1,7 @@
 """Answers of every task: perfect ones are read back, spoilt ones are refused with their reason."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -95,6 +97,17 @@ def test_several_images():
     assert read(f"image 3: {MASK}", "coseg", frames)[1] == "bad-image"
     parsed, _ = read(f"The images are 1 and 2. image 1: {MASK} image 2: {MASK}", "attcoseg", frames)
     assert [region.image for region in parsed.regions] == [0, 1]
+
+
+def test_spaces_that_a_tokenizer_adds_change_nothing(predictions, codec):
+    for prediction in predictions:
+        frames = [Frame(i["width"], i["height"], 112) for i in prediction.images]
+        spaced = re.sub(r"([.,:()]|<[^>]+>)", r" \1 ", prediction.text)
+        parsed, failure = read_answer(spaced, frames, codec, TASKS[prediction.task])
+        assert failure is None, spaced
+        assert [r.to_json() for r in parsed.regions] == [r.to_json() for r in prediction.parsed.regions]
+        if prediction.task not in ("caption", "reg") and parsed.kind == "text":
+            assert parsed.answer == prediction.parsed.answer
 
 
 def test_an_empty_pair_says_no_target():
