@@ -1,4 +1,6 @@
-"""Answer one prompt on given images: `python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--save overlay.png]`.
+"""Answer one prompt on given images.
+
+    python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--save overlay.png]
 
 Regions in the prompt are written in pixels of the image: `{box:x0,y0,x1,y1}` or `{point:x,y}`, with `@k` for image k
 (`{point:40,60@2}`). The overlay shows masks, boxes and points of the answer, the images side by side.
@@ -60,7 +62,7 @@ def make_sample(images: list[np.ndarray], prompt: str) -> Sample:
 
 
 def overlay(images: list[np.ndarray], parsed: Parsed | None) -> np.ndarray:
-    """Draw the answer's regions: images (H, W, 3) uint8 RGB scaled to one height of at least 240 pixels, side by side."""
+    """Draw the answer's regions on images (H, W, 3) uint8 RGB, scaled to one height >= 240 pixels, side by side."""
     height = max(240, *(image.shape[0] for image in images))
     panels = []
     for index, image in enumerate(images):

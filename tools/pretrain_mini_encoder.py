@@ -130,10 +130,8 @@ def main() -> None:
         if step % 100 == 0:
             told = " ".join(f"{key} {value:.3f}" for key, value in scores.items())
             seconds = time.monotonic() - start
-            print(
-                f"step {step} seconds {seconds:.0f} images/s {(step + 1) * arguments.batch / seconds:.0f} loss {loss:.3f} {told}",
-                flush=True,
-            )
+            pace = (step + 1) * arguments.batch / seconds
+            print(f"step {step} seconds {seconds:.0f} images/s {pace:.0f} loss {loss:.3f} {told}", flush=True)
             save(encoder, arguments.out)
     save(encoder, arguments.out)
 

@@ -105,9 +105,7 @@ class TrainConfig:
     warmup: float = 0.03  # share of the steps
     final_lr: float = 0.0  # share of lr at the end of the cosine
     gradient_clip: float = 1.0  # global norm
-    bin_sigma: float = (
-        0.0  # bins; > 0 spreads a coordinate's target over its neighbours as a Gaussian; 0 = cross-entropy
-    )
+    bin_sigma: float = 0.0  # bins; > 0 spreads a coordinate's target over its neighbours (Gaussian); 0 = cross-entropy
     activation_checkpointing: bool = False
 
 
@@ -187,7 +185,7 @@ def load_config(argv: list[str]) -> Config:
     """
     overrides = _split_words(argv)
     schema = OmegaConf.structured(Config)
-    layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], []
+    layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], list[str]()
     stage = overrides.get("stage", str(layers[0].get("stage", 1)))
     for group in GROUPS:
         chosen = overrides.pop(group, None) or layers[0].get(
@@ -201,7 +199,7 @@ def load_config(argv: list[str]) -> Config:
             problems.append(f"{group}={chosen}: no such {group}; choose one of {names}")
             continue
         layers.append(_for_stage(_read_yaml(path), stage))
-    base = {key: value for key, value in layers[0].items() if key not in GROUPS}
+    base: dict[Any, Any] = {key: value for key, value in layers[0].items() if key not in GROUPS}
     merged = OmegaConf.merge(base, *layers[1:], {"stage": int(stage) if stage.isdigit() else stage})
     for key, value in overrides.items():
         OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
@@ -217,7 +215,7 @@ def config_from_file(path: Path) -> Config:
 
 def apply_overrides(config: Config, argv: list[str], skip: tuple[str, ...] = ()) -> Config:
     """Return `config` with `key=value` words on top (without the keys in `skip`)."""
-    merged = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config)))
+    merged = DictConfig(OmegaConf.to_container(OmegaConf.structured(config)))
     for key, value in _split_words(argv).items():
         if key not in skip:
             OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
@@ -248,14 +246,14 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _for_stage(group: DictConfig, stage: str) -> DictConfig:
-    plain = OmegaConf.masked_copy(group, [k for k in group if not re.fullmatch(r"stage_\d+", str(k))])
+    plain = OmegaConf.masked_copy(group, [str(k) for k in group if not re.fullmatch(r"stage_\d+", str(k))])
     merged = OmegaConf.merge(plain, group.get(f"stage_{stage}") or {})
     assert isinstance(merged, DictConfig)
     return merged
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         name = f"{prefix}{key}"
         value = node._get_node(key)
         if isinstance(value, DictConfig) and name not in OPEN_KEYS and not value._is_none():

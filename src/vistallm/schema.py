@@ -135,7 +135,9 @@ class Sample:
     def from_json(cls, record: dict[str, Any]) -> Sample:
         """Read a shard's JSON record; raises ValueError naming the field that is missing or wrong."""
         if record.get("version") != SCHEMA_VERSION:
-            raise ValueError(f"sample version: expected {SCHEMA_VERSION}, got {record.get('version')!r}; rebuild the shards")
+            raise ValueError(
+                f"sample version: expected {SCHEMA_VERSION}, got {record.get('version')!r}; rebuild the shards"
+            )
         missing = [key for key in ("id", "task", "source", "images") if key not in record]
         if missing:
             raise ValueError(f"sample: missing field(s) {', '.join(missing)}; got {', '.join(record)}")
@@ -145,7 +147,9 @@ class Sample:
         regions = [Region.from_json(r) for r in record.get("regions", [])]
         outside = [r.image for r in regions if not 0 <= r.image < len(images)]
         if outside:
-            raise ValueError(f"sample {record['id']}: region of image {outside[0]}, but there are {len(images)} image(s)")
+            raise ValueError(
+                f"sample {record['id']}: region of image {outside[0]}, but there are {len(images)} image(s)"
+            )
         return cls(
             id=str(record["id"]),
             task=str(record["task"]),
@@ -221,7 +225,7 @@ class Batch:
 
 @dataclass
 class Parsed:
-    """What an answer says: `kind` "text", "mask", "box" or "point"; `regions` in order; `answer` the text around them."""
+    """What an answer says: `kind` "text", "mask", "box" or "point", its `regions` in order, `answer` the other text."""
 
     kind: str
     regions: list[Region]
@@ -269,6 +273,6 @@ class Prediction:
         missing = [n for n in names if n not in record and n not in ("score", "failure", "parsed")]
         if missing:
             raise ValueError(f"prediction: missing field(s) {', '.join(missing)}")
-        values = {name: record.get(name) for name in names}
+        values: dict[str, Any] = {name: record.get(name) for name in names}
         values["parsed"] = None if record.get("parsed") is None else Parsed.from_json(record["parsed"])
         return cls(**values)

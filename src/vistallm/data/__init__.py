@@ -1,0 +1,1 @@
+"""Tar shards -> samples -> sequences -> batches."""

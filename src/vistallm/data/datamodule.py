@@ -1,4 +1,4 @@
-"""The Lightning data module: finds the shards (builds the mini set on first use), streams batches, resumes mid-epoch."""
+"""The Lightning data module: finds the shards (builds the mini set on first use), streams, resumes mid-epoch."""
 
 from __future__ import annotations
 

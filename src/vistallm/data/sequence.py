@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vistallm.coinit.tasks import TASKS, render, split_placeholders
-from vistallm.data.vocabulary import Vocabulary
+from vistallm.data.vocabulary import Vocabulary, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame, square_resize
 from vistallm.schema import IGNORE_INDEX, Sample, Sequence
@@ -96,7 +96,7 @@ class SequenceBuilder:
         )
 
     def write_regions(self, text: str, sample: Sample, frames: list[Frame]) -> str:
-        """Replace the `{regions:...}` placeholders of `text` by region tokens; raises ValueError for a missing object."""
+        """Replace `{regions:...}` placeholders by region tokens; raises ValueError for a missing object."""
         written = []
         for part in split_placeholders(text):
             if isinstance(part, str):
@@ -121,7 +121,7 @@ class SequenceBuilder:
 
     def _prompt_ids(self, images: int, instruction: str) -> list[int]:
         text = self.vocabulary.text
-        start, end = text.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+        start, end = token_ids(text, ["<im_start>", "<im_end>"])
         ids = [] if text.bos_token_id is None else [text.bos_token_id]
         ids += text.encode(f"{self.system_prompt} USER:".strip(), add_special_tokens=False)
         for number in range(1, images + 1):

@@ -81,8 +81,9 @@ class RejectLog:
         total = sum(self.counts.values())
         if self.read >= REJECTS_BEFORE_STOP and total > self.max_share * self.read:
             raise ValueError(
-                f"{total} of {self.read} samples rejected {self.counts}, more than data.max_reject_share={self.max_share}; "
-                f"see {self.path}, run `python tools/build_coinit.py check DIR`, or raise the share. Last: {reject}"
+                f"{total} of {self.read} samples rejected {self.counts}, more than "
+                f"data.max_reject_share={self.max_share}; see {self.path}, run "
+                f"`python tools/build_coinit.py check DIR`, or raise the share. Last: {reject}"
             )
 
 
@@ -116,8 +117,8 @@ class TrainStream(IterableDataset):
         slots = world_size * max(workers, 1)
         if len(shards) < slots:
             raise ValueError(
-                f"{len(shards)} training shards for {world_size} rank(s) x {max(workers, 1)} worker(s): each needs one; "
-                "lower data.workers or write more, smaller shards"
+                f"{len(shards)} training shards for {world_size} rank(s) x {max(workers, 1)} worker(s): "
+                "each needs one; lower data.workers or write more, smaller shards"
             )
         self.shards, self.builder, self.weights, self.rejects = shards, builder, weights, rejects
         self.batch_size, self.buffer, self.seed = batch_size, buffer, seed

@@ -6,6 +6,7 @@ In: config and codec. Out: a `Vocabulary`, saved beside the weights so that a ch
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,17 +52,17 @@ class Vocabulary:
     @property
     def image_id(self) -> int:
         """Id of `<im_patch>`."""
-        return int(self.text.convert_tokens_to_ids(IMAGE_TOKENS[0]))
+        return token_ids(self.text, IMAGE_TOKENS[:1])[0]
 
     @property
     def bin_ids(self) -> list[int]:
         """Ids of `<bin_i>` in the decoder's vocabulary, ascending; empty for text coordinates."""
-        return self.text.convert_tokens_to_ids([t for t in self.region_tokens if t.startswith("<bin_")])
+        return token_ids(self.text, (t for t in self.region_tokens if t.startswith("<bin_")))
 
     @property
     def instruction_bin_ids(self) -> list[int]:
         """Ids of `<bin_i>` in the QFormer's vocabulary."""
-        return self.instruction.convert_tokens_to_ids([t for t in self.region_tokens if t.startswith("<bin_")])
+        return token_ids(self.instruction, (t for t in self.region_tokens if t.startswith("<bin_")))
 
     def save(self, folder: Path) -> None:
         """Write both tokenizers and the ids to `folder`."""
@@ -86,6 +87,13 @@ class Vocabulary:
         instruction = AutoTokenizer.from_pretrained(folder / "instruction")
         values = np.asarray(facts.pop("bin_values"))
         return cls(text=text, instruction=instruction, bin_values=values, **facts)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:
+    """Return the id of each token."""
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    assert isinstance(ids, list)
+    return ids
 
 
 def _text_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -45,7 +45,7 @@ def answer_texts(model: VistaLLM, sequences: list[Sequence], max_new_tokens: int
         ids = model.generate(batch, max_new_tokens).tolist()
     text = model.vocabulary.text
     written = [row[: row.index(text.eos_token_id)] if text.eos_token_id in row else row for row in ids]
-    return [text.decode(row, skip_special_tokens=False) for row in written], sum(len(row) + 1 for row in written)
+    return [str(text.decode(row, skip_special_tokens=False)) for row in written], sum(len(row) + 1 for row in written)
 
 
 def generate_predictions(

@@ -1,0 +1,1 @@
+"""Batches -> losses or answers: encoder, instruction-guided tokenizer, decoder."""

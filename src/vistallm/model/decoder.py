@@ -1,4 +1,4 @@
-"""The causal language model: Vicuna from disk or hub, or a small Llama from scratch, with the new tokens' rows added."""
+"""The causal language model: Vicuna from disk or hub, or a small Llama from scratch, with rows for the new tokens."""
 
 from __future__ import annotations
 
@@ -7,39 +7,53 @@ import math
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vistallm.config import DecoderConfig
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def build_decoder(config: DecoderConfig, text_tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Module:
+def build_decoder(
+    config: DecoderConfig, text_tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
     """Build the language model with one embedding row per token of `text_tokenizer` (transformers causal LM)."""
     if config.weights is not None:
-        decoder = AutoModelForCausalLM.from_pretrained(
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config.weights, dtype=dtype, attn_implementation=config.attention
         )
     else:
-        decoder = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(text_tokenizer),
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=config.intermediate_size,
-                max_position_embeddings=2048,
-                tie_word_embeddings=config.tie_embeddings,
-                bos_token_id=text_tokenizer.bos_token_id,
-                eos_token_id=text_tokenizer.eos_token_id,
-                pad_token_id=text_tokenizer.pad_token_id,
-                attn_implementation=config.attention,
-            )
+        shape = LlamaConfig(
+            vocab_size=len(text_tokenizer),
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=2048,
+            tie_word_embeddings=config.tie_embeddings,
+            bos_token_id=text_tokenizer.bos_token_id,
+            eos_token_id=text_tokenizer.eos_token_id,
+            pad_token_id=text_tokenizer.pad_token_id,
         )
+        shape._attn_implementation = config.attention
+        decoder = LlamaForCausalLM(shape)
     decoder.resize_token_embeddings(len(text_tokenizer), mean_resizing=False)
-    rows = decoder.get_input_embeddings().weight.shape[0]
+    rows = len(embedding_weight(decoder))
     assert rows == len(text_tokenizer) == decoder.config.vocab_size, "tokenizer, embedding and config sizes must agree"
     return decoder
+
+
+def embedding_weight(decoder: nn.Module) -> Tensor:
+    """Return the (V, D) input embedding of a transformers model."""
+    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 @torch.no_grad()
@@ -71,7 +85,7 @@ def initialise_new_rows(weight: Tensor, first_new: int, bin_ids: list[int], bin_
     weight[bin_ids] = (mean.cpu() + code).to(weight)
 
 
-def add_lora(decoder: nn.Module, config: DecoderConfig, new_ids: list[int]) -> nn.Module:
+def add_lora(decoder: PreTrainedModel, config: DecoderConfig, new_ids: list[int]) -> nn.Module:
     """Wrap with LoRA (peft); the rows of the new tokens train too, in the input and the output matrix."""
     rows: dict[str, list[int]] = {"embed_tokens": new_ids}
     if not decoder.config.tie_word_embeddings:

@@ -18,6 +18,9 @@ open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
 class ImageEncoder(nn.Module):
     """Patch tokens of block `layer` of the vision tower `name`; the class token is dropped."""
 
+    mean: Tensor  # (3, 1, 1) float32, of pixels in 0..255
+    std: Tensor
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         if config.name not in open_clip.list_models():

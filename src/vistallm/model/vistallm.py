@@ -6,6 +6,7 @@ encoder (frozen) -> instruction-guided tokenizer (one run per image) -> image sl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.decoder import add_lora, build_decoder, initialise_new_rows
+from vistallm.model.decoder import add_lora, build_decoder, embedding_weight, initialise_new_rows
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.tokenizer import InstructionGuidedTokenizer
 from vistallm.schema import IGNORE_INDEX, Batch
@@ -35,11 +36,14 @@ class Output:
 class VistaLLM(nn.Module):
     """Encoder, instruction-guided tokenizer and decoder behind `forward` (loss) and `generate` (greedy answers)."""
 
+    bin_ids: Tensor  # (num_bins,) int64, ids of the coordinate tokens
+    decoder: Any  # transformers' PreTrainedModel, or peft's wrapper of it
+
     def __init__(self, config: Config, vocabulary: Vocabulary, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.vocabulary, self.bin_sigma = vocabulary, config.train.bin_sigma
         self.encoder = ImageEncoder(config.model.encoder)
-        decoder = build_decoder(config.model.decoder, vocabulary.text, dtype)
+        decoder: Any = build_decoder(config.model.decoder, vocabulary.text, dtype)
         first_new, bin_ids = vocabulary.first_new, vocabulary.bin_ids
         self.register_buffer("bin_ids", torch.tensor(bin_ids, dtype=torch.long), persistent=False)
         for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
@@ -48,7 +52,7 @@ class VistaLLM(nn.Module):
         tokenizer = InstructionGuidedTokenizer(
             config.model.tokenizer, len(vocabulary.instruction), self.encoder.width, width
         )
-        words = tokenizer.qformer.get_input_embeddings().weight
+        words = embedding_weight(tokenizer.qformer)
         initialise_new_rows(
             words,
             vocabulary.instruction_first_new,

@@ -1,0 +1,1 @@
+"""Config -> a run folder with checkpoints and metrics: the Lightning side."""

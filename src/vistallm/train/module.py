@@ -38,7 +38,7 @@ class VistaModule(L.LightningModule):
                 self.model, mesh["data_parallel"], torch.bfloat16 if self.config.precision == "bf16" else torch.float32
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine, stepped per optimizer step."""
         optimizer, scheduler = build_optimizer(self.model, self.config.train, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

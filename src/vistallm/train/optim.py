@@ -1,4 +1,7 @@
-"""Trainable parts, AdamW and its schedule. In: a VistaLLM and the train config. Out: parameters set, optimiser, scheduler."""
+"""Trainable parts, AdamW and its schedule.
+
+In: a VistaLLM and the train config. Out: parameters frozen or trainable, optimiser, scheduler.
+"""
 
 from __future__ import annotations
 

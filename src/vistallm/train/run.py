@@ -83,6 +83,7 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
         mode="max",
     )
     arguments: dict[str, Any] = {
+        "precision": resolve_precision(config),
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
         "check_val_every_n_epoch": None,
@@ -96,7 +97,6 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
     return L.Trainer(
         **arguments,
         strategy=build_strategy(config),
-        precision=resolve_precision(config),
         default_root_dir=run_dir,
         logger=_loggers(config, run_dir),
         callbacks=[checkpoints, MetricsFile(run_dir / "metrics.csv"), FinalCheckpoint(run_dir / "checkpoints")],

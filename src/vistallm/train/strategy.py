@@ -6,7 +6,7 @@ FSDP is Lightning's ModelParallelStrategy (FSDP2): clipping there is the ordinar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,12 +61,13 @@ def repeated_layers(model: VistaLLM) -> list[nn.Module]:
     """The repeated blocks of the three parts: units of sharding and of activation checkpointing."""
     visual = model.encoder.visual
     blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
-    return [*blocks, *model.tokenizer.qformer.encoder.layer, *model.language_model().layers]
+    parts: Iterable[Any] = (blocks, model.tokenizer.qformer.encoder.layer, model.language_model().layers)
+    return [layer for part in parts for layer in part]
 
 
 @contextlib.contextmanager
 def attention_kernels() -> Iterator[None]:
-    """On a CPU without an accelerator leave the flash path out: its bf16 backward is slower at the mini model's heads."""
+    """Without an accelerator leave the flash path out: its bf16 backward is slower at the mini model's heads."""
     if torch.cuda.is_available():
         yield
     else:
