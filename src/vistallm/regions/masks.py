@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools import mask as coco
 
-from vistallm.regions.outline import as_mask, outline_rings
-from vistallm.regions.samplers import MIN_VERTICES, adaptive_points, curvature_points, uniform_points
+from vistallm.regions.outline import MIN_VERTICES, as_mask, outline_rings
+from vistallm.regions.samplers import adaptive_points, curvature_points, uniform_points
 from vistallm.schema import Rle
 
-SAMPLERS = {"uniform": uniform_points, "curvature": curvature_points, "adaptive": adaptive_points}
+SAMPLERS = ("uniform", "curvature", "adaptive")
 
 
 def mask_to_polygons(
@@ -51,14 +51,14 @@ def mask_to_polygons(
     if not rings:
         return []
     if target_iou is None:
-        return _sample(rings, points, sampler)
+        return _sample(rings, points, sampler, mask)
     truth = mask_to_rle(mask)
     low, high = MIN_VERTICES, points  # the IoU grows with the points but for small steps, so bisection finds the fewest
     while low < high:
         middle = (low + high) // 2
-        drawn = polygons_to_rle(_sample(rings, middle, sampler), *mask.shape)
+        drawn = polygons_to_rle(_sample(rings, middle, sampler, mask), *mask.shape)
         low, high = (low, middle) if rle_iou(drawn, truth) >= target_iou else (middle + 1, high)
-    return _sample(rings, low, sampler)
+    return _sample(rings, low, sampler, mask)
 
 
 def rle_to_polygons(
@@ -68,10 +68,14 @@ def rle_to_polygons(
     return mask_to_polygons(rle_to_mask(rle), points, sampler, target_iou=target_iou)
 
 
-def _sample(rings: list[np.ndarray], points: int, sampler: str) -> list[np.ndarray]:
-    if sum(map(len, rings)) <= points:
-        return canonical_polygons([r.astype(np.float32) for r in rings])
-    return canonical_polygons([r.astype(np.float32) for r in SAMPLERS[sampler](rings, points)])
+def _sample(rings: list[np.ndarray], points: int, sampler: str, mask: np.ndarray) -> list[np.ndarray]:
+    if sampler == "adaptive":
+        kept = adaptive_points(rings, points, mask)
+    elif sum(map(len, rings)) <= points:
+        kept = rings
+    else:
+        kept = (uniform_points if sampler == "uniform" else curvature_points)(rings, points)
+    return canonical_polygons([r.astype(np.float32) for r in kept])
 
 
 def polygons_to_rle(polygons: Sequence[np.ndarray], height: int, width: int) -> Rle:

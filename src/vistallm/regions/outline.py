@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 from numba import njit
 
+MIN_VERTICES = 3
+
 # Directions of a chain step, indexed by (dy + 1) * 3 + (dx + 1). Corners of a pixel are numbered clockwise from the top
 # left: 0 (0,0), 1 (1,0), 2 (1,1), 3 (0,1). Walking clockwise the outside lies to the left, so a step in direction d
 # enters a pixel at corner ENTRY[d] and leaves the one before it at corner LEAVE[d]: the same point of the image.
@@ -51,7 +53,7 @@ def outline_rings(mask: np.ndarray, holes: bool = False) -> list[np.ndarray]:
 
 
 @njit(cache=True)
-def _edge_ring(contour):  # noqa: ANN001, ANN202 - compiled: types are inferred
+def _edge_ring(contour: np.ndarray) -> np.ndarray:
     """Pixel chain of findContours, (n, 1, 2) int32, counter-clockwise -> corners of its pixel-edge ring, clockwise."""
     n = contour.shape[0]
     out = np.empty((4 * n, 2), np.int64)
@@ -86,3 +88,38 @@ def _edge_ring(contour):  # noqa: ANN001, ANN202 - compiled: types are inferred
             ring[kept] = b
             kept += 1
     return ring[:kept].copy()
+
+
+@njit(cache=True)
+def edge_samples(corners: np.ndarray, counts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of one or more unit pixel edges in a row, at most about `most`, (m, 2) float64, and their number per ring."""
+    lengths = np.zeros(len(counts), np.int64)
+    start = 0
+    for r in range(len(counts)):
+        for k in range(start, start + counts[r]):
+            after = k + 1 if k + 1 < start + counts[r] else start
+            lengths[r] += abs(corners[after, 0] - corners[k, 0]) + abs(corners[after, 1] - corners[k, 1])
+        start += counts[r]
+    stride = max(lengths.sum() // most, 1)
+    out = np.zeros((16 * len(counts) + lengths.sum() // stride, 2))
+    start = size = 0
+    for r in range(len(counts)):
+        filled = 0
+        group = max(min(stride, lengths[r] // 8), 1)
+        for k in range(start, start + counts[r]):
+            after = k + 1 if k + 1 < start + counts[r] else start
+            dx, dy = corners[after, 0] - corners[k, 0], corners[after, 1] - corners[k, 1]
+            length = abs(dx) + abs(dy)
+            for j in range(length):
+                out[size, 0] += corners[k, 0] + dx * (j + 0.5) / length
+                out[size, 1] += corners[k, 1] + dy * (j + 0.5) / length
+                filled += 1
+                if filled == group:
+                    out[size] /= filled
+                    size, filled = size + 1, 0
+        if filled:
+            out[size] /= filled
+            size += 1
+        start += counts[r]
+        lengths[r] = (lengths[r] + group - 1) // group
+    return out[:size], lengths
