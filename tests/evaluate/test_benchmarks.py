@@ -158,10 +158,7 @@ def test_scores_from_the_file_are_the_same(predictions, tmp_path):
     read = B.read_predictions(path)
     B.write_predictions(read, tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_text() == path.read_text()
-    # the file keeps thousandths of a pixel: what is read from it scores the same for ever, memory before it nearly so
-    assert B.score(B.read_predictions(tmp_path / "again.jsonl"), BENCHMARKS) == B.score(read, BENCHMARKS)
-    for name, one in B.score(predictions, BENCHMARKS).items():
-        assert B.score(read, BENCHMARKS)[name].scores == pytest.approx(one.scores, abs=1e-4, nan_ok=True)
+    assert B.score(read, BENCHMARKS) == B.score(predictions, BENCHMARKS)
     B.write_scores(B.score(read, BENCHMARKS), tmp_path / "scores.json", {"seconds": 1.5})
     record = json.loads((tmp_path / "scores.json").read_text())
     assert record["run"] == {"seconds": 1.5}

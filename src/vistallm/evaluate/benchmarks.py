@@ -164,7 +164,7 @@ def score(
 
 def _score_one(benchmark: Benchmark, predictions: list[Prediction], codec: RegionCodec | None) -> BenchmarkScores:
     family = benchmark.family
-    facts = family.measure(predictions)
+    facts = family.measure(_as_filed(predictions))
     for prediction, one in zip(predictions, facts, strict=True):
         prediction.score = round(float(family.sample_score(one)), 6) if prediction.parsed is not None else 0.0
     failures = Counter(p.failure or "unknown" for p in predictions if p.parsed is None)
@@ -199,7 +199,12 @@ def mask_ceiling(predictions: list[Prediction], family: Family, codec: RegionCod
         regions = [region for region in target_regions(prediction) if coco_mask.area(region.rle) > 0]
         parsed = codec.decode(codec.encode(regions, frames, "mask"), frames, "mask")
         perfect.append(dataclasses.replace(prediction, parsed=parsed, failure=None))
-    return family.summarise(family.measure(perfect))
+    return family.summarise(family.measure(_as_filed(perfect)))
+
+
+def _as_filed(predictions: list[Prediction]) -> list[Prediction]:
+    """Round regions as the file does, to a thousandth of a pixel: the file then scores exactly as the run behind it."""
+    return [Prediction.from_json(prediction.to_json()) for prediction in predictions]
 
 
 def write_scores(scores: Scores, path: Path, run: Mapping[str, Any] | None = None) -> None:

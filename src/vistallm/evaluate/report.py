@@ -73,14 +73,14 @@ def write_report(
     order = sorted(scores.values(), key=lambda one: kinds.index(TASKS[one.task].kind))
     titles = {one.name: _title(one) for one in order}
     groups = {one.name: [p for p in predictions if p.benchmark == one.name] for one in order}
-    has_paper = any(one.paper for one in order)
+    heads, headlines = _headlines(order)
     page = string.Template(_asset("report.html")).substitute(
         title=html.escape(title),
         css=_asset("report.css"),
         js=_asset("report.js"),
         summary=_summary(order),
-        paper_head="<th>Published</th>" * has_paper,
-        headlines="\n".join(_headline(one, has_paper) for one in order),
+        heads=heads,
+        headlines=headlines,
         all_scores="\n".join(_all_scores(one) for one in order),
         legend=_LEGEND,
         task_options="".join(
@@ -123,31 +123,41 @@ def _summary(order: Sequence[BenchmarkScores]) -> str:
     return f"{samples:,} answers on {len(order)} benchmarks; {unread:,} ({share:.1f}%) could not be read."
 
 
-def _headline(one: BenchmarkScores, has_paper: bool) -> str:
+def _headlines(order: Sequence[BenchmarkScores]) -> tuple[str, str]:
+    """The headline table's optional column heads and its rows; a column that no benchmark fills is left out."""
+    columns = [_columns(one) for one in order]
+    labels = [label for label in columns[0] if any(row[label] for row in columns)] if columns else []
+    rows = []
+    for one, row in zip(order, columns, strict=True):
+        bad = {"Unreadable"} if one.unreadable > 0.01 else set()
+        cells = (f'<td data-label="{label}"{" class=bad" * (label in bad)}>{row[label]}</td>' for label in labels)
+        rows.append(f"<tr>{_result(one)}{''.join(cells)}</tr>")
+    return "".join(f"<th>{label}</th>" for label in labels), "\n".join(rows)
+
+
+def _result(one: BenchmarkScores) -> str:
     name, value = one.headline, one.scores[one.headline]
     ceiling = (one.ceiling or {}).get(name)
     tick = "" if ceiling is None else f'<b style="left:{100 * min(ceiling, 1):.1f}%"></b>'
     full = 10.0 if name == "cider" else 1.0  # a caption equal to its one reference has a CIDEr of 10
     bar = f'<span class="bar"><i style="width:{100 * min(1, (value or 0) / full):.1f}%"></i>{tick}</span>'
+    return (
+        f'<td class="name">{html.escape(_title(one))}</td><td class="metric">{html.escape(SCORE_NAMES[name])}</td>'
+        f'<td class="value"><strong>{_percent(value) or "–"}</strong>{bar}</td>'
+    )
+
+
+def _columns(one: BenchmarkScores) -> dict[str, str]:
+    name = one.headline
     paper = "; ".join(f"{row['scores'][name]:.1f} ({row['model']})" for row in one.paper if name in row["scores"])
-    cells = [
-        f'<td class="name">{html.escape(_title(one))}</td>',
-        f'<td class="metric">{html.escape(SCORE_NAMES[name])}</td>',
-        f'<td class="value"><strong>{_percent(value) or "–"}</strong>{bar}</td>',
-        _cell("Ceiling", _percent(ceiling)),
-        *(
-            _cell(label, _percent(_split(one, key, name)))
-            for label, key in (("Known pairs", "seen"), ("New pairs", "held_out"))
-        ),
-        *([_cell("Published", html.escape(paper))] if has_paper else []),
-        _cell("Samples", f"{one.n:,}"),
-        _cell("Unreadable", f"{100 * one.unreadable:.1f}%", bad=one.unreadable > 0.01),
-    ]
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def _cell(label: str, text: str, bad: bool = False) -> str:
-    return f'<td data-label="{label}"{" class=bad" * bad}>{text}</td>'
+    return {
+        "Ceiling": _percent((one.ceiling or {}).get(name)),
+        "Known pairs": _percent(_split(one, "seen", name)),
+        "New pairs": _percent(_split(one, "held_out", name)),
+        "Published": html.escape(paper),
+        "Samples": f"{one.n:,}",
+        "Unreadable": f"{100 * one.unreadable:.1f}%",
+    }
 
 
 def _split(one: BenchmarkScores, split: str, name: str) -> float | None:
