@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 GROUPS = ("stage", "model", "data")
@@ -201,9 +202,7 @@ def load_config(argv: list[str]) -> Config:
         layers.append(_for_stage(_read_yaml(path), stage))
     base: dict[Any, Any] = {key: value for key, value in layers[0].items() if key not in GROUPS}
     merged = OmegaConf.merge(base, *layers[1:], {"stage": int(stage) if stage.isdigit() else stage})
-    for key, value in overrides.items():
-        OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
-    return _checked(schema, merged, problems)
+    return _checked(schema, merged, problems + _override(merged, overrides))
 
 
 def config_from_file(path: Path) -> Config:
@@ -216,10 +215,8 @@ def config_from_file(path: Path) -> Config:
 def apply_overrides(config: Config, argv: list[str], skip: tuple[str, ...] = ()) -> Config:
     """Return `config` with `key=value` words on top (without the keys in `skip`)."""
     merged = DictConfig(OmegaConf.to_container(OmegaConf.structured(config)))
-    for key, value in _split_words(argv).items():
-        if key not in skip:
-            OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
-    return _checked(OmegaConf.structured(Config), merged, [])
+    words = {key: value for key, value in _split_words(argv).items() if key not in skip}
+    return _checked(OmegaConf.structured(Config), merged, _override(merged, words))
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -236,6 +233,17 @@ def _split_words(argv: list[str]) -> dict[str, str]:
             raise ValueError(f"{word!r}: expected key=value (no dashes), for example stage=1 or train.lr=1e-4")
         overrides[key] = value
     return overrides
+
+
+def _override(merged: Any, words: dict[str, str]) -> list[str]:
+    """Write each word into `merged`; returns the problems, one per word that is not a readable value of its key."""
+    problems = []
+    for key, value in words.items():
+        try:
+            OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
+        except (OmegaConfBaseException, YAMLError) as error:
+            problems.append(f"{key}={value}: {' '.join(str(error).split())}; quote special characters as YAML does")
+    return problems
 
 
 def _read_yaml(path: Path) -> DictConfig:
