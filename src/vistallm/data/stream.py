@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,10 +30,23 @@ REJECTS_BEFORE_STOP = 100  # samples read before the share of rejects is judged
 
 
 def read_shard(path: Path) -> Iterator[RawSample]:
-    """Yield the undecoded samples of one tar shard in file order (webdataset's own readers)."""
-    for group in group_by_keys(tar_file_expander(url_opener(iter([{"url": str(path)}])))):
-        if group:
-            yield group
+    """Yield the undecoded samples of one tar shard in file order (webdataset's own readers); ValueError if broken."""
+    try:
+        for group in group_by_keys(tar_file_expander(url_opener(iter([{"url": str(path)}])))):
+            if group:
+                yield group
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{path}: not a readable tar file ({error.args[0]}); run `python tools/build_coinit.py check {path.parent}`"
+        ) from error
+
+
+def task_of(raw: RawSample) -> str | None:
+    """Return the task of an undecoded sample, None when its JSON can't be read (decoding then rejects it)."""
+    try:
+        return str(json.loads(raw["json"])["task"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def decode_sample(raw: RawSample) -> Sample:
@@ -40,14 +54,15 @@ def decode_sample(raw: RawSample) -> Sample:
     key = raw["__key__"]
     try:
         sample = Sample.from_json(json.loads(raw["json"]))
-    except (KeyError, ValueError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SampleReject("bad-json", f"{key}: {error}") from error
     sample.pixels = []
     for info in sample.images:
         data = raw.get(info.file.lower())
         if data is None:
             raise SampleReject("missing-image", f"{key}: no member {key}.{info.file} in the shard")
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        # OpenCV raises for an empty buffer, but returns None for a broken one.
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
         if pixels is None or pixels.shape[:2] != (info.height, info.width):
             got = "nothing" if pixels is None else f"{pixels.shape[1]}x{pixels.shape[0]}"
             raise SampleReject(
@@ -180,7 +195,8 @@ class TrainStream(IterableDataset):
     def _weighted(self, shards: list[int], epoch: int) -> Iterator[RawSample]:
         for number in shards:
             for raw in read_shard(self.shards[number]):
-                weight = self.weights.get(json.loads(raw["json"])["task"], 0.0)
+                task = task_of(raw)
+                weight = 1.0 if task is None else self.weights.get(task, 0.0)
                 luck = random.Random(f"{self.seed}-{epoch}-{raw['__key__']}-weight").random()
                 for copy in range(int(weight) + (luck < weight % 1)):
                     yield {**raw, "__epoch__": epoch, "__copy__": copy}
@@ -205,7 +221,7 @@ def evaluation_sequences(
     found = 0
     for shard in shards:
         for raw in read_shard(shard):
-            if json.loads(raw["json"]).get("task") != task:
+            if task_of(raw) not in (task, None):
                 continue
             if limit is not None and found >= limit:
                 return
