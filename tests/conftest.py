@@ -1,0 +1,90 @@
+"""Fixtures that several test folders share: a tiny mini set on disk and a tiny model's configuration."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch loads; losses that are compared bit for bit depend on it
+# The package is imported inside the fixtures: tests of light modules then start without torch and Lightning.
+
+# Everything that a result depends on, written out: the values in configs/ may change without touching a test.
+TINY = """
+model.name=tiny model.encoder.name=vistallm-mini model.encoder.weights= model.encoder.image_size=48
+model.encoder.layer=-1 model.tokenizer.queries=4 model.tokenizer.hidden_size=32 model.tokenizer.layers=2
+model.tokenizer.heads=2 model.tokenizer.intermediate_size=64 model.tokenizer.cross_attention_every=1
+model.tokenizer.dropout=0.0 model.decoder.hidden_size=64 model.decoder.layers=2 model.decoder.heads=2
+model.decoder.intermediate_size=128 model.decoder.tie_embeddings=true num_bins=33 points=6 mask_sampler=uniform
+data.name=mini data.batch_size=4 data.workers=0 data.pool_batches=2 data.shuffle_buffer=20 data.max_length=512
+data.val_batches=1 decode.max_new_tokens=8 decode.batch_size=4 decode.limit=1 log.tensorboard=false precision=fp32
+train.lr=1e-3 train.warmup=0.0
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session")
+def tiny_words():
+    """Command-line words that make any run tiny."""
+    return list(TINY)
+
+
+@pytest.fixture(scope="session")
+def mini_root(tmp_path_factory):
+    """Shards of 306 training samples (18 files of 17), 30 to validate and 30 to test, two of each task."""
+    from vistallm.coinit.mini import build_mini
+
+    root = tmp_path_factory.mktemp("shards") / "mini"
+    build_mini(root, workers=1, train=306, val=30, test=30, samples_per_shard=17)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(mini_root):
+    """Callable: `key=value` words -> Config of a tiny model on the tiny set."""
+    from vistallm.config import Config, apply_overrides
+
+    def make(*words):
+        return apply_overrides(Config(), [*TINY, f"data.root={mini_root}", *words])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tiny_config):
+    from vistallm.data.datamodule import build_codec
+    from vistallm.data.vocabulary import Vocabulary
+
+    config = tiny_config()
+    return Vocabulary.build(config.model, build_codec(config))
+
+
+@pytest.fixture(scope="session")
+def builder(tiny_config, vocabulary):
+    from vistallm.data.datamodule import build_sequencer
+
+    return build_sequencer(tiny_config(), vocabulary)
+
+
+@pytest.fixture(scope="session")
+def samples(mini_root):
+    """Decoded test samples by task."""
+    from vistallm.data.datamodule import split_shards
+    from vistallm.data.stream import decode_sample, read_shard
+
+    found: dict[str, list] = {}
+    for shard in split_shards(mini_root, "test"):
+        for raw in read_shard(shard):
+            sample = decode_sample(raw)
+            found.setdefault(sample.task, []).append(sample)
+    return found
+
+
+@pytest.fixture
+def tiny_model(tiny_config, vocabulary):
+    """A seeded tiny model in evaluation mode."""
+    import torch
+
+    from vistallm.model.vistallm import VistaLLM
+
+    torch.manual_seed(0)
+    return VistaLLM(tiny_config(), vocabulary).eval()

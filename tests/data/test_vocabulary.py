@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import random
+import string
+
+import pytest
+
+from vistallm.data.datamodule import build_codec
+from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary
+
+
+@pytest.mark.parametrize("tokenizer", ["text", "instruction"])
+def test_region_tokens_are_single_ids(vocabulary, tokenizer):
+    made = getattr(vocabulary, tokenizer)
+    first = {"text": vocabulary.first_new, "instruction": vocabulary.instruction_first_new}[tokenizer]
+    ids = [made.encode(token, add_special_tokens=False) for token in vocabulary.region_tokens]
+    assert all(len(i) == 1 and i[0] >= first for i in ids)
+    assert len({i[0] for i in ids}) == len(ids)
+    glued = "box<b_st><bin_0><bin_32><b_sep><bin_5><b_ed>."
+    pieces = made.tokenize(glued)
+    assert [p for p in pieces if p.startswith("<")] == ["<b_st>", "<bin_0>", "<bin_32>", "<b_sep>", "<bin_5>", "<b_ed>"]
+
+
+def test_image_tokens_are_not_in_the_instruction_tokenizer(vocabulary):
+    assert all(len(vocabulary.text.encode(t, add_special_tokens=False)) == 1 for t in IMAGE_TOKENS)
+    assert vocabulary.text.decode([vocabulary.image_id]) == "<im_patch>"
+    assert not set(IMAGE_TOKENS) & set(vocabulary.instruction.get_vocab())
+
+
+def test_bin_ids_follow_their_coordinates(vocabulary):
+    for made, ids in (
+        (vocabulary.text, vocabulary.bin_ids),
+        (vocabulary.instruction, vocabulary.instruction_bin_ids),
+    ):
+        assert ids == sorted(ids)
+        assert made.convert_ids_to_tokens(ids) == [f"<bin_{i}>" for i in range(33)]
+    assert len(vocabulary.bin_values) == 33
+    assert (vocabulary.bin_values[0], vocabulary.bin_values[-1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("tokenizer", ["text", "instruction"])
+def test_any_printable_text_is_encodable(vocabulary, tokenizer):
+    made, rng = getattr(vocabulary, tokenizer), random.Random(0)
+    letters = string.digits + string.ascii_letters + string.punctuation
+    for _ in range(50):
+        text = "".join(rng.choices(letters + " ", k=30))
+        ids = made.encode(text, add_special_tokens=False)
+        assert made.unk_token_id not in ids, text
+        assert made.decode(ids).replace(" ", "") == text.replace(" ", "")
+
+
+def test_words_of_the_task_table_are_one_token_each(vocabulary, builder, samples):
+    lengths = [len(builder.build(s).labels[builder.build(s).labels >= 0]) for s in samples["pope"]]
+    assert max(lengths) <= 7, "`The answer is yes .` and the end token"
+
+
+def test_save_and_load_give_the_same_ids(vocabulary, tmp_path):
+    vocabulary.save(tmp_path)
+    loaded = Vocabulary.load(tmp_path)
+    text = 'Is there a <p_st><bin_3><bin_4><p_ed> "zig-zag" thing? USER: <im_start><im_patch><im_end>'
+    for name in ("text", "instruction"):
+        old, new = getattr(vocabulary, name), getattr(loaded, name)
+        assert old.get_vocab() == new.get_vocab()
+        assert old.encode(text) == new.encode(text)
+        assert old.special_tokens_map == new.special_tokens_map
+    for name in ("first_new", "instruction_first_new", "region_tokens", "bin_ids", "instruction_bin_ids", "image_id"):
+        assert getattr(loaded, name) == getattr(vocabulary, name)
+    assert (loaded.bin_values == vocabulary.bin_values).all()
+
+
+def test_text_coordinates_add_no_region_token(tiny_config):
+    config = tiny_config("coords=text")
+    made = Vocabulary.build(config.model, build_codec(config))
+    assert made.bin_ids == made.instruction_bin_ids == made.region_tokens == []
+    assert len(made.instruction) == made.instruction_first_new
+
+
+def test_a_folder_that_is_no_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match=r"vocabulary\.json"):
+        Vocabulary.load(tmp_path)
