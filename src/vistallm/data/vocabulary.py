@@ -5,8 +5,9 @@ In: config and codec. Out: a `Vocabulary`, saved beside the weights so that a ch
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +97,24 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list
     return ids
 
 
+@contextlib.contextmanager
+def loading(key: str, value: str) -> Iterator[None]:
+    """Turn what transformers raises for missing files into one ValueError that names the config key."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{key}={value}: can't be loaded; give a local folder or a reachable hub name ({reason})"
+        ) from error
+
+
 def _text_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     weights = model.decoder.weights
     if weights is None:
         return _from_words({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
-    tokenizer = AutoTokenizer.from_pretrained(weights)
+    with loading("model.decoder.weights", weights):
+        tokenizer = AutoTokenizer.from_pretrained(weights)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token  # as Vicuna's training code does: no row is added for padding
     return tokenizer
@@ -110,9 +124,10 @@ def _instruction_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer.text_tokenizer is None:
         return _from_words({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"})
     folder = Path(model.tokenizer.text_tokenizer)
-    if folder.is_dir() and not (folder / "qformer_tokenizer").is_dir():
-        return AutoTokenizer.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(model.tokenizer.text_tokenizer, subfolder="qformer_tokenizer")
+    with loading("model.tokenizer.text_tokenizer", str(folder)):
+        if folder.is_dir() and not (folder / "qformer_tokenizer").is_dir():
+            return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(model.tokenizer.text_tokenizer, subfolder="qformer_tokenizer")
 
 
 def _from_words(special: dict[str, str]) -> PreTrainedTokenizerFast:

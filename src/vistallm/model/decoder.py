@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from vistallm.config import DecoderConfig
+from vistallm.data.vocabulary import loading
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -25,9 +26,10 @@ def build_decoder(
 ) -> PreTrainedModel:
     """Build the language model with one embedding row per token of `text_tokenizer` (transformers causal LM)."""
     if config.weights is not None:
-        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            config.weights, dtype=dtype, attn_implementation=config.attention
-        )
+        with loading("model.decoder.weights", config.weights):
+            decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                config.weights, dtype=dtype, attn_implementation=config.attention
+            )
     else:
         shape = LlamaConfig(
             vocab_size=len(text_tokenizer),
