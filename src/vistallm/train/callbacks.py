@@ -45,19 +45,16 @@ class MetricsFile(Callback):
         self._clock = self._ready = 0.0
         self._step = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the rows up to the step that the run resumes from and open the file for appending."""
-        if not trainer.is_global_zero:
-            return
-        kept = [row for row in read_metrics(self.path) if int(row["step"]) <= trainer.global_step]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        self._step = trainer.global_step
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock of the first step."""
+        """Keep the rows up to the step that the run resumes from, then start the clock of the first step."""
+        # Not in on_fit_start: Lightning restores the step count after it.
+        self._step = trainer.global_step
+        if trainer.is_global_zero:
+            kept = [row for row in read_metrics(self.path) if int(row["step"]) <= self._step]
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
         self._clock = time.perf_counter()
 
     def on_train_batch_start(
