@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,25 @@ def find_checkpoint(path: str) -> tuple[Path, Path]:
 
 
 def resume_path(config: Config) -> Path | None:
-    """Return the checkpoint to resume from under `resume=auto|never|PATH`; raises ValueError for a missing path."""
+    """Return the checkpoint to resume from under `resume=auto|never|PATH`.
+
+    Raises:
+        ValueError: PATH holds no checkpoint, the file is broken, or `never` meets the checkpoints of an earlier run,
+            which a later `resume=auto` or `ckpt=` would take for its own.
+    """
+    newest = newest_checkpoint(Path(str(config.run_dir)))
     match config.resume:
         case "never":
+            if newest is not None:
+                raise ValueError(f"{newest} is of an earlier run: resume=never needs another run_dir=, or delete it")
             return None
         case "auto":
-            return newest_checkpoint(Path(str(config.run_dir)))
+            found = newest
         case path:
-            return find_checkpoint(path)[1]
+            found = find_checkpoint(path)[1]
+    if found is not None and found.is_file() and not zipfile.is_zipfile(found):
+        raise ValueError(f"{found}: not a readable checkpoint (cut short?); delete it to resume from the one before")
+    return found
 
 
 def load_weights(model: VistaLLM, path: Path) -> None:
