@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import warnings
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from vistallm.config import Config, save_config
@@ -27,11 +30,7 @@ OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_roo
 
 def train(config: Config) -> Path:
     """Run one stage and return its run folder; raises ValueError for anything wrong in config, data or checkpoint."""
-    taken = sorted(set(config.trainer) & set(OWN_TRAINER_KEYS))
-    if taken:
-        raise ValueError(
-            f"trainer.{taken[0]}: set by this project; use the key of its own (strategy, precision, train.*)"
-        )
+    check_trainer_keys(config.trainer)
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     root, run_dir = data_root(config), Path(str(config.run_dir))
@@ -47,10 +46,25 @@ def train(config: Config) -> Path:
         module.model.vocabulary.save(run_dir / "vocabulary")
     if resume is not None:
         print(f"resuming from {resume}")
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    except ValueError as error:
+        # torch wraps what a loader's worker raises into the text of its traceback; the message is at its end.
+        raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
     if trainer.is_global_zero:
         print(f"stage {config.stage} is done: {run_dir}")
     return run_dir
+
+
+def check_trainer_keys(trainer: dict[str, Any]) -> None:
+    """Raise ValueError for a `trainer.*` key that Lightning's Trainer lacks or that this project sets itself."""
+    known = list(inspect.signature(L.Trainer).parameters)
+    for key in trainer:
+        if key in OWN_TRAINER_KEYS:
+            raise ValueError(f"trainer.{key}: set by this project; use its own keys (strategy, precision, train.*)")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; the nearest is trainer.{near}")
 
 
 def build(config: Config, root: Path) -> tuple[VistaModule, CoinItDataModule]:
@@ -94,13 +108,16 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
     arguments |= config.trainer
     if "max_steps" not in arguments:
         arguments.setdefault("max_epochs", 1)
-    return L.Trainer(
-        **arguments,
-        strategy=build_strategy(config),
-        default_root_dir=run_dir,
-        logger=_loggers(config, run_dir),
-        callbacks=[checkpoints, MetricsFile(run_dir / "metrics.csv"), FinalCheckpoint(run_dir / "checkpoints")],
-    )
+    try:
+        return L.Trainer(
+            **arguments,
+            strategy=build_strategy(config),
+            default_root_dir=run_dir,
+            logger=_loggers(config, run_dir),
+            callbacks=[checkpoints, MetricsFile(run_dir / "metrics.csv"), FinalCheckpoint(run_dir / "checkpoints")],
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer.*: {error}") from error
 
 
 def quiet() -> None:
