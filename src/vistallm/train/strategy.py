@@ -19,13 +19,23 @@ from vistallm.config import Config
 from vistallm.model.vistallm import VistaLLM
 
 
+class ShardedDataParallel(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy with every process of the run in the data dimension of the mesh."""
+
+    def setup_environment(self) -> None:
+        """Set the mesh's sizes; "auto" would make the devices of a node tensor-parallel."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
 def build_strategy(config: Config) -> str | Strategy:
     """Return the Lightning strategy: auto and single let Lightning decide, ddp, or fsdp (FSDP2)."""
     match config.strategy:
         case "ddp":
             return "ddp"
         case "fsdp":
-            return ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=1)
+            # One whole file per checkpoint, as with the other strategies: eval.py and stage 2 read it on one device.
+            return ShardedDataParallel(save_distributed_checkpoint=False)
         case _:
             return "auto"
 
