@@ -2,7 +2,8 @@
 
 `coords="tokens"` writes `<m_st><bin_1><bin_2>...<m_part>...<m_sep>...<m_ed>`: `_sep` separates objects, `<m_part>` the
 parts of one object, and an empty pair says that there is no target. `coords="text"` writes bracketed integers as the
-paper's figures do, `[1,2,...;3,4,...],[...]`: a bracket per object, `;` between its parts, `[]` for no target. With several images `image k:` (k from 1) goes before the regions of image k. Reading ignores white space.
+paper's figures do, `[1,2,...;3,4,...],[...]`: a bracket per object, `;` between its parts, `[]` for no target.
+With several images `image k:` (k from 1) goes before the regions of image k. Reading ignores white space.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from vistallm.regions.frame import Frame
-from vistallm.regions.masks import canonical_polygons, rle_box, rle_to_polygons
+from vistallm.regions.masks import canonical_polygons, check_options, rle_box, rle_to_polygons
 from vistallm.schema import REGION_KINDS, Parsed, Region
 
 MARKERS = ("<b_st>", "<b_sep>", "<b_ed>", "<p_st>", "<p_sep>", "<p_ed>", "<m_st>", "<m_sep>", "<m_part>", "<m_ed>")
@@ -47,6 +48,7 @@ class RegionCodec:
         points: vertex budget of one mask object, shared by its parts.
         mask_sampler: "uniform", "curvature" or "adaptive".
         target_iou: if set, the fewest points (at most `points`) whose polygons reach this IoU.
+        dense, holes: see `mask_to_polygons`.
         cache_size: masks whose polygons are kept in memory (about 1 kB each): a mask is sampled once, not every epoch.
     """
 
@@ -57,10 +59,13 @@ class RegionCodec:
         points: int = 32,
         mask_sampler: str = "adaptive",
         target_iou: float | None = None,
+        dense: float = 2,
+        holes: bool = False,
         cache_size: int = 65536,
     ) -> None:
         if coords not in ("tokens", "text"):
             raise ValueError(f"coords: expected 'tokens' or 'text', got {coords!r}")
+        check_options(points, mask_sampler, target_iou, holes)
         if num_bins < 2:
             raise ValueError(f"num_bins: expected at least 2, got {num_bins}")
         self.coords = coords
@@ -70,9 +75,11 @@ class RegionCodec:
             self.tokens = [*MARKERS, *(f"<bin_{i}>" for i in range(num_bins))]
         self.bin_values = np.arange(num_bins) / (num_bins - 1)
 
+        options = {"target_iou": target_iou, "num_bins": num_bins, "dense": dense, "holes": holes}
+
         def sample(counts: str | bytes, height: int, width: int) -> tuple[np.ndarray, ...]:
             rle = {"size": [height, width], "counts": counts}
-            polygons = rle_to_polygons(rle, points=points, sampler=mask_sampler, target_iou=target_iou)
+            polygons = rle_to_polygons(rle, points=points, sampler=mask_sampler, **options)
             for polygon in polygons:
                 polygon.flags.writeable = False
             return tuple(polygons)

@@ -22,9 +22,11 @@ def fit_rings(
     """Fit the vertices of all rings in place.
 
     Args:
-        samples: (m, 2) float64, outline samples of all rings in a row; sample_counts: (rings,) int64, how many each.
+        samples: (m, 2) float64, outline samples of all rings in a row.
+        sample_counts: (rings,) int64, samples per ring.
         first: (k,) int64, the sample at which the edge out of each vertex starts, changed in place.
-        vertices: (k, 2) float64, pixels, changed in place; counts: (rings,) int64, how many in each ring, 0 or >= 3.
+        vertices: (k, 2) float64 of all rings in a row, pixels, changed in place.
+        counts: (rings,) int64, vertices per ring, 0 or at least 3.
     """
     sample_start = start = 0
     for r in range(len(counts)):

@@ -1,18 +1,21 @@
 """Masks <-> polygons: (H, W) mask or COCO RLE -> parts of (n, 2) float32 within a point budget, and back.
 
-Coordinates are pixels of the original image, x then y, with pixel EDGES at integers. `polygons_to_rle` is the one
-drawing rule of the project: pycocotools' polygon rasteriser, which drew the COCO family's own masks; a pixel belongs to a
-polygon when its centre lies inside (even-odd), and parts are united.
+Coordinates are pixels of the original image, x then y, with pixel EDGES at integers. There is one drawing
+rule: pycocotools' polygon rasteriser, which drew the COCO family's own masks. A pixel belongs to a polygon when its
+centre does (even-odd), and parts are united. `polygons_to_rle` and `polygons_to_mask` both follow it, to the pixel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numba import njit
 from pycocotools import mask as coco
 
 from vistallm.regions.outline import MIN_VERTICES, as_mask, outline_rings
+from vistallm.regions.raster import draw_polygon
 from vistallm.regions.samplers import adaptive_points, curvature_points, uniform_points
 from vistallm.schema import Rle
 
@@ -25,6 +28,9 @@ def mask_to_polygons(
     sampler: str = "adaptive",
     *,
     target_iou: float | None = None,
+    num_bins: int | None = None,
+    dense: float = 2,
+    holes: bool = False,
 ) -> list[np.ndarray]:
     """Sample the outline of one object's mask.
 
@@ -32,7 +38,12 @@ def mask_to_polygons(
         mask: (H, W) bool, or numbers with non-zero = inside; any memory order.
         points: the most vertices of all parts together, at least 3.
         sampler: "uniform", "curvature" or "adaptive".
-        target_iou: if set, in (0, 1]: the fewest vertices, up to `points`, whose drawing reaches this IoU.
+        target_iou: if set, in (0, 1]: the fewest vertices, up to `points`, whose drawing reaches this IoU; all `points`
+            where none does.
+        num_bins: for "adaptive": choose vertices on these bins of the padded square, as the codec does.
+        dense: for "curvature": dense points per kept point.
+        holes: for "adaptive": write holes into their part's polygon over a bridge (`bridge_holes`), at two vertices per
+            hole beside the hole's own. Without it holes are filled.
 
     Returns:
         Parts in canonical order (`canonical_polygons`), each (n, 2) float32 with n >= 3; empty list for an empty mask.
@@ -40,42 +51,70 @@ def mask_to_polygons(
     Raises:
         ValueError: a mask that is not (H, W) numbers, or an option out of range.
     """
+    check_options(points, sampler, target_iou, holes)
+    mask = as_mask(mask)
+    rings, parents = outline_rings(mask, holes)
+
+    def sample(budget: int) -> list[np.ndarray]:
+        if sampler == "adaptive":
+            kept = adaptive_points(rings, budget, mask, num_bins, parents)
+            kept = bridge_holes(kept, parents) if holes else kept
+        elif sum(map(len, rings)) <= budget:
+            kept = rings
+        else:
+            kept = uniform_points(rings, budget) if sampler == "uniform" else curvature_points(rings, budget, dense)
+        return canonical_polygons([ring.astype(np.float32) for ring in kept])
+
+    if not rings:
+        return []
+    if target_iou is not None:
+        truth = mask_to_rle(mask)
+        for budget in range(MIN_VERTICES, points):
+            polygons = sample(budget)
+            if rle_iou(polygons_to_rle(polygons, *mask.shape), truth) >= target_iou:
+                return polygons
+    return sample(points)
+
+
+def check_options(points: int, sampler: str, target_iou: float | None, holes: bool) -> None:
+    """Raise ValueError for sampling options out of range, before any mask is at hand."""
     if points < MIN_VERTICES:
         raise ValueError(f"points: expected at least {MIN_VERTICES}, got {points}")
     if sampler not in SAMPLERS:
         raise ValueError(f"mask_sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if target_iou is not None and not 0 < target_iou <= 1:
         raise ValueError(f"target_iou: expected a number in (0, 1], got {target_iou}")
-    mask = as_mask(mask)
-    rings = outline_rings(mask)
-    if not rings:
-        return []
-    if target_iou is None:
-        return _sample(rings, points, sampler, mask)
-    truth = mask_to_rle(mask)
-    low, high = MIN_VERTICES, points  # the IoU grows with the points but for small steps, so bisection finds the fewest
-    while low < high:
-        middle = (low + high) // 2
-        drawn = polygons_to_rle(_sample(rings, middle, sampler, mask), *mask.shape)
-        low, high = (low, middle) if rle_iou(drawn, truth) >= target_iou else (middle + 1, high)
-    return _sample(rings, low, sampler, mask)
+    if holes and sampler != "adaptive":
+        raise ValueError(f"holes: only the adaptive sampler writes them, got mask_sampler={sampler!r}")
 
 
-def rle_to_polygons(
-    rle: Rle, points: int = 32, sampler: str = "adaptive", *, target_iou: float | None = None
-) -> list[np.ndarray]:
-    """Like `mask_to_polygons`, from COCO run lengths."""
-    return mask_to_polygons(rle_to_mask(rle), points, sampler, target_iou=target_iou)
+def rle_to_polygons(rle: Rle, points: int = 32, sampler: str = "adaptive", **options: Any) -> list[np.ndarray]:
+    """Like `mask_to_polygons`, with its options, from COCO run lengths."""
+    return mask_to_polygons(rle_to_mask(rle), points, sampler, **options)
 
 
-def _sample(rings: list[np.ndarray], points: int, sampler: str, mask: np.ndarray) -> list[np.ndarray]:
-    if sampler == "adaptive":
-        kept = adaptive_points(rings, points, mask)
-    elif sum(map(len, rings)) <= points:
-        kept = rings
-    else:
-        kept = (uniform_points if sampler == "uniform" else curvature_points)(rings, points)
-    return canonical_polygons([r.astype(np.float32) for r in kept])
+def bridge_holes(rings: list[np.ndarray], parents: list[int]) -> list[np.ndarray]:
+    """Join each hole to its part by walking to it and back along one line, which even-odd drawing cancels out.
+
+    The drawing rule needs to know nothing about it, and the hole can be read back: it lies between the two visits of
+    the vertex that the bridge starts from.
+
+    Args:
+        rings: (n, 2), n = 0 for rings that are gone; holes run against their parts.
+        parents: for each ring the ring whose hole it is, or -1.
+
+    Returns:
+        One polygon per part; a hole adds its own vertices and two more.
+    """
+    parts = {r: ring for r, ring in enumerate(rings) if parents[r] < 0 and len(ring)}
+    for hole, parent in zip(rings, parents, strict=True):
+        if parent not in parts or not len(hole):
+            continue
+        part = parts[parent]
+        gaps = ((part[:, None] - hole[None]) ** 2).sum(2)
+        a, b = np.unravel_index(gaps.argmin(), gaps.shape)
+        parts[parent] = np.concatenate([part[: a + 1], hole[b:], hole[: b + 1], part[a:]])
+    return list(parts.values())
 
 
 def polygons_to_rle(polygons: Sequence[np.ndarray], height: int, width: int) -> Rle:
@@ -88,7 +127,11 @@ def polygons_to_rle(polygons: Sequence[np.ndarray], height: int, width: int) -> 
 
 def polygons_to_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """Draw the union of polygons, each (n, 2) float, pixels of an image of this size -> (height, width) bool."""
-    return rle_to_mask(polygons_to_rle(polygons, height, width))
+    mask = np.zeros((height, width), np.uint8)
+    for polygon in polygons:
+        if len(polygon) >= MIN_VERTICES:
+            draw_polygon(mask, np.ascontiguousarray(polygon, np.float64))
+    return mask.view(bool)
 
 
 def mask_to_rle(mask: np.ndarray) -> Rle:
@@ -123,20 +166,43 @@ def _as_text(rle: Rle) -> Rle:
 
 
 def canonical_polygons(polygons: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """One order for one shape: clockwise, from the topmost then leftmost vertex; parts by that vertex.
+    """One order for one shape: clockwise, from the topmost then leftmost vertex; parts by that vertex, then the next.
 
-    Repeated vertices in a row go, and so do parts with fewer than three vertices or no area.
+    Args:
+        polygons: (n, 2) float32 or integers, x then y.
+
+    Returns:
+        The same type. Repeats of a vertex in a row are gone, and so are parts without three vertices or without area.
     """
-    parts = []
-    for polygon in polygons:
-        polygon = polygon[(polygon != np.roll(polygon, 1, 0)).any(1)]
-        x, y = polygon.astype(np.float64).T
-        area = (x * np.roll(y, -1) - np.roll(x, -1) * y).sum()
-        if len(polygon) < MIN_VERTICES or area == 0:
-            continue
-        if area < 0:
-            polygon = polygon[::-1]
-        keys = polygon[:, ::-1]
-        tops = np.flatnonzero((keys == min(map(tuple, keys))).all(1))
-        parts.append(min((np.roll(polygon, -k, 0) for k in tops), key=lambda p: p[:, ::-1].tolist()))
-    return sorted(parts, key=lambda p: p[:, ::-1].tolist())
+    parts = [_canonical_ring(polygon) for polygon in polygons if len(polygon) >= MIN_VERTICES]
+    parts = [part for part in parts if len(part)]
+    return sorted(parts, key=lambda part: part[:, ::-1].tolist()) if len(parts) > 1 else parts
+
+
+@njit(cache=True)
+def _canonical_ring(polygon: np.ndarray) -> np.ndarray:
+    """One part in canonical order, empty if it has no area."""
+    ring = np.empty_like(polygon)
+    size = 0
+    for k in range(len(polygon)):
+        if polygon[k, 0] != polygon[k - 1, 0] or polygon[k, 1] != polygon[k - 1, 1]:
+            ring[size] = polygon[k]
+            size += 1
+    area = 0.0
+    for k in range(size):
+        j = k + 1 if k + 1 < size else 0
+        area += float(ring[k, 0]) * ring[j, 1] - float(ring[j, 0]) * ring[k, 1]
+    if size < MIN_VERTICES or area == 0:
+        return ring[:0].copy()
+    if area < 0:
+        ring[:size] = ring[:size][::-1].copy()
+    start = 0
+    for k in range(1, size):
+        # A vertex visited twice ties: the walk from it decides.
+        for step in range(size):
+            a, b = ring[(k + step) % size], ring[(start + step) % size]
+            if a[1] != b[1] or a[0] != b[0]:
+                if a[1] < b[1] or (a[1] == b[1] and a[0] < b[0]):
+                    start = k
+                break
+    return np.concatenate((ring[start:size], ring[:start]))

@@ -37,19 +37,21 @@ def as_mask(mask: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(mask != 0).view(np.uint8)
 
 
-def outline_rings(mask: np.ndarray, holes: bool = False) -> list[np.ndarray]:
+def outline_rings(mask: np.ndarray, holes: bool = False) -> tuple[list[np.ndarray], list[int]]:
     """Trace a mask along its pixel edges.
 
     Args:
         mask: (H, W) uint8, C order, non-zero = inside (`as_mask`).
-        holes: also return the rings of holes, which run counter-clockwise.
+        holes: also trace holes; their rings run counter-clockwise.
 
     Returns:
-        Rings of (n, 2) int64, x then y, pixel edges: corner points only, n >= 4; empty list for an empty mask.
+        Rings of (n, 2) int64, x then y, pixel edges: corner points only, n >= 4; none for an empty mask. And for each
+        ring the ring whose hole it is, or -1.
     """
     mode = cv2.RETR_CCOMP if holes else cv2.RETR_EXTERNAL
-    contours, _ = cv2.findContours(mask, mode, cv2.CHAIN_APPROX_NONE)
-    return [_edge_ring(contour) for contour in contours]
+    contours, hierarchy = cv2.findContours(mask, mode, cv2.CHAIN_APPROX_NONE)
+    parents = hierarchy[0, :, 3].tolist() if len(contours) else []
+    return [_edge_ring(contour) for contour in contours], parents
 
 
 @njit(cache=True)
@@ -92,7 +94,16 @@ def _edge_ring(contour: np.ndarray) -> np.ndarray:
 
 @njit(cache=True)
 def edge_samples(corners: np.ndarray, counts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of one or more unit pixel edges in a row, at most about `most`, (m, 2) float64, and their number per ring."""
+    """Outline samples, each the mean of one or more unit pixel edges in a row.
+
+    Args:
+        corners: (n, 2) int64, corners of all rings in a row; counts: (rings,) int64, how many each.
+        counts: see corners.
+        most: about how many samples at most.
+
+    Returns:
+        (m, 2) float64, and (rings,) int64, how many in each ring.
+    """
     lengths = np.zeros(len(counts), np.int64)
     start = 0
     for r in range(len(counts)):

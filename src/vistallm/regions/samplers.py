@@ -13,7 +13,7 @@ from numba import njit
 
 from vistallm.regions.fit import fit_rings
 from vistallm.regions.outline import MIN_VERTICES, edge_samples
-from vistallm.regions.polish import polish_rings
+from vistallm.regions.raster import polish_rings
 
 _OVERSAMPLE = 1.5  # the first removal stops at this many times the budget; 1 loses .001 to .002 IoU, 2 gains nothing
 _SAMPLES_PER_POINT = 8  # outline samples per point of the budget; more gains nothing and costs time
@@ -25,17 +25,17 @@ def uniform_points(rings: list[np.ndarray], points: int) -> list[np.ndarray]:
     return [_at_lengths(ring, np.arange(share) / share) for ring, share in _shares(rings, points)]
 
 
-def curvature_points(rings: list[np.ndarray], points: int, dense: int | None = None) -> list[np.ndarray]:
+def curvature_points(rings: list[np.ndarray], points: int, dense: float = 2) -> list[np.ndarray]:
     """The paper's rule: dense equal steps, turning angle at each, keep the sharpest in outline order.
 
     Args:
         rings: (n, 2) corner points.
         points: budget, shared by the rings by length.
-        dense: dense points per kept point times the share; default 2 (paper.md 1.8: more makes the points cluster).
+        dense: dense points per kept point; with more than 2 the kept points cluster on smooth shapes.
     """
     kept = []
     for ring, share in _shares(rings, points):
-        count = max(share, round(share * (dense or 2)))
+        count = max(share, round(share * dense))
         samples = _at_lengths(ring, np.arange(count) / count)
         back, ahead = np.roll(samples, 1, 0) - samples, np.roll(samples, -1, 0) - samples
         cross = back[:, 0] * ahead[:, 1] - back[:, 1] * ahead[:, 0]
@@ -46,7 +46,11 @@ def curvature_points(rings: list[np.ndarray], points: int, dense: int | None = N
 
 
 def adaptive_points(
-    rings: list[np.ndarray], points: int, mask: np.ndarray, num_bins: int | None = None
+    rings: list[np.ndarray],
+    points: int,
+    mask: np.ndarray,
+    num_bins: int | None = None,
+    parents: list[int] | None = None,
 ) -> list[np.ndarray]:
     """Fit polygons to a mask: remove points by area, fit what stays by least squares, polish on the pixels.
 
@@ -56,28 +60,31 @@ def adaptive_points(
         mask: (H, W) uint8, non-zero = inside, C order.
         num_bins: if set, vertices lie on this many bins of the padded square (frame.py), so that quantising them later
             changes nothing; else on quarter pixels.
+        parents: for each ring the ring whose hole it is, or -1; a hole costs two points more (`bridge_holes`).
 
     Returns:
-        Rings of (n, 2) float64, n >= 3, pixels, inside the image; rings that got no points are missing.
+        Rings of (n, 2) float64, n >= 3, pixels, inside the image, in the order of `rings`; n = 0 where the budget
+        dropped a ring.
     """
     height, width = mask.shape
     side = max(height, width)
     step = side / (num_bins - 1) if num_bins else 0.25
     pad = np.array([(side - width) // 2, (side - height) // 2] if num_bins else [0, 0])
     corners, counts = np.concatenate(rings), np.array([len(ring) for ring in rings])
-    exact = len(corners) <= points
+    extra = np.array([0 if parent < 0 else 2 for parent in parents or [-1] * len(rings)])
+    exact = len(corners) + extra.sum() <= points
     if exact:
         vertices = corners.astype(np.float64)
     else:
         samples, sample_counts = edge_samples(corners, counts, points * _SAMPLES_PER_POINT)
         vertices, counts, first = samples.copy(), sample_counts, np.arange(len(samples))
         for budget in (int(points * _OVERSAMPLE), points):
-            keep, counts = remove_by_area(vertices, counts, budget)
+            keep, counts = remove_by_area(vertices, counts, extra, budget)
             vertices, first = vertices[keep], first[keep]
             fit_rings(samples, sample_counts, first, vertices, counts)
     vertices, counts = polish_rings(mask, corners, vertices, counts, step, pad, not exact)
     ends = np.cumsum(counts)
-    return [vertices[end - count : end] for count, end in zip(counts, ends, strict=True) if count]
+    return [vertices[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def _shares(rings: list[np.ndarray], points: int) -> list[tuple[np.ndarray, int]]:
@@ -105,20 +112,31 @@ def _corner_area(xy: np.ndarray, a: int, b: int, c: int) -> float:
 
 
 @njit(cache=True)
-def remove_by_area(xy: np.ndarray, sizes: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy removal over all rings with one heap; returns (n,) bool, the points that stay, and their count per ring."""
+def remove_by_area(xy: np.ndarray, sizes: np.ndarray, extra: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Remove the point of the smallest triangle, again and again, over all rings with one heap.
+
+    Args:
+        xy: (n, 2) float64, points of all rings in a row.
+        sizes: (rings,) int64, points per ring.
+        extra: (rings,) int64, points that a ring costs beside its own.
+        points: the budget; a ring down to a triangle goes for its area per point, but the last one stays.
+
+    Returns:
+        (n,) bool, the points that stay, and (rings,) int64, how many in each ring.
+    """
     n = len(xy)
     before, after, ring_of = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
-    left, first = sizes.copy(), np.empty(len(sizes), np.int64)
+    left = sizes.copy()
     start = 0
     for r in range(len(sizes)):
-        first[r] = start
         for k in range(start, start + sizes[r]):
             before[k], after[k], ring_of[k] = k - 1, k + 1, r
-        before[start], after[start + sizes[r] - 1] = start + sizes[r] - 1, start
+        if sizes[r]:
+            before[start], after[start + sizes[r] - 1] = start + sizes[r] - 1, start
         start += sizes[r]
     keep, stamp = np.ones(n, np.bool_), np.zeros(n, np.int64)
-    total, rings_left = _thin(xy, before, after, keep, left, ring_of, points * _THIN_FACTOR), len(sizes)
+    total, rings_left = _thin(xy, before, after, keep, left, ring_of, points * _THIN_FACTOR), (sizes > 0).sum()
+    total += extra[sizes > 0].sum()
     heap = [(_corner_area(xy, before[k], k, after[k]), k, 0) for k in range(n) if keep[k]]
     heapq.heapify(heap)
     while total > points and len(heap) > 0:
@@ -126,22 +144,19 @@ def remove_by_area(xy: np.ndarray, sizes: np.ndarray, points: int) -> tuple[np.n
         if not keep[k] or mark != stamp[k]:
             continue
         r = ring_of[k]
-        if left[r] == 3:
-            if mark < 0:  # this is the offer to drop the whole triangle: three points for its area
+        if left[r] == MIN_VERTICES:  # the offer to drop the whole triangle: three points for its area
+            if rings_left > 1:
                 keep[k] = keep[before[k]] = keep[after[k]] = False
-                total, rings_left, left[r] = total - 3, rings_left - 1, 0
-            elif rings_left > 1:
-                for j in (before[k], k, after[k]):
-                    stamp[j] = -1
-                heapq.heappush(heap, (_corner_area(xy, before[k], k, after[k]) / 3, k, -1))
+                total, rings_left, left[r] = total - MIN_VERTICES - extra[r], rings_left - 1, 0
             continue
         keep[k] = False
         total, left[r] = total - 1, left[r] - 1
         a, b = before[k], after[k]
         after[a], before[b] = b, a
+        share = 1.0 / (MIN_VERTICES + extra[r]) if left[r] == MIN_VERTICES else 1.0
         for j in (a, b):
             stamp[j] += 1
-            heapq.heappush(heap, (_corner_area(xy, before[j], j, after[j]), j, stamp[j]))
+            heapq.heappush(heap, (_corner_area(xy, before[j], j, after[j]) * share, j, stamp[j]))
     return keep, left
 
 
@@ -155,7 +170,7 @@ def _thin(
     ring_of: np.ndarray,
     points: int,
 ) -> int:
-    """Cheap passes before the heap: drop points of small area, never two neighbours in one pass; returns how many stay."""
+    """Cheap passes before the heap: drop points of small area, no two neighbours in one pass; returns how many stay."""
     total, limit = len(xy), 0.125
     while total > points and limit < 64:
         dropped = -1

@@ -1,0 +1,246 @@
+"""The drawing rule, compiled: polygons -> pixels, and the pixel-exact polish of fitted vertices built on it.
+
+The rule is that of pycocotools' `frPyObjects`, to the pixel (tested): vertices are rounded to fifths of a pixel, and a
+pixel belongs to a polygon when its centre does (even-odd). Drawing a dense mask costs what `cv2.fillPoly` costs, where
+decoding pycocotools' runs takes twenty times as long. The polish keeps a raster of wrong pixels up to date: when a
+vertex moves, only pixels between its old and new edges change sides, so a step costs a few pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from vistallm.regions.outline import MIN_VERTICES
+
+_SUBPIXELS = 5  # the rule's fifths of a pixel; column c is crossed between fifths 5c+2 and 5c+3, around its centre
+_SWEEPS = 2
+
+
+@njit(cache=True)
+def draw_polygon(mask: np.ndarray, polygon: np.ndarray) -> None:
+    """Set the pixels of one polygon in a mask, in place.
+
+    Args:
+        mask: (H, W) uint8, C order; pixels inside become 1, others stay.
+        polygon: (n, 2) float64, x then y, pixels of the image; may reach outside.
+    """
+    left, right = max(int(polygon[:, 0].min()), 0), min(int(polygon[:, 0].max()) + 1, mask.shape[1])
+    top, bottom = max(int(polygon[:, 1].min()), 0), min(int(polygon[:, 1].max()) + 1, mask.shape[0])
+    if left >= right or top >= bottom:
+        return
+    flips = np.zeros((bottom - top + 1, right - left), np.uint8)
+    for k in range(len(polygon)):
+        ax, ay, bx, by = *_fifths(polygon, k - 1), *_fifths(polygon, k)
+        slope = _slope(ax, ay, bx, by)
+        for column in range(max(min(ax, bx) // _SUBPIXELS, left), min(max(ax, bx) // _SUBPIXELS + 1, right)):
+            row = _crossing(ax, ay, bx, by, slope, column, bottom)
+            if row >= 0:
+                flips[max(row - top, 0), column - left] ^= 1
+    for column in range(right - left):
+        mask[top, left + column] |= flips[0, column]
+    for row in range(1, bottom - top):
+        for column in range(right - left):
+            flips[row, column] ^= flips[row - 1, column]
+            mask[top + row, left + column] |= flips[row, column]
+
+
+@njit(cache=True)
+def _fifths(vertices: np.ndarray, i: int) -> tuple[int, int]:
+    """A vertex in fifths of a pixel, rounded as the rule does (towards zero below zero)."""
+    return int(vertices[i, 0] * _SUBPIXELS + 0.5), int(vertices[i, 1] * _SUBPIXELS + 0.5)
+
+
+@njit(cache=True)
+def _slope(ax: int, ay: int, bx: int, by: int) -> float:
+    """Slope of edge a-b along its longer axis."""
+    dx, dy = bx - ax, by - ay
+    if abs(dx) >= abs(dy):
+        return dy / dx if dx else 0.0
+    return dx / dy
+
+
+@njit(cache=True)
+def _crossing(ax: int, ay: int, bx: int, by: int, slope: float, column: int, height: int) -> int:
+    """First row at or below edge a-b (in fifths) in a column of pixels, 0..height; -1 where it does not cross."""
+    left = _SUBPIXELS * column + 2
+    if (ax <= left) == (bx <= left):
+        return -1
+    if abs(bx - ax) >= abs(by - ay):
+        x, y = (ax, ay) if ax < bx else (bx, by)
+        y = min(int(y + slope * (left - x) + 0.5), int(y + slope * (left + 1 - x) + 0.5))
+    else:
+        x, y = (ax, ay) if ay < by else (bx, by)
+        # The rule walks a steep edge down by fifths; find the last one before it changes sides, whatever the rounding.
+        start = x <= left
+        steps = int((left + 0.5 - x) / slope)
+        while (int(x + slope * steps + 0.5) <= left) != start:
+            steps -= 1
+        while (int(x + slope * (steps + 1) + 0.5) <= left) == start:
+            steps += 1
+        y += steps
+    return min(max((y + 2) // _SUBPIXELS, 0), height)
+
+
+@njit(cache=True)
+def polish_rings(
+    mask: np.ndarray,
+    corners: np.ndarray,
+    vertices: np.ndarray,
+    counts: np.ndarray,
+    step: float,
+    pad: np.ndarray,
+    prune: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round vertices to a grid and polish them.
+
+    Args:
+        mask: (H, W) uint8, non-zero = inside.
+        corners: (n, 2) int64, outline of the mask, for its extent.
+        vertices: (k, 2) float64 of all rings in a row.
+        counts: (rings,) int64, vertices per ring.
+        step: grid step in pixels.
+        pad: (2,) offset of the image in the grid, pixels.
+        prune: drop vertices that no pixel needs.
+
+    Returns:
+        The vertices, (k', 2) float64 inside the image, and their counts.
+    """
+    size = np.array([mask.shape[1], mask.shape[0]])
+    low, high = np.empty(2, np.int64), np.empty(2, np.int64)
+    for a in range(2):
+        low[a], high[a] = max(corners[:, a].min() - 2, 0), min(corners[:, a].max() + 2, size[a])
+        for k in range(len(vertices)):
+            inside = min(max(vertices[k, a], 0.0), size[a])
+            vertices[k, a] = np.rint((inside + pad[a]) / step) * step - pad[a] - low[a]
+    errors = _error_raster(mask[low[1] : high[1], low[0] : high[0]], vertices, counts)
+    if errors.any() or prune:
+        counts = _polish(errors, vertices, counts, step, prune)
+    vertices = vertices[: counts.sum()]
+    for k in range(len(vertices)):
+        for a in range(2):
+            vertices[k, a] = min(max(vertices[k, a] + low[a], 0.0), size[a])
+    return vertices, counts
+
+
+@njit(cache=True)
+def _error_raster(mask: np.ndarray, vertices: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(h, w) uint8 of 0 and 1: pixels where the even-odd drawing of all rings differs from the mask."""
+    height, width = mask.shape
+    flips = np.zeros((height + 1, width), np.uint8)
+    start = 0
+    for r in range(len(counts)):
+        for k in range(start, start + counts[r]):
+            ax, ay = _fifths(vertices, k)
+            bx, by = _fifths(vertices, k + 1 if k + 1 < start + counts[r] else start)
+            slope = _slope(ax, ay, bx, by)
+            for column in range(max(min(ax, bx) // _SUBPIXELS, 0), min(max(ax, bx) // _SUBPIXELS + 1, width)):
+                row = _crossing(ax, ay, bx, by, slope, column, height)
+                if row >= 0:
+                    flips[row, column] ^= 1
+        start += counts[r]
+    for row in range(1, height):
+        for column in range(width):
+            flips[row, column] ^= flips[row - 1, column]
+    for row in range(height):
+        for column in range(width):
+            flips[row, column] ^= mask[row, column] != 0
+    return flips[:height]
+
+
+@njit(cache=True)
+def _flip_rows(errors: np.ndarray, column: int, start: int, stop: int, commit: bool) -> int:
+    """Wrong pixels gained when the drawing changes in rows start..stop-1 of a column."""
+    change = 0
+    for row in range(start, stop):
+        change += -1 if errors[row, column] else 1
+        if commit:
+            errors[row, column] ^= 1
+    return change
+
+
+@njit(cache=True)
+def _change(errors: np.ndarray, ring: np.ndarray, i: int, size: int, x: float, y: float, commit: bool) -> int:
+    """Wrong pixels gained when vertex i of a ring moves to (x, y); with `commit` the raster is updated."""
+    height, width = errors.shape
+    ax, ay = _fifths(ring, i - 1 if i else size - 1)
+    vx, vy = _fifths(ring, i)
+    bx, by = _fifths(ring, i + 1 if i + 1 < size else 0)
+    nx, ny = int(x * _SUBPIXELS + 0.5), int(y * _SUBPIXELS + 0.5)
+    low, high = min(min(ax, bx), min(vx, nx)), max(max(ax, bx), max(vx, nx))
+    av, vb, an, nb = _slope(ax, ay, vx, vy), _slope(vx, vy, bx, by), _slope(ax, ay, nx, ny), _slope(nx, ny, bx, by)
+    change = 0
+    for column in range(max(low // _SUBPIXELS, 0), min(high // _SUBPIXELS + 1, width)):
+        # Old and new edges close a loop: an even number of them cross, and pixels between pairs change sides. Sorted by
+        # a network of five exchanges, misses (-1) come first and are pairs of empty ranges.
+        p = _crossing(ax, ay, vx, vy, av, column, height)
+        q = _crossing(vx, vy, bx, by, vb, column, height)
+        r = _crossing(ax, ay, nx, ny, an, column, height)
+        s = _crossing(nx, ny, bx, by, nb, column, height)
+        p, q = min(p, q), max(p, q)
+        r, s = min(r, s), max(r, s)
+        p, r = min(p, r), max(p, r)
+        q, s = min(q, s), max(q, s)
+        q, r = min(q, r), max(q, r)
+        change += _flip_rows(errors, column, max(p, 0), q, commit) + _flip_rows(errors, column, max(r, 0), s, commit)
+    return change
+
+
+@njit(cache=True)
+def _polish(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray, step: float, prune: bool) -> np.ndarray:
+    """Lower the wrong pixels in place; returns the new counts, vertices are compacted to the front."""
+    counts = counts.copy()
+    start = kept_start = 0
+    for r in range(len(counts)):
+        ring = vertices[start : start + counts[r]]
+        start += counts[r]
+        size = len(ring)
+        for _ in range(_SWEEPS):
+            moved = False
+            for i in range(size):
+                moved |= _nudge(errors, ring, i, step)
+            if not moved:
+                break
+        i = 0
+        while prune and i < size and size > MIN_VERTICES:
+            j = i + 1 if i + 1 < size else 0
+            if _change(errors, ring, i, size, ring[j, 0], ring[j, 1], False) <= 0:
+                _change(errors, ring, i, size, ring[j, 0], ring[j, 1], True)
+                ring[i : size - 1] = ring[i + 1 : size].copy()
+                size -= 1
+            else:
+                i += 1
+        vertices[kept_start : kept_start + size] = ring[:size].copy()
+        kept_start += size
+        counts[r] = size
+    return counts
+
+
+@njit(cache=True)
+def _nudge(errors: np.ndarray, ring: np.ndarray, i: int, step: float) -> bool:
+    """Move vertex i by one step along x or y to where fewer pixels are wrong; False where it already stands best."""
+    a, b = ring[i - 1 if i else len(ring) - 1], ring[i + 1 if i + 1 < len(ring) else 0]
+    if not _any_error(errors, a, ring[i], b, step):
+        return False
+    best, best_x, best_y = 0, ring[i, 0], ring[i, 1]
+    for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        x, y = ring[i, 0] + dx * step, ring[i, 1] + dy * step
+        change = _change(errors, ring, i, len(ring), x, y, False)
+        if change < best:
+            best, best_x, best_y = change, x, y
+    if best < 0:
+        _change(errors, ring, i, len(ring), best_x, best_y, True)
+        ring[i, 0], ring[i, 1] = best_x, best_y
+    return best < 0
+
+
+@njit(cache=True)
+def _any_error(errors: np.ndarray, a: np.ndarray, v: np.ndarray, b: np.ndarray, step: float) -> bool:
+    """Whether a wrong pixel lies in reach of edges a-v-b; without one no move of v can help, the usual case."""
+    top, bottom = int(min(a[1], b[1], v[1]) - step), int(max(a[1], b[1], v[1]) + step) + 2
+    left, right = int(min(a[0], b[0], v[0]) - step), int(max(a[0], b[0], v[0]) + step) + 2
+    for row in range(max(top, 0), min(bottom, errors.shape[0])):
+        for column in range(max(left, 0), min(right, errors.shape[1])):
+            if errors[row, column]:
+                return True
+    return False
