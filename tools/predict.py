@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     """Print the answer and its regions as JSON; save the overlay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
-    parser.add_argument("--image", nargs="+", default=[], help="one or several images")
+    parser.add_argument("--image", nargs="*", default=[], help="one or several images")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--save", type=Path, help="write the overlay here")
     arguments = parser.parse_args(argv)
