@@ -122,7 +122,7 @@ def _shape(region: Region, width: int, height: int) -> str:
 
 def _outline(mask: np.ndarray) -> str:
     # Half a pixel of slack removes the stair steps, which no reader needs.
-    rings = outline_rings(as_mask(mask), holes=True)
+    rings, _ = outline_rings(as_mask(mask), holes=True)
     return _path([cv2.approxPolyDP(ring.astype(np.float32), 0.8, True).reshape(-1, 2) for ring in rings])
 
 
