@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vistallm.config import Config, apply_overrides, config_from_file, load_config
+from vistallm.config import Config, apply_overrides, config_from_file, load_config, save_config
 from vistallm.data.datamodule import build_codec, data_root
 from vistallm.evaluate import benchmarks as bench
 from vistallm.evaluate.generate import Pace, generate_predictions
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> None:
     config = load_eval_config(argv)
     out = Path(str(config.run_dir))
     out.mkdir(parents=True, exist_ok=True)
+    if config.ckpt is not None and not (out / "config.yaml").is_file():
+        save_config(config, out / "config.yaml")  # scoring the file again then uses the same coordinates
     pace = Pace()
     if config.predictions is None:
         chosen = bench.select_benchmarks(bench.load_benchmarks(), config.benchmarks, config.data.name)
