@@ -27,6 +27,7 @@ from vistallm.train.checkpoint import load_run
 from vistallm.train.run import quiet
 
 COLOURS = ((255, 64, 64), (64, 128, 255), (48, 176, 96), (240, 160, 32))
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")
 _GIVEN = re.compile(r"\{(box|point):([-\d.,\s]+)(?:@(\d+))?\}")
 
 
@@ -50,9 +51,11 @@ def make_sample(images: list[np.ndarray], prompt: str) -> Sample:
     regions: list[Region] = []
 
     def write(match: re.Match[str]) -> str:
-        values, image = tuple(float(v) for v in match[2].split(",")), int(match[3] or 1) - 1
-        if len(values) != (4 if match[1] == "box" else 2) or not 0 <= image < len(images):
+        words, image = match[2].split(","), int(match[3] or 1) - 1
+        numbers = len(words) == (4 if match[1] == "box" else 2) and all(_NUMBER.fullmatch(w.strip()) for w in words)
+        if not numbers or not 0 <= image < len(images):
             raise ValueError(f"--prompt {match[0]}: expected {{box:x0,y0,x1,y1}} or {{point:x,y}}, with @k for image k")
+        values = tuple(float(word) for word in words)
         regions.append(Region.from_json({"image": image, "kind": match[1], "object": len(regions), match[1]: values}))
         return f"{{regions:{len(regions) - 1}}}"
 
