@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from vistallm.regions.frame import Frame
-from vistallm.regions.masks import canonical_polygons, check_options, rle_box, rle_to_polygons
+from vistallm.regions.masks import box_polygon, canonical_polygons, check_options, rle_box, rle_to_polygons
 from vistallm.schema import REGION_KINDS, Parsed, Region
 
 MARKERS = ("<b_st>", "<b_sep>", "<b_ed>", "<p_st>", "<p_sep>", "<p_ed>", "<m_st>", "<m_sep>", "<m_part>", "<m_ed>")
@@ -70,6 +70,7 @@ class RegionCodec:
             raise ValueError(f"num_bins: expected at least 2, got {num_bins}")
         self.coords = coords
         self.num_bins = num_bins
+        self.points = points
         self.tokens: list[str] = []
         if coords == "tokens":
             self.tokens = [*MARKERS, *(f"<bin_{i}>" for i in range(num_bins))]
@@ -188,8 +189,7 @@ class RegionCodec:
         # The whole object is thinner than a bin: write the smallest box around it that the bins can draw.
         flat = np.concatenate([self.quantise(p, frame) for p in polygons])
         low = np.minimum(flat.min(0), self.num_bins - 2)
-        (x0, y0), (x1, y1) = low, np.maximum(flat.max(0), low + 1)
-        return [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])]
+        return [box_polygon(np.stack([low, np.maximum(flat.max(0), low + 1)]), self.points)]
 
     def _write_group(self, objects: list[list[np.ndarray]], kind: str) -> str:
         if self.coords == "text":

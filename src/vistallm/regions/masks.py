@@ -59,11 +59,11 @@ def mask_to_polygons(
         if sampler == "adaptive":
             kept = adaptive_points(rings, budget, mask, num_bins, parents)
             kept = bridge_holes(kept, parents) if holes else kept
-        elif sum(map(len, rings)) <= budget:
-            kept = rings
         else:
             kept = uniform_points(rings, budget) if sampler == "uniform" else curvature_points(rings, budget, dense)
-        return canonical_polygons([ring.astype(np.float32) for ring in kept])
+        polygons = canonical_polygons([ring.astype(np.float32) for ring in kept])
+        # Coarse bins or three points on a thin line can leave no area; the mask's box always has some.
+        return polygons or [box_polygon(np.concatenate(rings), budget).astype(np.float32)]
 
     if not rings:
         return []
@@ -74,6 +74,12 @@ def mask_to_polygons(
             if rle_iou(polygons_to_rle(polygons, *mask.shape), truth) >= target_iou:
                 return polygons
     return sample(points)
+
+
+def box_polygon(points: np.ndarray, budget: int) -> np.ndarray:
+    """Box around points, (n, 2) -> (4, 2) of the same type, clockwise; half of it where the budget is three."""
+    (x0, y0), (x1, y1) = points.min(0), points.max(0)
+    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])[:budget]
 
 
 def check_options(points: int, sampler: str, target_iou: float | None, holes: bool) -> None:
@@ -142,6 +148,27 @@ def mask_to_rle(mask: np.ndarray) -> Rle:
 def rle_to_mask(rle: Rle) -> np.ndarray:
     """COCO RLE, compressed (str or bytes) or a list of runs -> (H, W) bool."""
     return coco.decode(_compressed(rle)).view(bool)
+
+
+def segmentation_to_rle(segmentation: Any, height: int | None, width: int | None) -> Rle:
+    """A COCO annotation's segmentation -> RLE.
+
+    Args:
+        segmentation: RLE (compressed or a list of runs), or polygons as flat lists [x0, y0, x1, y1, ...], pixels;
+            coordinates outside the image are cut off, polygons of fewer than three points draw nothing.
+        height: image height in pixels, needed for polygons.
+        width: image width in pixels, needed for polygons.
+
+    Raises:
+        ValueError: neither of the two forms, an odd number of coordinates, or no image size.
+    """
+    if isinstance(segmentation, dict):
+        return _as_text(_compressed(segmentation))
+    if not height or not width:
+        raise ValueError("segmentation: polygons need the image's height and width, got none; add them to the record")
+    if not isinstance(segmentation, list) or any(len(p) % 2 or not np.isfinite(p).all() for p in segmentation):
+        raise ValueError(f"segmentation: expected RLE or lists of finite x, y pairs, got {str(segmentation)[:80]}")
+    return polygons_to_rle([np.reshape(p, (-1, 2)) for p in segmentation], int(height), int(width))
 
 
 def rle_box(rle: Rle) -> tuple[float, float, float, float]:

@@ -194,26 +194,32 @@ def _polish(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray, step: 
     for r in range(len(counts)):
         ring = vertices[start : start + counts[r]]
         start += counts[r]
-        size = len(ring)
         for _ in range(_SWEEPS):
             moved = False
-            for i in range(size):
+            for i in range(len(ring)):
                 moved |= _nudge(errors, ring, i, step)
             if not moved:
                 break
-        i = 0
-        while prune and i < size and size > MIN_VERTICES:
-            j = i + 1 if i + 1 < size else 0
-            if _change(errors, ring, i, size, ring[j, 0], ring[j, 1], False) <= 0:
-                _change(errors, ring, i, size, ring[j, 0], ring[j, 1], True)
-                ring[i : size - 1] = ring[i + 1 : size].copy()
-                size -= 1
-            else:
-                i += 1
+        size = _prune(errors, ring) if prune else len(ring)
         vertices[kept_start : kept_start + size] = ring[:size].copy()
         kept_start += size
         counts[r] = size
     return counts
+
+
+@njit(cache=True)
+def _prune(errors: np.ndarray, ring: np.ndarray) -> int:
+    """Drop vertices without which no more pixels are wrong, in place; returns how many stay, in front."""
+    size, i = len(ring), 0
+    while i < size and size > MIN_VERTICES:
+        j = i + 1 if i + 1 < size else 0
+        if _change(errors, ring, i, size, ring[j, 0], ring[j, 1], False) <= 0:
+            _change(errors, ring, i, size, ring[j, 0], ring[j, 1], True)
+            ring[i : size - 1] = ring[i + 1 : size].copy()
+            size -= 1
+        else:
+            i += 1
+    return size
 
 
 @njit(cache=True)

@@ -1,0 +1,151 @@
+"""The most that masks as sequences can score: mean IoU of sample -> quantise -> decode -> draw against the whole mask.
+
+    python tools/mask_ceiling.py FILE.json|SHARD.tar|SHARD_DIR [--points 16 32] [--sampler adaptive uniform]
+
+FILE is COCO-style (a dict with images and annotations) or a list of {"segmentation": RLE or polygons, ...}, where
+polygons need "height" and "width"; a shard or a folder of shards gives the masks of its samples. Every mask is
+read and drawn by the project's own codec and drawing rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vistallm.regions.codec import RegionCodec
+from vistallm.regions.frame import Frame
+from vistallm.regions.masks import (
+    SAMPLERS,
+    mask_to_polygons,
+    polygons_to_rle,
+    rle_box,
+    rle_iou,
+    rle_to_mask,
+    segmentation_to_rle,
+)
+from vistallm.schema import Region, Rle
+
+COLUMNS = "sampler points masks mean_iou under_0.8 worst tokens ms_sample ms_all"
+
+
+def read_masks(path: Path) -> Iterator[Rle]:
+    """Masks of an annotation file, a shard or a folder of shards; raises ValueError where there are none to read."""
+    if path.is_dir() or path.suffix == ".tar":
+        for tar in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
+            with tarfile.open(tar) as archive:
+                for member in archive:
+                    if member.name.endswith(".json") and (file := archive.extractfile(member)):
+                        yield from (r["rle"] for r in json.load(file).get("regions", []) if r.get("rle"))
+        return
+    content = json.loads(path.read_text())
+    sizes = {i["id"]: i for i in content["images"]} if isinstance(content, dict) else {}
+    for record in content["annotations"] if isinstance(content, dict) else content:
+        size = sizes.get(record.get("image_id"), record)
+        yield segmentation_to_rle(record["segmentation"], size.get("height"), size.get("width"))
+
+
+def measure(masks: list[Rle], sampler: str, points: int, num_bins: int, options: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table, with the IoU of every mask under "iou"."""
+    codec = RegionCodec(num_bins=num_bins, points=points, mask_sampler=sampler, **options)
+    ious, tokens, sampling = [], 0, 0.0
+    start = time.perf_counter()
+    for rle in masks:
+        height, width = rle["size"]
+        frame = Frame(width, height, 224)
+        dense = rle_to_mask(rle).view(np.uint8)
+        begun = time.perf_counter()
+        polygons = mask_to_polygons(dense, points, sampler, num_bins=num_bins, **options)
+        sampling += time.perf_counter() - begun
+        text = codec.encode([Region(0, "mask", polygons=polygons)], [frame], "mask")
+        tokens += text.count("<")
+        ious.append(rle_iou(polygons_to_rle(codec.decode(text, [frame]).regions[0].polygons or [], height, width), rle))
+    scores = np.array(ious)
+    return {
+        "sampler": sampler,
+        "points": points,
+        "masks": len(masks),
+        "mean_iou": round(float(scores.mean()), 5),
+        "under_0.8": round(float((scores < 0.8).mean()), 5),
+        "worst": round(float(scores.min()), 4),
+        "tokens": round(tokens / len(masks), 1),
+        "ms_sample": round(sampling / len(masks) * 1e3, 3),
+        "ms_all": round((time.perf_counter() - start) / len(masks) * 1e3, 3),
+        "iou": scores.round(5).tolist(),
+    }
+
+
+def save_sheet(
+    path: Path, masks: list[Rle], row: dict[str, Any], num_bins: int, count: int, options: dict[str, Any]
+) -> None:
+    """Picture of the worst masks of a row: the mask grey, its outline white, polygons red, vertices yellow."""
+    tiles = []
+    for index in np.argsort(row["iou"])[:count]:
+        rle = masks[index]
+        x0, y0, x1, y1 = rle_box(rle)
+        scale = 200 / max(x1 - x0, y1 - y0)
+        shift = np.array([[scale, 0, 20 - x0 * scale], [0, scale, 20 - y0 * scale]])
+        mask = rle_to_mask(rle).view(np.uint8)
+        tile = cv2.warpAffine(np.ascontiguousarray(mask) * 90, shift, (240, 260), flags=cv2.INTER_NEAREST)
+        outline, _ = cv2.findContours(tile, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        tile = cv2.cvtColor(tile, cv2.COLOR_GRAY2BGR)
+        cv2.drawContours(tile, outline, -1, (255, 255, 255), 1)
+        for polygon in mask_to_polygons(mask, row["points"], row["sampler"], num_bins=num_bins, **options):
+            at = np.rint(polygon * scale + shift[:, 2]).astype(np.int32)
+            cv2.polylines(tile, [at], True, (60, 60, 255), 1, cv2.LINE_AA)
+            for vertex in at:
+                cv2.circle(tile, vertex.tolist(), 2, (0, 220, 255), -1)
+        label = f"#{index} IoU {row['iou'][index]:.3f}"
+        cv2.putText(tile, label, (8, 254), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
+        tiles.append(tile)
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 6)
+    cv2.imwrite(str(path), np.vstack([np.hstack(tiles[k : k + 6]) for k in range(0, len(tiles), 6)]))
+
+
+def main() -> int:
+    """Read, measure, print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--points", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--sampler", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
+    parser.add_argument("--num-bins", type=int, default=1001)
+    parser.add_argument("--target-iou", type=float, help="fewest points that reach this IoU, --points being the most")
+    parser.add_argument("--holes", action="store_true", help="write holes (adaptive only)")
+    parser.add_argument("--json", type=Path, help="write the table here, with the IoU of every mask")
+    parser.add_argument("--sheet", type=Path, help="save a picture of the worst masks of the last row")
+    parser.add_argument("--worst", type=int, default=24, help="masks on the sheet")
+    args = parser.parse_args()
+    options = {"target_iou": args.target_iou, "holes": args.holes}
+    try:
+        read = list(read_masks(args.file))
+        masks = [rle for rle in read if rle_to_mask(rle).any()]
+        if not masks:
+            raise ValueError(f"{args.file}: expected at least one mask that is not empty, got {len(read)} empty ones")
+        mask_to_polygons(rle_to_mask(masks[0]), args.points[0], args.sampler[0])  # load the compiled code before timing
+        print(f"{args.file}: {len(masks)} masks, {len(read) - len(masks)} empty ones left out\n{COLUMNS}")
+        rows = []
+        for points in args.points:
+            for sampler in args.sampler:
+                rows.append(measure(masks, sampler, points, args.num_bins, options))
+                print(*(rows[-1][c] for c in COLUMNS.split()), flush=True)
+    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+        print(f"mask_ceiling: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        args.json.write_text(json.dumps({"file": args.file.name, "num_bins": args.num_bins, "rows": rows}))
+    if args.sheet:
+        save_sheet(args.sheet, masks, rows[-1], args.num_bins, args.worst, options)
+    return 0
+
+
+if __name__ == "__main__":
+    cv2.setNumThreads(1)
+    sys.exit(main())
