@@ -119,7 +119,8 @@ def main(argv: list[str]) -> None:
     except RegionParseError as error:
         print(f"the regions of this answer can't be read: {error}", file=sys.stderr)
     if arguments.save:
-        if not cv2.imwrite(str(arguments.save), overlay(sample.pixels or [], parsed)[:, :, ::-1]):
+        picture, name = overlay(sample.pixels or [], parsed)[:, :, ::-1], str(arguments.save)
+        if not cv2.haveImageWriter(name) or not cv2.imwrite(name, picture):
             raise ValueError(f"--save {arguments.save}: could not write; use a .png or .jpg name in an existing folder")
         print(f"overlay: {arguments.save}")
 
