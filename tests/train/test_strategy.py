@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 
+from vistallm.config import load_config
 from vistallm.data.datamodule import split_shards
 from vistallm.data.stream import RejectLog, TrainStream
 from vistallm.train.callbacks import read_metrics
@@ -21,11 +22,11 @@ from vistallm.train.optim import build_optimizer
 from vistallm.train.run import build
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["trainer.max_steps=2", "checkpoint.every_n_steps=2", "trainer.accelerator=cpu"]
+STEPS = ["trainer.max_steps=2", "checkpoint.every_n_steps=1", "trainer.accelerator=cpu"]
 
 
-def launch(words, run_dir, root):
-    words = ["model=mini", *words, f"run_dir={run_dir}", f"data.root={root}"]
+def launch(words, run_dir):
+    words = [*words, f"run_dir={run_dir}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "train.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
@@ -33,9 +34,14 @@ def launch(words, run_dir, root):
 
 
 @pytest.fixture(scope="module")
-def both_ranks(tiny_config, mini_root):
+def words(tiny_words, mini_root):
+    return ["model=mini", "data=mini", *tiny_words, *STEPS, f"data.root={mini_root}"]
+
+
+@pytest.fixture(scope="module")
+def both_ranks(words, mini_root):
     """Two steps in one process over both ranks' batches, gradients averaged over the ranks: a plain loop."""
-    config = tiny_config(*STEPS)
+    config = load_config(words)
     L.seed_everything(config.seed, verbose=False)
     module, data = build(config, mini_root)
     model, optimizer, scheduler = module.model, *build_optimizer(module.model, config.train, 2)
@@ -68,9 +74,10 @@ def both_ranks(tiny_config, mini_root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_take_the_steps_of_one(strategy, tiny_words, mini_root, tmp_path, both_ranks):
+def test_two_processes_take_the_steps_of_one(strategy, words, tmp_path, both_ranks):
     run_dir = tmp_path / strategy
-    done = launch([*tiny_words, *STEPS, f"strategy={strategy}", "trainer.devices=2"], run_dir, mini_root)
+    two = [*words, f"strategy={strategy}", "trainer.devices=2"]
+    done = launch(two, run_dir)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     rows = read_metrics(run_dir / "metrics.csv")
     assert [row["step"] for row in rows] == ["1", "2"]
@@ -81,3 +88,9 @@ def test_two_processes_take_the_steps_of_one(strategy, tiny_words, mini_root, tm
     assert path == newest_checkpoint(run_dir)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), both_ranks.weights[name], rtol=1e-3, atol=1e-4, msg=name)
+    if strategy == "fsdp":
+        path.unlink()
+        done = launch(two, run_dir)
+        assert f"resuming from {run_dir}/checkpoints/step-000001.ckpt" in done.stdout, done.stderr[-5000:]
+        for row, again in zip(rows, read_metrics(run_dir / "metrics.csv"), strict=True):
+            assert {**again, "seconds": "", "wait": ""} == {**row, "seconds": "", "wait": ""}

@@ -1,0 +1,212 @@
+"""The commands as a user types them: train both stages, evaluate, score a file again, predict; and bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+STEPS = ["model=mini", "trainer.max_steps=3", "checkpoint.every_n_steps=2"]
+PROMPT = "Can you segment the red circle in this picture?"
+
+
+def call(*words):
+    """Run a command in a process of its own."""
+    words = [str(word) for word in words]
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def images(runs):
+    paths = [runs / "a.jpg", runs / "b.png"]
+    for number, path in enumerate(paths):
+        cv2.imwrite(str(path), np.full((60 + 30 * number, 90, 3), 100, np.uint8))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def stage_one(runs, tiny_words, mini_root):
+    done = call("train.py", "stage=1", *STEPS, *tiny_words, f"data.root={mini_root}", f"run_dir={runs / 'one'}")
+    assert done.returncode == 0, done.stderr
+    return runs / "one", done
+
+
+@pytest.fixture(scope="module")
+def stage_two(runs, stage_one, tiny_words, mini_root):
+    words = [f"data.root={mini_root}", f"run_dir={runs / 'two'}", f"ckpt={stage_one[0]}", "data.workers=1"]
+    done = call("train.py", "stage=2", *STEPS, *tiny_words, *words)
+    assert done.returncode == 0, done.stderr
+    return runs / "two", done
+
+
+@pytest.fixture(scope="module")
+def evaluation(runs, stage_two):
+    done = call(
+        "eval.py", f"ckpt={stage_two[0]}", f"run_dir={runs / 'eval'}", "benchmarks=[mini_res,mini_pope,mini_nlvr2]"
+    )
+    assert done.returncode == 0, done.stderr
+    return runs / "eval", done
+
+
+def test_training_says_what_trains_and_writes_its_files(stage_one, stage_two):
+    for folder, done in (stage_one, stage_two):
+        assert "parameters train" in done.stdout
+        for name in ("config.yaml", "metrics.csv", "checkpoints/step-000003.ckpt", "vocabulary/vocabulary.json"):
+            assert (folder / name).is_file(), name
+        assert len((folder / "metrics.csv").read_text().splitlines()) == 4
+    assert f"from {stage_one[0]}/checkpoints/step-000003.ckpt" in stage_two[1].stdout
+
+
+def test_stage_two_starts_from_the_weights_of_stage_one(stage_one, stage_two):
+
+    one, two = (
+        torch.load(folder / "checkpoints" / "step-000003.ckpt", weights_only=True)["state_dict"]
+        for folder, _ in (stage_one, stage_two)
+    )
+    frozen = [key for key in one if key.startswith("model.encoder.")]
+    assert frozen
+    assert all(torch.equal(one[key], two[key]) for key in frozen)
+
+
+def test_evaluation_writes_predictions_scores_and_report(evaluation):
+    folder, done = evaluation
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["benchmark"] for line in lines] == ["mini_res", "mini_pope", "mini_nlvr2"], "decode.limit=1"
+    scores = json.loads((folder / "scores.json").read_text())
+    for name in ("mini_res", "mini_pope", "mini_nlvr2"):
+        assert name in json.dumps(scores)
+        assert name in done.stdout
+    assert "<html" in (folder / "report.html").read_text()
+
+
+def test_a_predictions_file_gives_the_same_scores(evaluation, runs):
+    folder, _ = evaluation
+    done = call("eval.py", f"predictions={folder / 'predictions.jsonl'}", f"run_dir={runs / 'again'}")
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((f / "scores.json").read_text()) for f in (folder, runs / "again"))
+    one.pop("run", None), two.pop("run", None)
+    assert one == two
+    assert (runs / "again" / "report.html").is_file()
+
+
+def test_predict_saves_an_overlay(stage_two, images, runs):
+    out = runs / "overlay.png"
+    done = call("tools/predict.py", "--ckpt", stage_two[0], "--image", *images, "--prompt", PROMPT, "--save", out)
+    assert done.returncode == 0, done.stderr
+    overlay = cv2.imread(str(out))
+    assert overlay.shape == (240, 360 + 8 + 240, 3)
+
+
+# -- bad input: one clear line, exit code 1, no traceback --------------------------------------------------------------
+
+
+def refused(capfd, monkeypatch, script, *words):
+    """Run a script in this process; return the one line it leaves with."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert isinstance(left.value.code, str), "a text goes to stderr, and the exit code is 1"
+    assert "\n" not in left.value.code, left.value.code
+    assert "Traceback" not in capfd.readouterr().err
+    assert left.value.code.startswith(Path(script).name)
+    return left.value.code
+
+
+@pytest.fixture
+def refuse(capfd, monkeypatch):
+    return lambda script, *words: refused(capfd, monkeypatch, script, *words)
+
+
+def test_exit_code_and_stderr_of_a_refusal():
+    done = call("train.py", "stage=1", "train.lrr=1")
+    assert done.returncode == 1
+    assert done.stderr == "train.py: unknown key 'train.lrr'; the nearest known one is 'train.lr'\n"
+
+
+def test_unknown_keys(refuse, stage_one):
+    assert "'seed'" in refuse("train.py", "sed=1")
+    assert "'seed'" in refuse("eval.py", f"ckpt={stage_one[0]}", "sed=1")
+    assert "expected key=value" in refuse("train.py", "--stage", "1")
+
+
+def test_missing_and_empty_shard_folders(refuse, tmp_path, stage_one):
+    assert "found none" in refuse("train.py", f"data.root={tmp_path / 'gone'}", f"run_dir={tmp_path / 'r'}")
+    assert "found none" in refuse("train.py", f"data.root={tmp_path}", f"run_dir={tmp_path / 'r'}")
+    assert "found none" in refuse("eval.py", f"ckpt={stage_one[0]}", f"data.root={tmp_path}", f"run_dir={tmp_path}")
+    assert "give the shard folder" in refuse("train.py", "data=coinit", f"run_dir={tmp_path / 'r'}")
+
+
+def test_checkpoints(refuse, tmp_path, stage_one, tiny_words, mini_root):
+    words = [*STEPS, *tiny_words, f"data.root={mini_root}", f"run_dir={tmp_path / 'r'}"]
+    assert "another model" in refuse("train.py", *words, "model.decoder.hidden_size=32", f"ckpt={stage_one[0]}")
+    assert "found nothing there" in refuse("train.py", *words, f"ckpt={tmp_path / 'gone'}")
+    assert "another model" in refuse("eval.py", f"ckpt={stage_one[0]}", "model.decoder.layers=1", f"run_dir={tmp_path}")
+    assert "found nothing there" in refuse("eval.py", f"ckpt={tmp_path / 'gone'}")
+    assert "got neither" in refuse("eval.py")
+
+
+def test_predictions_files(refuse, tmp_path):
+    assert "no such file" in refuse("eval.py", f"predictions={tmp_path / 'gone.jsonl'}")
+    for text in ("", "{", '{"id": "a"}\n', "[]\n"):
+        (tmp_path / "p.jsonl").write_text(text)
+        assert "p.jsonl" in refuse("eval.py", f"predictions={tmp_path / 'p.jsonl'}")
+
+
+def test_unknown_benchmark(refuse, stage_one, tmp_path):
+    assert "mini_rez" in refuse("eval.py", f"ckpt={stage_one[0]}", "benchmarks=[mini_rez]", f"run_dir={tmp_path}")
+
+
+def test_predict_without_an_image_or_with_a_missing_one(refuse, stage_one, images, tmp_path):
+    ask = ["tools/predict.py", "--ckpt", stage_one[0], "--prompt", PROMPT]
+    assert "at least one image" in refuse(*ask)
+    assert "at least one image" in refuse(*ask, "--image")
+    assert "no such file" in refuse(*ask, "--image", tmp_path / "gone.png")
+    (tmp_path / "text.png").write_text("no image")
+    assert "not an image" in refuse(*ask, "--image", tmp_path / "text.png")
+    assert "found nothing there" in refuse(
+        "tools/predict.py", "--ckpt", tmp_path / "x", "--image", images[0], "--prompt", PROMPT
+    )
+    assert "with @k for image k" in refuse(*ask[:-1], "What is at {point:4,5@3}?", "--image", images[0])
+    assert "{point:" in refuse(*ask[:-1], "What is at {point:4,,5}?", "--image", images[0])
+    assert "--save" in refuse(*ask, "--image", images[0], "--save", tmp_path / "gone" / "o.png")
+    assert "--save" in refuse(*ask, "--image", images[0], "--save", tmp_path / "o.xyz")
+
+
+def test_a_missing_image_in_a_shard_is_counted_and_too_many_stop_the_run(refuse, mini_root, tmp_path, tiny_words):
+
+    root = shutil.copytree(mini_root, tmp_path / "mini")
+    for path in root.glob("train-*.tar"):
+        with tarfile.open(path) as old:
+            kept = [(m, old.extractfile(m).read()) for m in old if not m.name.endswith((".0.jpg", ".0.png"))]
+        with tarfile.open(path, "w") as new:
+            for member, data in kept:
+                new.addfile(member, io.BytesIO(data))
+    said = refuse("train.py", *STEPS, *tiny_words, f"data.root={root}", f"run_dir={tmp_path / 'r'}")
+    assert "missing-image" in said
+    assert "rejects.jsonl" in said
+    assert (tmp_path / "r" / "rejects.jsonl").is_file()
