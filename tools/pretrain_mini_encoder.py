@@ -26,9 +26,9 @@ from vistallm.coinit.mini_layout import random_scene
 from vistallm.coinit.mini_scene import ATTRIBUTES, Scene
 from vistallm.config import load_config
 from vistallm.data.sequence import PAD_COLOUR
+from vistallm.model.attention import training_attention
 from vistallm.model.encoder import ImageEncoder
 from vistallm.regions.frame import Frame, square_resize
-from vistallm.train.strategy import attention_kernels
 
 COVER = 0.3  # a patch is labelled with the object that covers at least this share of it
 
@@ -121,10 +121,9 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = arguments.lr * rate
         optimizer.zero_grad()
-        with attention_kernels():
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, scores = heads(encoder(images), *targets)
-            loss.backward()
+        with training_attention(), torch.autocast("cpu", torch.bfloat16):
+            loss, scores = heads(encoder(images), *targets)
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0:

@@ -31,15 +31,21 @@ class InstructionGuidedTokenizer(nn.Module):
             max_position_embeddings=max(512, config.max_instruction_tokens),
             cross_attention_frequency=config.cross_attention_every,
             encoder_hidden_size=encoder_width,
+            initializer_range=config.hidden_size**-0.5,  # BERT's 0.02 leaves the attention of a narrow model flat
         )
         qformer._attn_implementation = "sdpa"
         self.feature_norm = nn.LayerNorm(encoder_width)  # InstructBLIP's vision post-layernorm
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries, config.hidden_size).normal_(std=0.02))
+        queries = torch.zeros(1, config.queries, config.hidden_size).normal_(std=qformer.initializer_range)
+        self.query_tokens = nn.Parameter(queries)
         self.qformer = InstructBlipQFormerModel(qformer)
         self.projection = nn.Linear(config.hidden_size, decoder_width)
 
     def forward(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
         """Return image tokens (N, Q, C); `instruction_mask_NI` is 1 on real tokens, ids are right-padded."""
+        return self.projection(self.query_states(patch_tokens_NPD, instruction_ids_NI, instruction_mask_NI))
+
+    def query_states(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
+        """Return the queries' last hidden states (N, Q, H), before the projection."""
         features_NPD = self.feature_norm(patch_tokens_NPD)
         queries_NQH = self.query_tokens.expand(len(features_NPD), -1, -1)
         query_mask = instruction_mask_NI.new_ones(queries_NQH.shape[:2])
@@ -50,4 +56,4 @@ class InstructionGuidedTokenizer(nn.Module):
         output = self.qformer(
             input_ids=ids, attention_mask=mask, query_embeds=queries_NQH, encoder_hidden_states=features_NPD
         )
-        return self.projection(output.last_hidden_state[:, : queries_NQH.shape[1]])
+        return output.last_hidden_state[:, : queries_NQH.shape[1]]

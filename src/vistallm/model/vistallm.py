@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.attention import training_attention
 from vistallm.model.decoder import add_lora, build_decoder, embedding_weight, initialise_new_rows
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.tokenizer import InstructionGuidedTokenizer
+from vistallm.model.weights import load_tokenizer_weights
 from vistallm.schema import IGNORE_INDEX, Batch
 
 
@@ -52,25 +54,28 @@ class VistaLLM(nn.Module):
         tokenizer = InstructionGuidedTokenizer(
             config.model.tokenizer, len(vocabulary.instruction), self.encoder.width, width
         )
-        words = embedding_weight(tokenizer.qformer)
-        initialise_new_rows(
-            words,
-            vocabulary.instruction_first_new,
-            vocabulary.instruction_bin_ids,
-            torch.as_tensor(vocabulary.bin_values),
-        )
+        if config.model.tokenizer.weights is not None:
+            load_tokenizer_weights(tokenizer, config.model.tokenizer.weights, vocabulary)
+        else:
+            bins = torch.as_tensor(vocabulary.bin_values)
+            words = embedding_weight(tokenizer.qformer)
+            initialise_new_rows(words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
         self.tokenizer = tokenizer
         if config.train.decoder == "lora":
             decoder = add_lora(decoder, config.model.decoder, list(range(first_new, len(vocabulary.text))))
         self.decoder = decoder
+        if config.train.activation_checkpointing:
+            for part in (self.decoder, self.tokenizer.qformer):
+                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def image_tokens(self, batch: Batch) -> Tensor:
         """Return (N, Q, C) image tokens, one block per image, guided by the instruction of the image's sample."""
         frozen = not any(p.requires_grad for p in self.encoder.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen), training_attention():
             patch_tokens_NPD = self.encoder(batch.images)
         owner = batch.image_owner
-        return self.tokenizer(patch_tokens_NPD, batch.instruction_ids[owner], batch.instruction_mask[owner])
+        with training_attention():
+            return self.tokenizer(patch_tokens_NPD, batch.instruction_ids[owner], batch.instruction_mask[owner])
 
     def input_embeddings(self, batch: Batch) -> Tensor:
         """Return (B, T, C) embeddings with the image tokens laid into the image slots."""
@@ -87,7 +92,9 @@ class VistaLLM(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Loss over the supervised positions of a right-padded batch; the LM head runs on those positions alone."""
         # Right padding and a causal mask: no real token sees a pad, so the mask is left out (and SDPA stays fast).
-        hidden = self.language_model()(inputs_embeds=self.input_embeddings(batch)).last_hidden_state
+        embeddings = self.input_embeddings(batch)
+        with training_attention():
+            hidden = self.language_model()(inputs_embeds=embeddings).last_hidden_state
         targets = batch.labels[:, 1:]
         row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
         target = targets[row, position]

@@ -13,7 +13,7 @@ from vistallm.config import Config
 from vistallm.model.vistallm import Output, VistaLLM
 from vistallm.schema import IGNORE_INDEX, Batch
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
-from vistallm.train.strategy import attention_kernels, shard
+from vistallm.train.strategy import shard
 
 
 class VistaModule(L.LightningModule):
@@ -53,15 +53,9 @@ class VistaModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss over the batch's supervised tokens."""
-        with attention_kernels():
-            output = self.model(batch)
+        output = self.model(batch)
         self._add(batch, output)
         return output.loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward pass under the same attention kernels as the forward pass."""
-        with attention_kernels():
-            super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Teacher-forced loss and token accuracy (no generation inside training)."""

@@ -1,19 +1,17 @@
-"""Where and how a run computes: Lightning strategy, precision and attention kernels from the config.
+"""Where and how a run computes: Lightning strategy and precision from the config.
 
 FSDP is Lightning's ModelParallelStrategy (FSDP2): clipping there is the ordinary global norm.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vistallm.config import Config
 from vistallm.model.vistallm import VistaLLM
@@ -73,13 +71,3 @@ def repeated_layers(model: VistaLLM) -> list[nn.Module]:
     blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
     parts: Iterable[Any] = (blocks, model.tokenizer.qformer.encoder.layer, model.language_model().layers)
     return [layer for part in parts for layer in part]
-
-
-@contextlib.contextmanager
-def attention_kernels() -> Iterator[None]:
-    """Without an accelerator leave the flash path out: its bf16 backward is slower at the mini model's heads."""
-    if torch.cuda.is_available():
-        yield
-    else:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
