@@ -22,7 +22,7 @@ from vistallm.train.optim import build_optimizer
 from vistallm.train.run import build
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["trainer.max_steps=2", "checkpoint.every_n_steps=1", "trainer.accelerator=cpu"]
+STEPS = ["trainer.max_steps=2", "checkpoint.every_n_steps=1", "checkpoint.keep=2", "trainer.accelerator=cpu"]
 
 
 def launch(words, run_dir):
