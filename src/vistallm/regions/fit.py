@@ -15,7 +15,7 @@ _DAMPING = 0.2  # keeps a vertex between two nearly parallel edges from sliding 
 _FLOOR = 0.25  # pixels: nearer to the edge than this, a sample weighs by its squared distance
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def fit_rings(
     samples: np.ndarray, sample_counts: np.ndarray, first: np.ndarray, vertices: np.ndarray, counts: np.ndarray
 ) -> None:
@@ -39,7 +39,7 @@ def fit_rings(
         start += counts[r]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _fit_ring(samples: np.ndarray, first: np.ndarray, vertices: np.ndarray) -> None:
     """Move the vertices of one ring in place; `first` are their sample indices within the ring."""
     n, size = len(samples), len(vertices)
@@ -59,13 +59,13 @@ def _fit_ring(samples: np.ndarray, first: np.ndarray, vertices: np.ndarray) -> N
             _reassign(samples, first, vertices, i)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _span(start: int, stop: int, n: int) -> int:
     """Samples from start up to stop on a ring of n."""
     return stop - start if stop > start else stop - start + n
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _edge_sums(
     samples: np.ndarray, start: int, count: int, vx: float, vy: float, bx: float, by: float
 ) -> tuple[float, float, float, float, float]:
@@ -87,7 +87,7 @@ def _edge_sums(
     return total * ty * ty, -total * tx * ty, total * tx * tx, -rhs * ty, rhs * tx
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _distance2(px: float, py: float, ax: float, ay: float, bx: float, by: float) -> float:
     """Squared distance of point p to segment a-b."""
     dx, dy, px, py = bx - ax, by - ay, px - ax, py - ay
@@ -96,7 +96,7 @@ def _distance2(px: float, py: float, ax: float, ay: float, bx: float, by: float)
     return (px - at * dx) ** 2 + (py - at * dy) ** 2
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _reassign(samples: np.ndarray, first: np.ndarray, vertices: np.ndarray, i: int) -> None:
     """Let the samples beside vertex i change to its other edge while they are nearer to that one."""
     n, size = len(samples), len(vertices)
@@ -117,6 +117,6 @@ def _reassign(samples: np.ndarray, first: np.ndarray, vertices: np.ndarray, i: i
         first[i] = first[i] + 1 if first[i] + 1 < n else 0
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _xy(vertices: np.ndarray, i: int) -> tuple[float, float]:
     return vertices[i, 0], vertices[i, 1]

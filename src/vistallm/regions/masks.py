@@ -76,6 +76,16 @@ def mask_to_polygons(
     return sample(points)
 
 
+def load_compiled() -> None:
+    """Load the compiled samplers, or compile them (some 15 s, once per machine).
+
+    Call it before worker processes fork, so that not every worker does it; `NUMBA_CACHE_DIR` moves the cache away
+    from the source files.
+    """
+    disc = np.hypot(*(np.mgrid[:32, :32] - 15.5)) < 14
+    polygons_to_mask(mask_to_polygons(disc, 8, num_bins=101), 32, 32)
+
+
 def box_polygon(points: np.ndarray, budget: int) -> np.ndarray:
     """Box around points, (n, 2) -> (4, 2) of the same type, clockwise; half of it where the budget is three."""
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
@@ -206,7 +216,7 @@ def canonical_polygons(polygons: Sequence[np.ndarray]) -> list[np.ndarray]:
     return sorted(parts, key=lambda part: part[:, ::-1].tolist()) if len(parts) > 1 else parts
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _canonical_ring(polygon: np.ndarray) -> np.ndarray:
     """One part in canonical order, empty if it has no area."""
     ring = np.empty_like(polygon)

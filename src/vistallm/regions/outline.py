@@ -54,7 +54,7 @@ def outline_rings(mask: np.ndarray, holes: bool = False) -> tuple[list[np.ndarra
     return [_edge_ring(contour) for contour in contours], parents
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _edge_ring(contour: np.ndarray) -> np.ndarray:
     """Pixel chain of findContours, (n, 1, 2) int32, counter-clockwise -> corners of its pixel-edge ring, clockwise."""
     n = contour.shape[0]
@@ -92,7 +92,7 @@ def _edge_ring(contour: np.ndarray) -> np.ndarray:
     return ring[:kept].copy()
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def edge_samples(corners: np.ndarray, counts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Outline samples, each the mean of one or more unit pixel edges in a row.
 

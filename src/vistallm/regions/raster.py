@@ -17,7 +17,7 @@ _SUBPIXELS = 5  # the rule's fifths of a pixel; column c is crossed between fift
 _SWEEPS = 2
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def draw_polygon(mask: np.ndarray, polygon: np.ndarray) -> None:
     """Set the pixels of one polygon in a mask, in place.
 
@@ -45,13 +45,13 @@ def draw_polygon(mask: np.ndarray, polygon: np.ndarray) -> None:
             mask[top + row, left + column] |= flips[row, column]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _fifths(vertices: np.ndarray, i: int) -> tuple[int, int]:
     """A vertex in fifths of a pixel, rounded as the rule does (towards zero below zero)."""
     return int(vertices[i, 0] * _SUBPIXELS + 0.5), int(vertices[i, 1] * _SUBPIXELS + 0.5)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _slope(ax: int, ay: int, bx: int, by: int) -> float:
     """Slope of edge a-b along its longer axis."""
     dx, dy = bx - ax, by - ay
@@ -60,7 +60,7 @@ def _slope(ax: int, ay: int, bx: int, by: int) -> float:
     return dx / dy
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _crossing(ax: int, ay: int, bx: int, by: int, slope: float, column: int, height: int) -> int:
     """First row at or below edge a-b (in fifths) in a column of pixels, 0..height; -1 where it does not cross."""
     left = _SUBPIXELS * column + 2
@@ -82,7 +82,7 @@ def _crossing(ax: int, ay: int, bx: int, by: int, slope: float, column: int, hei
     return min(max((y + 2) // _SUBPIXELS, 0), height)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def polish_rings(
     mask: np.ndarray,
     corners: np.ndarray,
@@ -123,7 +123,7 @@ def polish_rings(
     return vertices, counts
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _error_raster(mask: np.ndarray, vertices: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(h, w) uint8 of 0 and 1: pixels where the even-odd drawing of all rings differs from the mask."""
     height, width = mask.shape
@@ -148,7 +148,7 @@ def _error_raster(mask: np.ndarray, vertices: np.ndarray, counts: np.ndarray) ->
     return flips[:height]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _flip_rows(errors: np.ndarray, column: int, start: int, stop: int, commit: bool) -> int:
     """Wrong pixels gained when the drawing changes in rows start..stop-1 of a column."""
     change = 0
@@ -159,7 +159,7 @@ def _flip_rows(errors: np.ndarray, column: int, start: int, stop: int, commit: b
     return change
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _change(errors: np.ndarray, ring: np.ndarray, i: int, size: int, x: float, y: float, commit: bool) -> int:
     """Wrong pixels gained when vertex i of a ring moves to (x, y); with `commit` the raster is updated."""
     height, width = errors.shape
@@ -186,7 +186,7 @@ def _change(errors: np.ndarray, ring: np.ndarray, i: int, size: int, x: float, y
     return change
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _polish(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray, step: float, prune: bool) -> np.ndarray:
     """Lower the wrong pixels in place; returns the new counts, vertices are compacted to the front."""
     counts = counts.copy()
@@ -207,7 +207,7 @@ def _polish(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray, step: 
     return counts
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _prune(errors: np.ndarray, ring: np.ndarray) -> int:
     """Drop vertices without which no more pixels are wrong, in place; returns how many stay, in front."""
     size, i = len(ring), 0
@@ -222,7 +222,7 @@ def _prune(errors: np.ndarray, ring: np.ndarray) -> int:
     return size
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _nudge(errors: np.ndarray, ring: np.ndarray, i: int, step: float) -> bool:
     """Move vertex i by one step along x or y to where fewer pixels are wrong; False where it already stands best."""
     a, b = ring[i - 1 if i else len(ring) - 1], ring[i + 1 if i + 1 < len(ring) else 0]
@@ -240,7 +240,7 @@ def _nudge(errors: np.ndarray, ring: np.ndarray, i: int, step: float) -> bool:
     return best < 0
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _any_error(errors: np.ndarray, a: np.ndarray, v: np.ndarray, b: np.ndarray, step: float) -> bool:
     """Whether a wrong pixel lies in reach of edges a-v-b; without one no move of v can help, the usual case."""
     top, bottom = int(min(a[1], b[1], v[1]) - step), int(max(a[1], b[1], v[1]) + step) + 2

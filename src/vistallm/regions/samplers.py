@@ -106,12 +106,12 @@ def _at_lengths(ring: np.ndarray, fractions: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(at, along, closed[:, 0]), np.interp(at, along, closed[:, 1])], 1)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _corner_area(xy: np.ndarray, a: int, b: int, c: int) -> float:
     return 0.5 * abs((xy[b, 0] - xy[a, 0]) * (xy[c, 1] - xy[a, 1]) - (xy[b, 1] - xy[a, 1]) * (xy[c, 0] - xy[a, 0]))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def remove_by_area(xy: np.ndarray, sizes: np.ndarray, extra: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Remove the point of the smallest triangle, again and again, over all rings with one heap.
 
@@ -160,7 +160,7 @@ def remove_by_area(xy: np.ndarray, sizes: np.ndarray, extra: np.ndarray, points:
     return keep, left
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _thin(
     xy: np.ndarray,
     before: np.ndarray,
