@@ -21,3 +21,11 @@ def training_attention() -> Iterator[None]:
     else:
         with sdpa_kernel(SDPBackend.MATH):
             yield
+
+
+def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Contexts of a checkpointed forward pass and of its recomputation: `context_fn` of torch.utils.checkpoint.
+
+    The recomputation runs inside the backward pass, where the kernels must be those of the forward pass.
+    """
+    return contextlib.nullcontext(), training_attention()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.attention import training_attention
+from vistallm.model.attention import checkpoint_contexts, training_attention
 from vistallm.model.decoder import add_lora, build_decoder, embedding_weight, initialise_new_rows
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.tokenizer import InstructionGuidedTokenizer
@@ -65,8 +65,9 @@ class VistaLLM(nn.Module):
             decoder = add_lora(decoder, config.model.decoder, list(range(first_new, len(vocabulary.text))))
         self.decoder = decoder
         if config.train.activation_checkpointing:
+            settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
             for part in (self.decoder, self.tokenizer.qformer):
-                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     def image_tokens(self, batch: Batch) -> Tensor:
         """Return (N, Q, C) image tokens, one block per image, guided by the instruction of the image's sample."""

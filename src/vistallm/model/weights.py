@@ -88,6 +88,8 @@ def read_instructblip(path: str) -> dict[str, Tensor]:
         with safe_open(file_path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 bare = key.removeprefix("model.")
+                if bare.endswith(".position_ids"):  # a buffer that older transformers versions saved
+                    continue
                 for prefix, ours in INSTRUCTBLIP_NAMES.items():
                     if bare.startswith(prefix):
                         state[ours + bare.removeprefix(prefix)] = file.get_tensor(key).to(torch.float32)
