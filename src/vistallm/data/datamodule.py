@@ -16,6 +16,7 @@ from vistallm.data.sequence import PAD_COLOUR, SequenceBuilder
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences, stage_weights
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.regions.codec import RegionCodec
+from vistallm.regions.masks import load_compiled
 from vistallm.schema import Batch, Sequence
 
 MINI_ROOT = Path("data/mini")
@@ -81,6 +82,7 @@ class CoinItDataModule(L.LightningDataModule):
 
     def __init__(self, config: Config, vocabulary: Vocabulary, root: Path) -> None:
         super().__init__()
+        load_compiled()  # once, before the loader's workers fork: each would compile the samplers for itself
         self.config, self.root = config, root
         self.builder = build_sequencer(config, vocabulary)
         self.weights = stage_weights(config.data.weights, config.stage)
