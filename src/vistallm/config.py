@@ -101,6 +101,7 @@ class TrainConfig:
     decoder: str = "full"  # full | lora | frozen
     lr: float = 2e-5
     encoder_lr: float | None = None  # null = lr
+    tokenizer_lr: float | None = None  # of the QFormer and its queries, without the projection; null = lr
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup: float = 0.03  # share of the steps

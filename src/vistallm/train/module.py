@@ -103,7 +103,7 @@ class VistaModule(L.LightningModule):
         self.report = {
             "loss": sums["loss"] / sums["supervised"],
             "accuracy": sums["correct"] / sums["supervised"],
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in optimizer.param_groups),
             "grad_norm": norm,
             "samples": sums["samples"],
             "tokens": sums["tokens"],

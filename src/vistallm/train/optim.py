@@ -51,9 +51,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = config.encoder_lr if name.startswith("encoder.") and config.encoder_lr is not None else config.lr
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((lr, decay), []).append(parameter)
+            groups.setdefault((learning_rate(name, config), decay), []).append(parameter)
     if not groups:
         raise ValueError(
             "nothing to train: expected train.encoder, train.tokenizer or train.decoder to be trained, got none"
@@ -69,3 +68,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[
         return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return optimizer, LambdaLR(optimizer, factor)
+
+
+def learning_rate(name: str, config: TrainConfig) -> float:
+    """Return a parameter's peak learning rate; the projection is always new, so it learns as the decoder does."""
+    own = None
+    if name.startswith("encoder."):
+        own = config.encoder_lr
+    elif name.startswith("tokenizer.") and not name.startswith("tokenizer.projection."):
+        own = config.tokenizer_lr
+    return config.lr if own is None else own
