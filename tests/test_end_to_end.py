@@ -121,6 +121,23 @@ def test_predict_saves_an_overlay(stage_two, images, runs):
     assert overlay.shape == (240, 360 + 8 + 240, 3)
 
 
+def test_an_exported_run_is_small_and_starts_another(stage_one, runs, images, tiny_words, mini_root):
+    done = call("tools/export.py", stage_one[0], runs / "exported")
+    assert done.returncode == 0, done.stderr
+    file = runs / "exported" / "checkpoints" / "step-000003.ckpt"
+    assert file.stat().st_size < (stage_one[0] / "checkpoints" / file.name).stat().st_size / 3
+    answers = [
+        call("tools/predict.py", "--ckpt", ckpt, "--image", images[0], "--prompt", PROMPT)
+        for ckpt in (runs / "exported", stage_one[0])
+    ]
+    assert [a.returncode for a in answers] == [0, 0], answers[0].stderr
+    words = ["stage=2", *tiny_words, f"data.root={mini_root}", f"run_dir={runs / 'bins'}", f"ckpt={runs / 'exported'}"]
+    wrong = call("train.py", *words, "num_bins=21")
+    assert wrong.returncode == 1
+    assert "num_bins=21" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
 # -- bad input: one clear line, exit code 1, no traceback --------------------------------------------------------------
 
 

@@ -57,19 +57,24 @@ def resume_path(config: Config) -> Path | None:
     return found
 
 
-def load_weights(model: VistaLLM, path: Path) -> None:
-    """Load the model weights of a Lightning checkpoint.
-
-    Raises:
-        ValueError: keys are missing or unexpected, or shapes differ (a checkpoint of another model); one line.
-    """
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """Return the model weights of a Lightning checkpoint by VistaLLM's own names; raises ValueError if unreadable."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
         raise ValueError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
-    state = {key.removeprefix("model."): value for key, value in state.items()}
+    return {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def load_weights(model: VistaLLM, path: Path) -> None:
+    """Load the model weights of a checkpoint.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or shapes differ (a checkpoint of another model); one line.
+    """
+    state = read_state(path)
     own = model.state_dict()
     shapes = [
         f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here"

@@ -70,9 +70,14 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
 def build(config: Config, root: Path) -> tuple[VistaModule, CoinItDataModule]:
     """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
     start = find_checkpoint(config.ckpt) if config.ckpt else None
-    vocabulary = (
-        Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, build_codec(config))
-    )
+    codec = build_codec(config)
+    vocabulary = Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, codec)
+    if vocabulary.region_tokens != codec.tokens:
+        raise ValueError(
+            f"ckpt={config.ckpt}: its vocabulary has {len(vocabulary.region_tokens)} region tokens, "
+            f"coords={config.coords} num_bins={config.num_bins} writes {len(codec.tokens)}; "
+            "use the coordinate settings it was trained with"
+        )
     data = CoinItDataModule(config, vocabulary, root)
     steps = _steps(config, data)
     model = VistaLLM(config, vocabulary)
