@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from vistallm.data.datamodule import build_sequencer
-from vistallm.evaluate.generate import answer_texts
+from vistallm.evaluate.generate import answer_texts, region_grammar
+from vistallm.evaluate.grammar import Rule
 from vistallm.regions.codec import RegionParseError
 from vistallm.regions.masks import polygons_to_mask
 from vistallm.schema import ImageInfo, Parsed, Region, Sample
@@ -110,7 +111,8 @@ def main(argv: list[str]) -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     builder = build_sequencer(config, model.vocabulary)
     sequence = builder.build(sample)
-    text = answer_texts(model, [sequence], config.decode.max_new_tokens)[0][0]
+    grammar = region_grammar(model, config, [Rule()])
+    text = answer_texts(model, [sequence], config.decode.max_new_tokens, grammar)[0][0]
     print(text)
     parsed = None
     try:

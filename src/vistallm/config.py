@@ -125,6 +125,7 @@ class DecodeConfig:
 
     max_new_tokens: int = 512
     batch_size: int = 16
+    grammar: bool = True  # only tokens that keep regions readable; false = free decoding
     limit: int | None = None  # samples per benchmark; null = all
 
 

@@ -20,6 +20,7 @@ from vistallm.data.datamodule import build_sequencer, split_shards
 from vistallm.data.sequence import SequenceBuilder
 from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.evaluate.benchmarks import Benchmark
+from vistallm.evaluate.grammar import RegionGrammar, Rule
 from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.targets import target_of
 from vistallm.model.vistallm import VistaLLM
@@ -37,12 +38,17 @@ class Pace:
     rejects: dict[str, int] = field(default_factory=dict)
 
 
-def answer_texts(model: VistaLLM, sequences: list[Sequence], max_new_tokens: int) -> tuple[list[str], int]:
-    """Return the greedy answer of each sequence, without end and padding tokens, and the number of tokens written."""
+def answer_texts(
+    model: VistaLLM, sequences: list[Sequence], max_new_tokens: int, grammar: RegionGrammar | None = None
+) -> tuple[list[str], int]:
+    """Return the greedy answer of each sequence, without end and padding tokens, and the number of tokens written.
+
+    `grammar` is one made for these very sequences; None decodes freely.
+    """
     device = model.bin_ids.device
     batch = collate(sequences, model.vocabulary, generation=True).to(device)
     with _autocast(device):
-        ids = model.generate(batch, max_new_tokens).tolist()
+        ids = model.generate(batch, max_new_tokens, logits_processor=[grammar] if grammar else []).tolist()
     text = model.vocabulary.text
     written = [row[: row.index(text.eos_token_id)] if text.eos_token_id in row else row for row in ids]
     return [str(text.decode(row, skip_special_tokens=False)) for row in written], sum(len(row) + 1 for row in written)
@@ -61,10 +67,14 @@ def generate_predictions(
         rejects = RejectLog(Path(str(config.run_dir)) / "rejects.jsonl", config.data.max_reject_share)
         shards = split_shards(root / benchmark.shards, benchmark.split)
         rows = evaluation_sequences(shards, builder, benchmark.task, rejects, config.decode.limit)
+        task = find_task(benchmark.task)
+        # REC, RES and candidate questions have one target by definition; GREC, GRES and the rest none, one or several.
+        rule = Rule(task.kind if task.kind != "text" else None, task.metric in ("box", "mask", "candidates"))
         bar, found = tqdm(desc=name, unit=" answers", leave=False), 0
         while sequences := list(islice(rows, config.decode.batch_size)):
             start = time.perf_counter()
-            texts, tokens = answer_texts(model, sequences, config.decode.max_new_tokens)
+            grammar = region_grammar(model, config, [rule] * len(sequences))
+            texts, tokens = answer_texts(model, sequences, config.decode.max_new_tokens, grammar)
             pace.seconds += time.perf_counter() - start
             pace.tokens += tokens
             pace.samples += len(sequences)
@@ -80,6 +90,13 @@ def generate_predictions(
             )
         for reason, number in rejects.counts.items():
             pace.rejects[reason] = pace.rejects.get(reason, 0) + number
+
+
+def region_grammar(model: VistaLLM, config: Config, rules: list[Rule]) -> RegionGrammar | None:
+    """Return the grammar of a batch, or None under decode.grammar=false or coords=text."""
+    if not config.decode.grammar or not model.vocabulary.region_tokens:
+        return None
+    return RegionGrammar(model.vocabulary, rules, config.points, config.decode.max_new_tokens)
 
 
 def make_prediction(sequence: Sequence, text: str, builder: SequenceBuilder, benchmark: str) -> Prediction:
