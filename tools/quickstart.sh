@@ -11,7 +11,7 @@ run=runs/quickstart
 echo "== 1/4 mini CoinIt"
 python tools/build_coinit.py mini --out data/mini
 echo "== 2/4 stage 1: single-image data ($((SECONDS - start)) s so far)"
-python train.py stage=1 ckpt=assets/mini run_dir=$run/stage1 train.lr=6e-4 trainer.max_steps=500 "$@"
+python train.py stage=1 ckpt=assets/mini run_dir=$run/stage1 train.lr=6e-4 trainer.max_steps=400 "$@"
 echo "== 3/4 stage 2: multi-image data ($((SECONDS - start)) s so far)"
 python train.py stage=2 ckpt=$run/stage1 run_dir=$run/stage2 "$@"
 echo "== 4/4 evaluation on the mini test split ($((SECONDS - start)) s so far)"

@@ -136,7 +136,6 @@ class LogConfig:
     tensorboard: bool = True
     wandb: bool = False
     project: str = "vistallm"
-    every_n_steps: int = 1
 
 
 @dataclass

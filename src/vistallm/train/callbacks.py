@@ -41,7 +41,6 @@ class MetricsFile(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
         self._clock = self._ready = 0.0
         self._step = 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -107,8 +106,3 @@ def load_run(path: str, config: Config | None = None) -> tuple[VistaLLM, Config,
     model = VistaLLM(config, Vocabulary.load(run_dir / "vocabulary"))
     load_weights(model, checkpoint)
     return model.eval(), config, checkpoint
-
-
-def describe(checkpoint: dict[str, Any]) -> str:
-    """One line about a checkpoint: its step."""
-    return f"step {checkpoint['global_step']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import lightning as L
@@ -77,8 +76,6 @@ class VistaModule(L.LightningModule):
     def _add(self, batch: Batch, output: Output) -> None:
         """Add a micro-batch to the running sums of this optimizer step."""
         sums = self._sums
-        if not sums:
-            sums["start"] = time.perf_counter()
         cells = batch.input_ids.numel()
         row_loss = torch.zeros(len(batch)).index_add_(0, output.row.cpu(), output.token_loss.float().cpu())
         row_size = torch.zeros(len(batch)).index_add_(0, output.row.cpu(), torch.ones(len(output.row)))
