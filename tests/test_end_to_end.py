@@ -125,7 +125,7 @@ def test_an_exported_run_is_small_and_starts_another(stage_one, runs, images, ti
     done = call("tools/export.py", stage_one[0], runs / "exported")
     assert done.returncode == 0, done.stderr
     file = runs / "exported" / "checkpoints" / "step-000003.ckpt"
-    assert file.stat().st_size < (stage_one[0] / "checkpoints" / file.name).stat().st_size / 3
+    assert file.stat().st_size < (stage_one[0] / "checkpoints" / file.name).stat().st_size / 2
     answers = [
         call("tools/predict.py", "--ckpt", ckpt, "--image", images[0], "--prompt", PROMPT)
         for ckpt in (runs / "exported", stage_one[0])
