@@ -57,29 +57,21 @@ def main(argv: list[str]) -> None:
 
 
 def load_eval_config(argv: list[str]) -> Config:
-    """The run's own configuration under `ckpt=`, else the defaults, with the words of `argv` on top."""
-    asked = load_config([word for word in argv if word.startswith(("ckpt=", "predictions=", "run_dir="))])
-    given = [word for word in argv if word.startswith(("run_dir=", "benchmarks=", "predictions="))]
+    """The run's own configuration under `ckpt=`, else the defaults, with the words of `argv` on top.
+
+    Results go beside the checkpoint or the predictions unless `argv` names a run_dir (a later word wins).
+    """
+    asked = load_config([word for word in argv if word.startswith(("ckpt=", "predictions="))])
     if asked.ckpt is not None:
-        run_dir = find_checkpoint(asked.ckpt)[0]
-        config = apply_overrides(config_from_file(run_dir / "config.yaml"), argv)
-        return (
-            config
-            if any(word.startswith("run_dir=") for word in given)
-            else apply_overrides(config, [f"run_dir={run_dir}"])
-        )
+        folder = find_checkpoint(asked.ckpt)[0]
+        return apply_overrides(config_from_file(folder / "config.yaml"), [f"run_dir={folder}", *argv])
     if asked.predictions is None:
         raise ValueError("expected ckpt=RUN_OR_FILE or predictions=FILE.jsonl, got neither")
     path = Path(asked.predictions)
     if not path.is_file():
         raise ValueError(f"predictions={path}: no such file")
-    own = path.parent / "config.yaml"
-    config = apply_overrides(config_from_file(own), argv) if own.is_file() else load_config(argv)
-    return (
-        config
-        if any(word.startswith("run_dir=") for word in given)
-        else apply_overrides(config, [f"run_dir={path.parent}"])
-    )
+    own, words = path.parent / "config.yaml", [f"run_dir={path.parent}", *argv]
+    return apply_overrides(config_from_file(own), words) if own.is_file() else load_config(words)
 
 
 def generate(config: Config, chosen: dict[str, bench.Benchmark], out: Path, pace: Pace) -> list[Prediction]:

@@ -213,11 +213,10 @@ def config_from_file(path: Path) -> Config:
     return _checked(OmegaConf.structured(Config), _read_yaml(path), [])
 
 
-def apply_overrides(config: Config, argv: list[str], skip: tuple[str, ...] = ()) -> Config:
-    """Return `config` with `key=value` words on top (without the keys in `skip`)."""
+def apply_overrides(config: Config, argv: list[str]) -> Config:
+    """Return `config` with `key=value` words on top."""
     merged = DictConfig(OmegaConf.to_container(OmegaConf.structured(config)))
-    words = {key: value for key, value in _split_words(argv).items() if key not in skip}
-    return _checked(OmegaConf.structured(Config), merged, _override(merged, words))
+    return _checked(OmegaConf.structured(Config), merged, _override(merged, _split_words(argv)))
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -48,6 +48,11 @@ def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
     )
 
 
+def reject_log(config: Config) -> RejectLog:
+    """Return a new log of rejects that appends to rejects.jsonl of the run folder."""
+    return RejectLog(Path(str(config.run_dir)) / "rejects.jsonl", config.data.max_reject_share)
+
+
 def data_root(config: Config) -> Path:
     """Return the shard folder; builds the mini set when none is named.
 
@@ -68,7 +73,7 @@ def data_root(config: Config) -> Path:
 
 def split_shards(root: Path, split: str) -> list[Path]:
     """Return the shard files of a split in index order; raises ValueError when there is none or one is missing."""
-    names = [name for name in read_index(root)["shards"] if name.startswith(f"{split}-")]
+    names = [name for name, row in read_index(root)["shards"].items() if row["split"] == split]
     if not names:
         raise ValueError(f"{root}: index.json lists no shard of split {split!r}; build it with tools/build_coinit.py")
     missing = [name for name in names if not (root / name).is_file()]
@@ -90,7 +95,7 @@ class CoinItDataModule(L.LightningDataModule):
 
     def steps_per_epoch(self, world_size: int, accumulate: int) -> int:
         """Return optimizer steps of one pass over the weighted training split."""
-        counts = self._task_counts("train")
+        counts = read_index(self.root)["tasks"].get("train", {})
         samples = sum(self.weights.get(task, 0.0) * n for task, n in counts.items())
         if samples < 1:
             raise ValueError(
@@ -102,14 +107,14 @@ class CoinItDataModule(L.LightningDataModule):
         """Return this rank's endless stream, `batches_done` batches in."""
         data, trainer = self.config.data, self.trainer
         assert trainer is not None
-        self.steps_per_epoch(1, 1)
+        self.steps_per_epoch(1, 1)  # raises when no shard holds a task of the mixture: the stream would never yield
         stream = TrainStream(
             split_shards(self.root, "train"),
             self.builder,
             self.weights,
             batch_size=data.batch_size,
             buffer=data.shuffle_buffer,
-            rejects=RejectLog(Path(str(self.config.run_dir)) / "rejects.jsonl", data.max_reject_share),
+            rejects=reject_log(self.config),
             seed=self.config.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
@@ -125,7 +130,7 @@ class CoinItDataModule(L.LightningDataModule):
         assert trainer is not None
         data, shards = self.config.data, split_shards(self.root, "val")
         per_task = -(-data.val_batches * data.batch_size // max(len(self.weights), 1))
-        rejects = RejectLog(Path(str(self.config.run_dir)) / "rejects.jsonl", data.max_reject_share)
+        rejects = reject_log(self.config)
         rows: list[Sequence] = []
         for task in self.weights:
             rows += evaluation_sequences(shards, self.builder, task, rejects, per_task)
@@ -160,14 +165,6 @@ class CoinItDataModule(L.LightningDataModule):
             said = ", ".join(f"{k} {state[k]} -> {now[k]}" for k in changed)
             raise ValueError(f"resume: the data order depends on {said}; restore them, or start a new run with ckpt=")
         self.batches_done = int(state["batches_done"])
-
-    def _task_counts(self, split: str) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for name, shard in read_index(self.root)["shards"].items():
-            if name.startswith(f"{split}-"):
-                for task, number in shard["tasks"].items():
-                    counts[task] = counts.get(task, 0) + number
-        return counts
 
 
 class _Batches(Dataset[Batch]):

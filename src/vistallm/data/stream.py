@@ -197,8 +197,11 @@ class TrainStream(IterableDataset):
             for raw in read_shard(self.shards[number]):
                 task = task_of(raw)
                 weight = 1.0 if task is None else self.weights.get(task, 0.0)
-                luck = random.Random(f"{self.seed}-{epoch}-{raw['__key__']}-weight").random()
-                for copy in range(int(weight) + (luck < weight % 1)):
+                copies, rest = divmod(weight, 1)
+                # A generator is drawn for broken weights alone: this runs for every sample, also those left out.
+                if rest and random.Random(f"{self.seed}-{epoch}-{raw['__key__']}-weight").random() < rest:
+                    copies += 1
+                for copy in range(int(copies)):
                     yield {**raw, "__epoch__": epoch, "__copy__": copy}
 
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from vistallm.coinit.tasks import find_task
 from vistallm.config import Config
 from vistallm.data.collate import collate
-from vistallm.data.datamodule import build_sequencer, split_shards
+from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
 from vistallm.data.sequence import SequenceBuilder
-from vistallm.data.stream import RejectLog, evaluation_sequences
+from vistallm.data.stream import evaluation_sequences
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.grammar import RegionGrammar, Rule
 from vistallm.evaluate.parse import read_answer
@@ -64,7 +64,7 @@ def generate_predictions(
     """
     builder = build_sequencer(config, model.vocabulary)
     for name, benchmark in benchmarks.items():
-        rejects = RejectLog(Path(str(config.run_dir)) / "rejects.jsonl", config.data.max_reject_share)
+        rejects = reject_log(config)
         shards = split_shards(root / benchmark.shards, benchmark.split)
         rows = evaluation_sequences(shards, builder, benchmark.task, rejects, config.decode.limit)
         task = find_task(benchmark.task)

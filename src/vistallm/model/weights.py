@@ -50,6 +50,7 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
     pairs = [(known[name], number) for number, name in enumerate(names) if name in known]
     places, numbers = (list(column) for column in zip(*pairs, strict=True))
     rows[places] = state[WORDS][numbers].to(rows.dtype)
+    # New rows start from the mean of the loaded ones; those that the file has are then set once more.
     bins = torch.as_tensor(vocabulary.bin_values)
     initialise_new_rows(rows, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
     rows[places] = state[WORDS][numbers].to(rows.dtype)

@@ -110,9 +110,7 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
     }
     if config.strategy == "single":
         arguments["devices"] = 1
-    arguments |= config.trainer
-    if "max_steps" not in arguments:
-        arguments.setdefault("max_epochs", 1)
+    arguments |= config.trainer  # `build` has put max_steps there
     try:
         return L.Trainer(
             **arguments,
