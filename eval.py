@@ -102,10 +102,10 @@ def told(pace: Pace) -> dict[str, object]:
 
 
 def histories(config: Config) -> dict[str, Path]:
-    """Label -> metrics.csv of the run and of the runs it started from."""
+    """Label -> metrics.csv of the run and of the runs it started from, as far back as they are still on disk."""
     found: dict[str, Path] = {}
     ckpt = config.ckpt
-    while ckpt is not None:
+    while ckpt is not None and Path(ckpt).exists():
         run_dir = find_checkpoint(ckpt)[0]
         run = config_from_file(run_dir / "config.yaml")
         found = {f"Stage {run.stage}": run_dir / "metrics.csv", **found}

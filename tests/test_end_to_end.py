@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -111,6 +112,20 @@ def test_a_predictions_file_gives_the_same_scores(evaluation, runs):
     one.pop("run", None), two.pop("run", None)
     assert one == two
     assert (runs / "again" / "report.html").is_file()
+
+
+def test_a_predictions_file_needs_no_run(evaluation, runs):
+    folder, _ = evaluation
+    alone = runs / "alone"
+    alone.mkdir()
+    for name in ("predictions.jsonl", "config.yaml"):
+        shutil.copy(folder / name, alone / name)
+    config = (alone / "config.yaml").read_text()
+    (alone / "config.yaml").write_text(re.sub(r"^ckpt: .*$", "ckpt: gone/stage2", config, flags=re.MULTILINE))
+    done = call("eval.py", f"predictions={alone / 'predictions.jsonl'}")
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((f / "scores.json").read_text())["benchmarks"] for f in (folder, alone))
+    assert one == two
 
 
 def test_predict_saves_an_overlay(stage_two, images, runs):
