@@ -81,7 +81,7 @@ class DataConfig:
 
     name: str = "mini"
     root: str | None = None  # folder with index.json and the tar shards; null = the mini set, built on first use
-    templates: int | None = None  # use only the first n instruction templates of a task; null = all
+    templates: int | str | None = None  # drawn for a task: the first n, mini (those of the mini world), null = all
     batch_size: int = 8  # samples per device and step
     workers: int = 2
     shuffle_buffer: int = 1000  # undecoded samples

@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 
-from vistallm.coinit.tasks import TASKS
+from vistallm.coinit.mini import MAKERS
 from vistallm.data.sequence import SampleReject
 from vistallm.schema import IGNORE_INDEX
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(MAKERS))
 def test_labels_cover_exactly_the_answer_and_the_end_token(builder, samples, task):
     text = builder.vocabulary.text
     for sample in samples[task]:

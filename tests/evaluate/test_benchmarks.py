@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from vistallm.coinit.tasks import TASKS
+from vistallm.coinit.mini import MAKERS
 from vistallm.evaluate import benchmarks as B
 from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
 from vistallm.regions.masks import mask_to_rle, polygons_to_rle
@@ -45,7 +45,7 @@ def mask_prediction(name, predicted, target, failure=None, size=(10, 20), benchm
 
 
 def test_every_mini_task_has_a_benchmark_and_every_score_a_name(predictions):
-    assert {b.task for b in BENCHMARKS.values() if b.data == "mini"} == {p.task for p in predictions} == set(TASKS)
+    assert {b.task for b in BENCHMARKS.values() if b.data == "mini"} == {p.task for p in predictions} == set(MAKERS)
     for family in FAMILIES.values():
         names = family.summarise([])
         assert family.headline in names

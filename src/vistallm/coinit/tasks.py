@@ -20,6 +20,8 @@ from vistallm.schema import REGION_KINDS, Sample
 
 _SLOT = re.compile(r"\{regions:(\d+(?:,\d+)*)?(?::(mask|box|point))?\}")
 _FIELD = re.compile(r"\{(?!regions:)([a-z_0-9]+)\}")
+TemplateRange = int | Literal["mini"] | None
+"""Which instruction templates are drawn: the first n, those of the mini world, or all (None)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Task:
         multi_image: whether samples hold several images (stage 2).
         metric: the family of scores: "caption", "vqa", "exact", "yesno", "choice", "truth", "box", "boxes", "mask",
             "masks", "candidates" or "coseg".
+        own_texts: whether every sample brings its instruction and answer; such a task has no templates.
+        mini: the mini world draws from the first so many templates and its vocabulary holds their words; 0 = a task
+            that it lacks. Templates added after them change nothing for a mini model.
     """
 
     name: str
@@ -54,11 +59,14 @@ class Task:
     fields: tuple[str, ...] = ()
     regions: bool = False
     multi_image: bool = False
+    own_texts: bool = False
+    mini: int = 10
 
 
 _BOX, _BOXES = "The bounding box is {targets}.", "The bounding boxes are {targets}."
 _MASK, _MASKS = "The mask is {targets}.", "The masks are {targets}."
 _ANSWER = "The answer is {answer}."
+_CHOSEN = "The answer is {targets}."
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -70,12 +78,12 @@ TASKS: dict[str, Task] = {
         Task("res", "mask", _MASK, "mask", fields=("expr",)),
         Task("grec", "box", _BOX, "boxes", plural=_BOXES, fields=("expr",)),
         Task("gres", "mask", _MASK, "masks", plural=_MASKS, fields=("expr",)),
-        Task("pointqa", "text", _ANSWER, "exact", fields=("question",)),
-        Task("boxqa", "text", _ANSWER, "exact", fields=("question",)),
-        Task("v7w", "box", "The answer is {targets}.", "candidates", fields=("question", "candidates")),
-        Task("vcr", "text", _ANSWER, "choice", fields=("question", "options")),
-        Task("pope", "text", _ANSWER, "yesno", fields=("question",)),
-        Task("nlvr2", "text", "That is {answer}.", "truth", fields=("statement",), multi_image=True),
+        Task("pointqa", "text", _ANSWER, "exact", fields=("question",), mini=9),
+        Task("boxqa", "text", _ANSWER, "exact", fields=("question",), mini=9),
+        Task("v7w", "box", _CHOSEN, "candidates", fields=("question", "candidates"), mini=9),
+        Task("vcr", "text", _ANSWER, "choice", fields=("question", "options"), mini=9),
+        Task("pope", "text", _ANSWER, "yesno", fields=("question",), mini=9),
+        Task("nlvr2", "text", "That is {answer}.", "truth", fields=("statement",), multi_image=True, mini=9),
         Task("coseg", "mask", _MASK, "coseg", plural=_MASKS, multi_image=True),
         Task(
             "attcoseg",
@@ -86,6 +94,13 @@ TASKS: dict[str, Task] = {
             fields=("attribute", "value"),
             multi_image=True,
         ),
+        # `v7w` answered by a point: the target's region has the kind "point", the candidates are boxes or points.
+        Task("v7w_point", "point", _CHOSEN, "candidates", fields=("question", "candidates"), mini=0),
+        Task("vqa_e", "text", "{explanation} So the answer is {answer}.", "vqa", fields=("question",), mini=0),
+        # The caption's phrases are followed by `{regions:i}`: "A man {regions:0} in a hat {regions:1} smiles."
+        Task("flickr", "box", "{caption}", "boxes", mini=0),
+        # Free conversation, with earlier rounds in `fields["rounds"]`.
+        Task("instruct", "text", "{answer}", "caption", own_texts=True, mini=0),
     )
 }
 
@@ -99,8 +114,9 @@ def find_task(name: str) -> Task:
 
 @functools.cache
 def load_templates(task: str) -> tuple[str, ...]:
-    """Instruction templates of a task; the first is the fixed one that evaluation uses."""
-    find_task(task)
+    """Instruction templates of a task, none for `own_texts`; the first is the fixed one that evaluation uses."""
+    if find_task(task).own_texts:
+        return ()
     text = resources.files("vistallm.coinit").joinpath("templates", f"{task}.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
@@ -136,7 +152,7 @@ def render(
     sample: Sample,
     template: int | None = None,
     rng: random.Random | np.random.Generator | None = None,
-    templates: int | None = None,
+    templates: TemplateRange = None,
 ) -> tuple[str, str]:
     """Write a sample's instruction and answer; region placeholders are left in place.
 
@@ -144,16 +160,20 @@ def render(
         sample: its own `instruction` and `answer` are used when set, else the task's templates and `fields`.
         template: number of the instruction template, 0 = the evaluation template; None = draw one.
         rng: where a drawn template comes from; required when `template` is None.
-        templates: draw among the first so many only; None = all.
+        templates: draw among the first so many only, or those of the mini world ("mini"); None = all.
 
     Raises:
-        ValueError: for an unknown task, a template number that does not exist, or a field that is missing.
+        ValueError: for an unknown task, a template number that does not exist, a field that is missing, or a sample
+            without the instruction that its task expects it to bring.
     """
     task = find_task(sample.task)
     instruction, answer = sample.instruction, sample.answer
     if instruction is None:
+        if task.own_texts:
+            raise ValueError(f"sample {sample.id} ({sample.task}): expected its own instruction, got none")
         pool = load_templates(sample.task)
-        pool = pool[: max(1, templates)] if templates is not None else pool
+        if templates is not None:
+            pool = pool[: max(1, task.mini if templates == "mini" else templates)]
         if template is None:
             if rng is None:
                 raise ValueError("render: expected a template number or an rng to draw one, got neither")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from vistallm.coinit.mini import ensure_mini
 from vistallm.coinit.shards import read_index
+from vistallm.coinit.tasks import TemplateRange
 from vistallm.config import Config
 from vistallm.data.collate import collate
 from vistallm.data.sequence import PAD_COLOUR, SequenceBuilder
@@ -35,6 +36,9 @@ def build_codec(config: Config) -> RegionCodec:
 
 def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
     """Return the sample-to-sequence builder of a configuration."""
+    templates = config.data.templates
+    if isinstance(templates, str) and templates != "mini":
+        raise ValueError(f"data.templates={templates}: expected a number, mini or null")
     return SequenceBuilder(
         codec=build_codec(config),
         vocabulary=vocabulary,
@@ -44,7 +48,7 @@ def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
         system_prompt=config.model.decoder.system_prompt,
         max_length=config.data.max_length,
         max_instruction=config.model.tokenizer.max_instruction_tokens,
-        templates=config.data.templates,
+        templates=cast(TemplateRange, templates),
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vistallm.coinit.tasks import TASKS, render, split_placeholders
+from vistallm.coinit.tasks import TASKS, TemplateRange, render, split_placeholders
 from vistallm.data.vocabulary import Vocabulary, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame, square_resize
@@ -40,7 +40,7 @@ class SequenceBuilder:
         queries: image slots per image; image_size: side of the square input in pixels; pad_colour: uint8 RGB.
         system_prompt: text before `USER:`; may be empty.
         max_length: tokens; a longer sequence is a reject. max_instruction: tokens of the QFormer's copy, cut beyond.
-        templates: use only the first n templates of a task; None = all.
+        templates: use only the first n templates of a task, or "mini" (`Task.mini`); None = all.
     """
 
     codec: RegionCodec
@@ -51,7 +51,7 @@ class SequenceBuilder:
     system_prompt: str = ""
     max_length: int = 1024
     max_instruction: int = 128
-    templates: int | None = None
+    templates: TemplateRange = None
 
     def build(self, sample: Sample, rng: random.Random | None = None) -> Sequence:
         """Build the sequence of a decoded sample; `rng` picks the template, None takes the fixed evaluation template.

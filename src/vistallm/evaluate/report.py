@@ -38,6 +38,10 @@ TITLES = {
     "nlvr2": "Statements on two images (NLVR2)",
     "coseg": "Co-segmentation (CoSeg)",
     "attcoseg": "Co-segmentation by attribute (AttCoSeg)",
+    "v7w_point": "Pointing by a point (Visual7W)",
+    "vqa_e": "Questions with explanation (VQA-E)",
+    "flickr": "Grounded captions (Flickr30k)",
+    "instruct": "Conversation",
 }
 _LEGEND = " ".join(
     f'<span class="legend"><i class="key {key}-key"></i>{name}</span>'
