@@ -24,8 +24,8 @@ def target_of(sample: Sample, answer: str) -> dict[str, Any]:
 
     Returns:
         {"regions": the regions the answer names, "answer", "empty": whether it names none (a text task: False),
-        "meta": the sample's own plain values}, with "candidates" (boxes, in order), "given" (regions that only the
-        question names) and "answers" (references) where there are any.
+        "meta": the sample's own plain values, and its `image_ids`}, with "candidates" (boxes, in order), "given"
+        (regions that only the question names) and "answers" (references) where there are any.
     """
     task = find_task(sample.task)
     wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []
@@ -34,7 +34,11 @@ def target_of(sample: Sample, answer: str) -> dict[str, Any]:
         "regions": regions,
         "answer": answer,
         "empty": task.kind != "text" and not wanted,
-        "meta": {key: value for key, value in sample.meta.items() if isinstance(value, (bool, int, float, str))},
+        "meta": {
+            key: value
+            for key, value in sample.meta.items()
+            if isinstance(value, (bool, int, float, str)) or key == "image_ids"
+        },
     }
     if task.metric == "candidates":
         target["candidates"] = [list(box_of(region)) for region in sample.regions]
@@ -46,11 +50,29 @@ def target_of(sample: Sample, answer: str) -> dict[str, Any]:
 
 
 def target_regions(prediction: Prediction) -> list[Region]:
-    """Return the target's regions; raises ValueError naming the prediction when one is malformed."""
+    """Return the target's regions; raises ValueError naming the prediction when one is malformed or in no image."""
     try:
-        return [Region.from_json(record) for record in prediction.target.get("regions", [])]
-    except (KeyError, TypeError, ValueError) as error:
+        regions = [Region.from_json(record) for record in prediction.target.get("regions", [])]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prediction {prediction.id}: target region is malformed: {error}") from error
+    if any(not 0 <= region.image < len(prediction.images) for region in regions):
+        raise ValueError(
+            f"prediction {prediction.id}: a target region lies in none of its {len(prediction.images)} images"
+        )
+    return regions
+
+
+def scored_regions(prediction: Prediction, optional: bool = False) -> list[Region]:
+    """Return the target's regions to score against; `optional`: the task has a "no target" answer.
+
+    Raises:
+        ValueError: as `target_regions`; also where the target is missing: "no target" must be said by `empty`.
+    """
+    regions = target_regions(prediction)
+    none = prediction.target.get("empty")
+    if not regions and not (optional and none) or regions and none:
+        raise ValueError(f"prediction {prediction.id}: its target has {len(regions)} region(s), and empty is {none}")
+    return regions
 
 
 def fact(prediction: Prediction, name: str, default: Any = None) -> Any:
@@ -81,11 +103,13 @@ def image_masks(regions: list[Region], prediction: Prediction) -> list[Rle]:
 
 
 def box_of(region: Region) -> tuple[float, ...]:
-    """Return a region's box (x0, y0, x1, y1), of its mask where it has no box."""
+    """Return a region's box (x0, y0, x1, y1): its own, the one of its mask, or its point as a box without area."""
     if region.box is not None:
         return region.box
+    if region.point is not None:
+        return (*region.point, *region.point)
     if region.rle is None:
-        raise ValueError(f"expected a region with a box or a mask, got {region}")
+        raise ValueError(f"expected a region with a box, a point or a mask, got {region}")
     return rle_box(region.rle)
 
 

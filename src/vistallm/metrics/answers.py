@@ -1,7 +1,7 @@
 """Pure scores on answers in words: normalised strings in, per-sample scores or named ratios out.
 
 VQAv2: the public evaluation (GT-Vision-Lab/VQA, vqaEval.py). POPE: RUCAIBox/POPE evaluate.py. NLVR2: lil-lab metrics.
-VCR: r2c eval_q2ar.py. CIDEr: pycocoevalcap's `Cider` (CIDEr-D), which needs no Java.
+VCR: r2c eval_q2ar.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
-from pycocoevalcap.cider.cider import Cider
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -47,15 +46,16 @@ def normalise_vqa(text: str) -> str:
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """Return VQAv2's soft accuracy: mean over the annotators of min(1, matches among the OTHERS / 3).
 
-    References are stripped of punctuation only where they differ, as in the public code.
+    As in the public code, answer and references are normalised only where the annotators differ: an answer to a
+    unanimous question must equal theirs letter by letter.
 
     >>> vqa_accuracy("Two.", ["2", "2", "2", "3", "3", "3", "3", "3", "3", "3"])
     0.9
     """
-    if len(set(references)) > 1:
-        references = [_strip_punctuation(reference) for reference in references]
-    given = normalise_vqa(answer)
-    matches = np.array([reference == given for reference in references], int)
+    answer, *others = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *references))
+    if len(set(others)) > 1:
+        answer, others = normalise_vqa(answer), [normalise_vqa(reference) for reference in others]
+    matches = np.array([reference == answer for reference in others], int)
     return float(np.minimum(1, (matches.sum() - matches) / 3).mean())
 
 
@@ -117,26 +117,6 @@ def choice_scores(right: Sequence[bool], parts: Sequence[str], groups: Sequence[
         "qa_r": ratio(sum(by_part["qa_r"]), len(by_part["qa_r"])),
         "q_ar": all_right_share([ok for ok, _ in paired], [group for _, group in paired]),
     }
-
-
-def caption_tokens(text: str) -> str:
-    """Return a caption as lower-case words joined by spaces, punctuation dropped and clitics split off ("dog 's").
-
-    It follows the Penn Treebank tokeniser of the public caption evaluation on plain English; that one needs Java.
-    """
-    return " ".join(re.findall(r"\w+(?:-\w+)*|'\w+", text.lower()))
-
-
-def cider_scores(captions: Sequence[str | None], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return (N,) float64 CIDEr-D of N captions (1.0 is printed as 100); the mean is the corpus score.
-
-    Word weights come from the references of these N samples together, so with one sample every weight is 0.
-    """
-    if not captions:
-        return np.zeros(0)
-    answers = {key: [caption_tokens(caption or "")] for key, caption in enumerate(captions)}
-    truth = {key: [caption_tokens(reference) for reference in group] for key, group in enumerate(references)}
-    return np.asarray(Cider().compute_score(truth, answers)[1], float)
 
 
 def ratio(numerator: float, denominator: int) -> float | None:

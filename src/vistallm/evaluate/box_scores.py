@@ -1,0 +1,97 @@
+"""Score families whose targets are boxes: REC ("box"), GREC ("boxes"), phrases ("phrase"), Visual7W ("candidates")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vistallm.evaluate.family import Family, NamedScores, each, identity, share
+from vistallm.evaluate.targets import boxes_of, scored_regions
+from vistallm.metrics import answers, functional
+from vistallm.schema import Prediction
+
+
+def accuracy(facts: list[float]) -> NamedScores:
+    """Return the mean of per-sample scores as the accuracy."""
+    return {"accuracy": answers.ratio(sum(facts), len(facts))}
+
+
+def _rec_fact(prediction: Prediction) -> float:
+    """IoU of the one box that REC asks for; an answer that is not one box has none."""
+    target = boxes_of(scored_regions(prediction))
+    if len(target) != 1:
+        raise ValueError(f"prediction {prediction.id}: expected one target box, got {len(target)}")
+    if prediction.parsed is None or len(prediction.parsed.regions) != 1:
+        return 0.0
+    return float(functional.box_iou(boxes_of(prediction.parsed.regions), target)[0, 0])
+
+
+def _rec_scores(facts: list[float]) -> NamedScores:
+    hits = sum(iou > 0.5 for iou in facts)
+    return {"p_at_50": answers.ratio(hits, len(facts)), "mean_box_iou": answers.ratio(sum(facts), len(facts))}
+
+
+@dataclass(frozen=True)
+class _BoxesFact:
+    f1: float
+    f1_giou: float
+    said_none: bool
+    is_none: bool
+    readable: bool
+
+
+def _grec_fact(prediction: Prediction) -> _BoxesFact:
+    target = boxes_of(scored_regions(prediction, optional=True))
+    found = None if prediction.parsed is None else boxes_of(prediction.parsed.regions)
+    return _BoxesFact(
+        functional.matched_f1(found, target),
+        functional.matched_f1(found, target, generalized=True),
+        found is not None and len(found) == 0,
+        len(target) == 0,
+        found is not None,
+    )
+
+
+def _grec_scores(facts: list[_BoxesFact]) -> NamedScores:
+    presence = [np.array([getattr(f, name) for f in facts], bool) for name in ("said_none", "is_none", "readable")]
+    return {
+        "f1_precision": answers.ratio(sum(f.f1 == 1 for f in facts), len(facts)),
+        "f1_precision_giou": answers.ratio(sum(f.f1_giou == 1 for f in facts), len(facts)),
+        "n_acc": share(functional.no_target_accuracy(*presence)),
+        "t_acc": share(functional.target_accuracy(*presence)),
+    }
+
+
+def _phrase_fact(prediction: Prediction) -> tuple[float, float]:
+    """IoU of the answer's first box with the best of the phrase's boxes, and with the box around them all."""
+    target = boxes_of(scored_regions(prediction))
+    if prediction.parsed is None or not prediction.parsed.regions:
+        return 0.0, 0.0
+    first = boxes_of(prediction.parsed.regions[:1])
+    around = np.concatenate([target[:, :2].min(0), target[:, 2:].max(0)])
+    return float(functional.box_iou(first, target).max()), float(functional.box_iou(first, around)[0, 0])
+
+
+def _phrase_scores(facts: list[tuple[float, float]]) -> NamedScores:
+    any_box, merged = (sum(fact[i] >= 0.5 for fact in facts) for i in (0, 1))
+    return {"recall_any": answers.ratio(any_box, len(facts)), "recall_merged": answers.ratio(merged, len(facts))}
+
+
+def _candidate_fact(prediction: Prediction) -> float:
+    candidates = np.asarray(prediction.target.get("candidates") or [], float).reshape(-1, 4)
+    target = boxes_of(scored_regions(prediction))
+    if len(candidates) < 2 or len(target) != 1:
+        raise ValueError(f"prediction {prediction.id}: expected `candidates` and one target box in its target")
+    if prediction.parsed is None or len(prediction.parsed.regions) != 1:
+        return 0.0
+    chosen = functional.chosen_candidate(boxes_of(prediction.parsed.regions)[0], candidates)
+    return float(chosen == functional.chosen_candidate(target[0], candidates))
+
+
+BOX_FAMILIES: dict[str, Family] = {
+    "box": Family(each(_rec_fact), _rec_scores, identity, "p_at_50", means=("p_at_50", "mean_box_iou")),
+    "boxes": Family(each(_grec_fact), _grec_scores, lambda f: f.f1, "f1_precision"),
+    "phrase": Family(each(_phrase_fact), _phrase_scores, lambda f: f[0], "recall_any"),
+    "candidates": Family(each(_candidate_fact), accuracy, identity, "accuracy"),
+}

@@ -1,0 +1,67 @@
+"""The frame of a score family: predictions of one benchmark -> a fact per sample -> named scores over any of them.
+
+A fact holds what a family counts of one sample (pixels, an IoU, a right answer), so splits, groups and per-sample
+scores cost nothing beside it. Scores are shares in [0, 1] (CIDEr: 1.0 is printed as 100).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vistallm.metrics import answers
+from vistallm.metrics.functional import Sums
+from vistallm.schema import Prediction
+
+NamedScores = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one kind of task is scored.
+
+    Attributes:
+        measure: predictions -> one fact each; raises ValueError naming a prediction whose target is missing.
+        summarise: facts of any subset -> named scores, None where nothing counts.
+        sample_score: fact -> the sample's own score in [0, 1], for `Prediction.score` and the gallery.
+        headline: the score that stands for the benchmark.
+        masks: whether targets are masks, so that a mask ceiling exists.
+        means: the scores that are means over samples, which may also be averaged over groups of samples.
+    """
+
+    measure: Callable[[Sequence[Prediction]], list[Any]]
+    summarise: Callable[[list[Any]], NamedScores]
+    sample_score: Callable[[Any], float]
+    headline: str
+    masks: bool = False
+    means: tuple[str, ...] = ()
+
+
+def each(measure_one: Callable[[Prediction], Any]) -> Callable[[Sequence[Prediction]], list[Any]]:
+    """Return the `measure` of a family whose samples are measured one by one."""
+    return lambda predictions: [measure_one(prediction) for prediction in predictions]
+
+
+def share(sums: Sums) -> float | None:
+    """Return numerator / denominator, None where nothing was counted."""
+    return answers.ratio(*sums)
+
+
+def identity(score: float) -> float:
+    """Return the fact itself: it is the sample's score."""
+    return score
+
+
+def group_mean(family: Family, facts: Sequence[Any], groups: Sequence[Hashable], suffix: str) -> NamedScores:
+    """Average a family's means over groups: first over the samples of a group, then over the groups, all alike.
+
+    With the group a RefCOCO object (`ref_id`, which has about three expressions) these are instance-level scores; with
+    the group an image class they are co-segmentation's means per image, then per class. Names get `_<suffix>`.
+    """
+    members: dict[Hashable, list[Any]] = {}
+    for one, group in zip(facts, groups, strict=True):
+        members.setdefault(group, []).append(one)
+    parts = [family.summarise(part) for part in members.values()]
+    found = {name: [value for part in parts if (value := part[name]) is not None] for name in family.means}
+    return {f"{name}_{suffix}": answers.ratio(sum(values), len(values)) for name, values in found.items()}
