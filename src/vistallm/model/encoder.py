@@ -31,7 +31,9 @@ class ImageEncoder(nn.Module):
         is_file = config.weights is not None and Path(config.weights).suffix == ".safetensors"
         pretrained = None if is_file else config.weights
         logging.getLogger().addFilter(_is_not_about_random_weights)
-        self.visual = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size).visual
+        device = torch.get_default_device()  # open_clip would choose the CPU; "meta" builds shapes alone
+        model = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size, device=device)
+        self.visual = model.visual
         logging.getLogger().removeFilter(_is_not_about_random_weights)
         if is_file:
             load_visual(self.visual, Path(str(config.weights)))

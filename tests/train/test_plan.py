@@ -1,0 +1,86 @@
+import runpy
+from pathlib import Path
+
+import pytest
+
+from vistallm.config import load_config
+from vistallm.train.plan import GIB, Workload, make_plan
+
+ROOT = Path(__file__).parents[2]
+WORK = Workload(samples=2, images=2, tokens=48, supervised=16, instruction=8)
+
+
+def mini(*words):
+    return load_config(["model=mini", *words])
+
+
+def by_name(plan):
+    return {part.name: part for part in plan.parts}
+
+
+def test_decoder_operations_match_the_formula():
+    config = mini()
+    shape = config.model.decoder
+    part = by_name(make_plan(config, WORK))["decoder"]
+    positions, width = WORK.samples * WORK.tokens, shape.hidden_size
+    layer = 4 * width**2 + 3 * width * shape.intermediate_size
+    rows = part.parameters - shape.layers * (layer + 2 * width) - width  # tied embedding matrix
+    products = 2 * positions * shape.layers * layer + 2 * WORK.samples * WORK.supervised * rows
+    attention = 4 * WORK.tokens * positions * width * shape.layers
+    assert rows % width == 0
+    assert part.forward == products + attention
+    assert part.backward >= 2 * part.forward, "gradients of inputs and of weights"
+
+
+def test_what_is_frozen_costs_no_weight_gradient():
+    full, frozen, lora = (
+        by_name(make_plan(mini(f"train.decoder={how}", "model.decoder.lora_rank=2"), WORK))["decoder"]
+        for how in ("full", "frozen", "lora")
+    )
+    assert frozen.forward == full.forward
+    assert frozen.trainable == 0
+    assert frozen.backward < 0.6 * full.backward, "gradients pass through to the tokenizer, but no weight has one"
+    assert 0 < lora.trainable < 0.1 * lora.parameters
+    assert frozen.backward < lora.backward < full.backward
+    encoder = by_name(make_plan(mini(), WORK))["encoder"]
+    assert (encoder.state, encoder.backward, encoder.saved) == ("frozen", 0, 0)
+    assert by_name(make_plan(mini("train.encoder=true"), WORK))["encoder"].backward > 0
+
+
+def test_sharding_and_checkpointing_lower_memory():
+    plain, sharded = make_plan(mini(), WORK, 4), make_plan(mini("strategy=fsdp"), WORK, 4)
+    for key in ("weights", "gradients", "optimizer"):
+        assert sharded.memory[key] == pytest.approx(plain.memory[key] / 4)
+    saving = make_plan(mini("train.activation_checkpointing=true"), WORK)
+    assert saving.memory["activations"] < 0.6 * plain.memory["activations"]
+    assert saving.operations > saving.model_operations == plain.model_operations == plain.operations
+
+
+def test_vicuna_7b_has_its_published_size():
+    plan = make_plan(load_config(["model=vicuna-7b", "strategy=fsdp"]), WORK, 8)
+    parts = by_name(plan)
+    assert parts["encoder"].parameters == pytest.approx(1.01e9, rel=0.01), "EVA ViT-g"
+    assert parts["decoder"].parameters == pytest.approx(6.74e9, rel=0.01), "Llama 7B"
+    assert plan.memory["optimizer"] == pytest.approx(
+        8 * (parts["decoder"].trainable + parts["tokenizer"].trainable) / 8
+    )
+    assert sum(plan.memory.values()) < 40 * GIB
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["model=vicuna-7b", "gpus=8", "strategy=fsdp"], 0, "GiB of 80: fits"),
+        (["model=vicuna-7b", "gpus=1", "gpu=rtx4090-24g"], 1, "does not fit: data.batch_size=4"),
+        (["gpu=tpu"], None, "gpu=tpu: expected one of a100-40g"),
+        (["gpus=many"], None, "gpus=many: expected gpus=<int>"),
+    ],
+)
+def test_command(words, code, said, capsys):
+    plan = runpy.run_path(str(ROOT / "tools/plan.py"))
+    if code is None:
+        with pytest.raises(ValueError, match=said):
+            plan["main"](words)
+    else:
+        assert plan["main"](words) == code
+        assert said in capsys.readouterr().out
