@@ -1,7 +1,11 @@
-"""Build instruction shards from a source, or check a folder of them.
+"""Build instruction shards from a source dataset, check them, or list the images of evaluation splits.
 
+python tools/build_coinit.py SOURCE --root DIR [--images DIR] --split S --out DATA/SOURCE [--exclude IDS] [--part i/n]
 python tools/build_coinit.py mini --out DIR [--seed N] [--train N --val N --test N] [--workers N]
-python tools/build_coinit.py check DIR
+python tools/build_coinit.py check DIR [DIR ...] [--exclude IDS]
+python tools/build_coinit.py eval-images DIR [DIR ...] --out IDS
+
+A build that was stopped goes on when the command is given again; the bytes do not depend on workers, parts or stops.
 """
 
 from __future__ import annotations
@@ -11,47 +15,68 @@ import sys
 import time
 from pathlib import Path
 
+from vistallm.coinit.build import BuildOptions, build
+from vistallm.coinit.leaks import evaluation_images
 from vistallm.coinit.mini import MiniRecipe, ensure_mini
 from vistallm.coinit.shards import read_index
+from vistallm.coinit.sources import SOURCES
+from vistallm.coinit.sources.base import SourceOptions
 from vistallm.coinit.verify import verify
-
-SOURCES = ("mini",)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help=f"one of {', '.join(SOURCES)}; or check")
-    parser.add_argument("folder", nargs="?", type=Path, help="for check: the folder of shards")
-    parser.add_argument("--out", type=Path, help="folder to write shards into")
+    parser.add_argument("source", help=f"{', '.join(SOURCES)}, mini; or check, eval-images")
+    parser.add_argument("folders", nargs="*", type=Path, help="check, eval-images: folders of shards")
+    parser.add_argument("--out", type=Path, help="folder to write shards into (eval-images: file)")
+    parser.add_argument("--root", type=Path, help="folder of the source's annotations")
+    parser.add_argument("--images", type=Path, help="folder of its images (default: the usual place under --root)")
+    parser.add_argument("--split", help="split, as the dataset names it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the source")
     parser.add_argument("--workers", type=int, help="processes (default: one per CPU); the bytes do not depend on it")
+    parser.add_argument("--part", default="0/1", help="i/n: shards i, i + n, ... (i from 0), for array jobs")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="about so many (default 1000)")
+    parser.add_argument("--max-side", type=int, help="shrink larger images to this many pixels (default: copy files)")
+    parser.add_argument("--exclude", type=Path, help="file of image ids that no training sample may use")
     for name, default in vars(MiniRecipe()).items():
         if name != "samples_per_shard":
             parser.add_argument(f"--{name}", type=int, default=default, help=f"mini: {name} (default {default})")
     return parser.parse_args(argv)
 
 
-def check(folder: Path | None) -> int:
-    """Print the counts and faults of a shard folder; 1 when there is any fault."""
-    if folder is None:
+def run_check(arguments: argparse.Namespace) -> int:
+    """Print the counts and faults of shard folders; 1 when there is any fault."""
+    if not arguments.folders:
         raise ValueError("check: expected a folder, as in `build_coinit.py check DIR`")
-    report = verify(folder)
-    for split, counts in report.counts.items():
-        print(f"{split}: {counts.total()} samples")
-        for task, number in sorted(counts.items()):
-            print(f"  {task:<10}{number:>8}")
-    for fault in report.faults:
-        print(f"FAULT {fault}")
-    print(f"{len(report.faults)} fault(s) in {folder}" if report.faults else f"no fault in {folder}")
-    return int(bool(report.faults))
+    faults = 0
+    for folder in arguments.folders:
+        report = verify(folder)
+        for split, counts in report.counts.items():
+            print(f"{split}: {counts.total()} samples")
+            for task, number in sorted(counts.items()):
+                print(f"  {task:<10}{number:>8}")
+        for fault in report.faults:
+            print(f"FAULT {fault}")
+        print(f"{len(report.faults)} fault(s) in {folder}" if report.faults else f"no fault in {folder}")
+        faults += len(report.faults)
+    return int(bool(faults))
 
 
-def build(arguments: argparse.Namespace) -> int:
-    """Build the shards of a source."""
-    if arguments.source not in SOURCES:
-        raise ValueError(f"source {arguments.source!r}: expected one of {', '.join(SOURCES)}, or check")
-    if arguments.out is None:
-        raise ValueError(f"{arguments.source}: expected --out DIR")
+def list_images(arguments: argparse.Namespace) -> int:
+    """Write the image ids of all evaluation splits, one per line."""
+    if not arguments.folders or arguments.out is None:
+        raise ValueError("eval-images: expected folders and --out FILE")
+    ids = sorted(evaluation_images(arguments.folders))
+    if not ids:
+        raise ValueError(f"{', '.join(map(str, arguments.folders))}: no evaluation split with image ids")
+    arguments.out.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+    print(f"{arguments.out}: {len(ids)} images")
+    return 0
+
+
+def build_mini(arguments: argparse.Namespace) -> int:
+    """Build the mini set and print its counts."""
     started = time.perf_counter()
     sizes = {name: getattr(arguments, name) for name in ("train", "val", "test")}
     ensure_mini(arguments.out, seed=arguments.seed, workers=arguments.workers, **sizes)
@@ -61,11 +86,50 @@ def build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def build_source(arguments: argparse.Namespace) -> int:
+    """Build a split of a source and print its counts."""
+    settings = dict(word.partition("=")[::2] for word in arguments.set)
+    if arguments.root is None or arguments.split is None:
+        raise ValueError(f"{arguments.source}: expected --root DIR and --split NAME")
+    source = SourceOptions(arguments.root, arguments.split, arguments.images, arguments.seed, settings)
+    try:
+        i, n = map(int, arguments.part.split("/"))
+    except ValueError:
+        raise ValueError(f"--part: expected i/n such as 0/8, got {arguments.part!r}") from None
+    options = BuildOptions(
+        out=arguments.out,
+        samples_per_shard=arguments.samples_per_shard,
+        max_side=arguments.max_side,
+        exclude=arguments.exclude,
+        workers=arguments.workers,
+        part=(i, n),
+    )
+    started = time.perf_counter()
+    result = build(arguments.source, SOURCES[arguments.source], source, options)
+    seconds = time.perf_counter() - started
+    what = "this part" if n > 1 else arguments.split
+    print(f"{arguments.out}: {what} has {result.samples} samples, {result.size / 1e6:.1f} MB ({seconds:.0f} s)")
+    for reason, count in result.rejects.most_common():
+        print(f"  rejected {reason:<16}{count:>9}")
+    if result.done < result.shards:
+        print(f"{result.done} of {result.shards} shards are done; the part that writes the last one writes index.json")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; a fault of the user's is one line on stderr and exit code 1."""
     arguments = parse_arguments(argv)
     try:
-        return check(arguments.folder) if arguments.source == "check" else build(arguments)
+        if arguments.source == "check":
+            return run_check(arguments)
+        if arguments.source == "eval-images":
+            return list_images(arguments)
+        if arguments.source not in SOURCES and arguments.source != "mini":
+            names = ", ".join(["mini", *SOURCES])
+            raise ValueError(f"source: expected one of {names}; or check, eval-images; got {arguments.source!r}")
+        if arguments.out is None:
+            raise ValueError(f"{arguments.source}: expected --out DIR, the folder to write shards into")
+        return build_mini(arguments) if arguments.source == "mini" else build_source(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
