@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vistallm.coinit.mini import MAKERS
+from vistallm.data.collate import collate
 from vistallm.data.sequence import SampleReject
 from vistallm.schema import IGNORE_INDEX
 
@@ -60,6 +61,72 @@ def test_evaluation_template_is_fixed_and_training_draws(builder, samples):
     assert {one.build(sample, random.Random(i)).prompt for i in range(5)} == {builder.build(sample).prompt}
 
 
+@pytest.fixture
+def conversation(samples):
+    rounds = [["What is it {regions:0}?", "It is a star."], ["Where?", "The bounding box is {regions:0}."]]
+    one = samples["rec"][0]
+    return spoilt(one, task="instruct", instruction="Is it red?", answer="No, it is blue.", fields={"rounds": rounds})
+
+
+def test_every_answer_of_a_conversation_is_supervised(builder, samples, conversation):
+    text = builder.vocabulary.text
+    sequence = builder.build(conversation, random.Random(0))
+    supervised = (sequence.labels != IGNORE_INDEX).tolist()
+    starts = [i for i in range(1, len(supervised)) if supervised[i] and not supervised[i - 1]]
+    spans = [text.decode(sequence.input_ids[s : (supervised + [False]).index(False, s)]) for s in starts]
+    box = builder.codec.encode(conversation.regions[:1], sequence.frames, "box")
+    said = ["It is a star.", f"The bounding box is {box}.", "No, it is blue."]
+    assert [span.replace(" ", "") for span in spans] == [f"{answer}</s>".replace(" ", "") for answer in said]
+    assert torch.equal(sequence.labels[torch.tensor(supervised)], sequence.input_ids[torch.tensor(supervised)])
+    whole = text.decode(sequence.input_ids).replace(" ", "")
+    assert whole.endswith(
+        "ASSISTANT:Itisastar.</s>USER:Where?ASSISTANT:"
+        + f"{said[1]}</s>USER:Isitred?".replace(" ", "")
+        + "ASSISTANT:No,itisblue.</s>"
+    )
+    assert whole.count("<im_start>") == 1
+    assert (sequence.prompt, sequence.answer) == ("Is it red?", "No, it is blue.")
+    guided = builder.vocabulary.instruction.decode(sequence.instruction_ids).replace(" ", "")
+    assert guided == f"[CLS]Whatisit{box}?Where?Isitred?[SEP]"
+    cut = dataclasses.replace(builder, max_instruction=5).build(conversation)
+    assert cut.instruction_ids[:4].equal(sequence.instruction_ids[:4])
+    assert len(cut.instruction_ids) == 5
+
+
+def test_one_round_is_the_sequence_without_rounds(builder, samples):
+    plain = samples["vqa"][0]
+    same = builder.build(spoilt(plain, fields=plain.fields | {"rounds": []}))
+    assert torch.equal(same.input_ids, builder.build(plain).input_ids)
+    assert torch.equal(same.labels, builder.build(plain).labels)
+
+
+@pytest.mark.parametrize("task", ["rec", "nlvr2", "instruct"])
+def test_a_prompt_alone_is_what_generation_reads_of_a_whole_sequence(builder, samples, conversation, task):
+    sample = conversation if task == "instruct" else samples[task][0]
+    whole = builder.build(sample)
+    prompt = builder.build_prompt(
+        spoilt(sample, answer=None, fields={k: v for k, v in sample.fields.items() if k != "answer"})
+    )
+    assert torch.equal(prompt.instruction_ids, whole.instruction_ids)
+    batches = [collate([s], builder.vocabulary, generation=True) for s in (prompt, whole)]
+    assert torch.equal(batches[0].input_ids, batches[1].input_ids)
+    assert torch.equal(batches[0].input_ids[0], prompt.input_ids)
+    assert torch.equal(whole.input_ids[: len(prompt.input_ids)], prompt.input_ids)
+    last = [
+        *builder.vocabulary.text.encode(whole.answer, add_special_tokens=False),
+        builder.vocabulary.text.eos_token_id,
+    ]
+    assert whole.input_ids[len(prompt.input_ids) :].tolist() == last
+    assert (prompt.prompt, prompt.answer) == (whole.prompt, "")
+
+
+def test_a_numbered_template(builder, samples):
+    sample = samples["res"][0]
+    prompts = [builder.build(sample, template=number).prompt for number in range(5)]
+    assert len(set(prompts)) == 5
+    assert [builder.build_prompt(sample, number).prompt for number in range(5)] == prompts
+
+
 def spoilt(sample, **changes):
     return dataclasses.replace(copy.copy(sample), **changes)
 
@@ -72,6 +139,9 @@ def spoilt(sample, **changes):
         ({"answer": "It is {regions:0:point}."}, "bad-text", "no such point"),
         ({"answer": ""}, "empty-answer", "no token"),
         ({"fields": {}}, "bad-text", "expr"),
+        ({"fields": {"expr": "x", "rounds": ["What?", "This."]}}, "bad-text", r"expected \[\[instruction, answer\]"),
+        ({"fields": {"expr": "x", "rounds": [["What?", ""]]}}, "empty-answer", "no token"),
+        ({"fields": {"expr": "x", "rounds": [["At {regions:9}?", "So."]]}}, "bad-text", "object 9"),
         ({"answer": "word " * 600}, "too-long", "data.max_length is 512"),
     ],
 )

@@ -154,10 +154,23 @@ def render(
     rng: random.Random | np.random.Generator | None = None,
     templates: TemplateRange = None,
 ) -> tuple[str, str]:
-    """Write a sample's instruction and answer; region placeholders are left in place.
+    """Write a sample's instruction and answer, of the last round; region placeholders are left in place.
+
+    See `write_instruction` and `write_answer` for arguments and errors.
+    """
+    return write_instruction(sample, template, rng, templates), write_answer(sample)
+
+
+def write_instruction(
+    sample: Sample,
+    template: int | None = None,
+    rng: random.Random | np.random.Generator | None = None,
+    templates: TemplateRange = None,
+) -> str:
+    """Write a sample's instruction: its own where it brings one, else a template of the task filled with its `fields`.
 
     Args:
-        sample: its own `instruction` and `answer` are used when set, else the task's templates and `fields`.
+        sample: only its own instruction and its `fields` are read.
         template: number of the instruction template, 0 = the evaluation template; None = draw one.
         rng: where a drawn template comes from; required when `template` is None.
         templates: draw among the first so many only, or those of the mini world ("mini"); None = all.
@@ -167,24 +180,44 @@ def render(
             without the instruction that its task expects it to bring.
     """
     task = find_task(sample.task)
-    instruction, answer = sample.instruction, sample.answer
-    if instruction is None:
-        if task.own_texts:
-            raise ValueError(f"sample {sample.id} ({sample.task}): expected its own instruction, got none")
-        pool = load_templates(sample.task)
-        if templates is not None:
-            pool = pool[: max(1, task.mini if templates == "mini" else templates)]
-        if template is None:
-            if rng is None:
-                raise ValueError("render: expected a template number or an rng to draw one, got neither")
-            template = int(rng.random() * len(pool))
-        if not 0 <= template < len(pool):
-            raise ValueError(f"template of {sample.task}: expected 0 to {len(pool) - 1}, got {template}")
-        instruction = _fill(pool[template], sample)
-    if answer is None:
-        several = len(sample.fields.get("targets", (0,))) > 1
-        answer = _fill(task.plural if several and task.plural else task.answer, sample)
-    return instruction, answer
+    if sample.instruction is not None:
+        return sample.instruction
+    if task.own_texts:
+        raise ValueError(f"sample {sample.id} ({sample.task}): expected its own instruction, got none")
+    pool = load_templates(sample.task)
+    if templates is not None:
+        pool = pool[: max(1, task.mini if templates == "mini" else templates)]
+    if template is None:
+        if rng is None:
+            raise ValueError("render: expected a template number or an rng to draw one, got neither")
+        template = int(rng.random() * len(pool))
+    if not 0 <= template < len(pool):
+        raise ValueError(f"template of {sample.task}: expected 0 to {len(pool) - 1}, got {template}")
+    return _fill(pool[template], sample)
+
+
+def write_answer(sample: Sample) -> str:
+    """Write a sample's answer: its own, else the task's answer form; raises ValueError as `write_instruction` does."""
+    task = find_task(sample.task)
+    if sample.answer is not None:
+        return sample.answer
+    several = len(sample.fields.get("targets", (0,))) > 1
+    return _fill(task.plural if several and task.plural else task.answer, sample)
+
+
+def earlier_rounds(sample: Sample) -> list[tuple[str, str]]:
+    """(instruction, answer) of each round of a conversation before the sample's own, from `fields["rounds"]`.
+
+    Raises:
+        ValueError: when they are not pairs of texts.
+    """
+    rounds = sample.fields.get("rounds", [])
+    if not isinstance(rounds, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in rounds
+    ):
+        raise ValueError(f'sample {sample.id}: fields["rounds"]: expected [[instruction, answer], ...], got {rounds!r}')
+    return [(instruction, answer) for instruction, answer in rounds]
 
 
 def _fill(text: str, sample: Sample) -> str:

@@ -12,12 +12,13 @@ from vistallm.schema import IGNORE_INDEX, Batch, Sequence
 def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool = False) -> Batch:
     """Pad `sequences` to one batch.
 
-    With `generation`, the rows hold the prompt only (no answer, no labels), are padded on the left, and the batch keeps
+    With `generation`, the rows hold the prompt only (no last answer), are padded on the left, and the batch keeps
     its sequences; without it the answer is there and `sequences` stays empty.
     """
-    prompts = [s.labels == IGNORE_INDEX for s in sequences]
-    ids = [s.input_ids[p] if generation else s.input_ids for s, p in zip(sequences, prompts, strict=True)]
-    labels = [s.labels[p] if generation else s.labels for s, p in zip(sequences, prompts, strict=True)]
+    # The last answer ends the sequence; those of earlier rounds belong to the prompt.
+    ends = [int((s.labels == IGNORE_INDEX).nonzero()[-1]) + 1 if generation else None for s in sequences]
+    ids = [s.input_ids[:end] for s, end in zip(sequences, ends, strict=True)]
+    labels = [s.labels[:end] for s, end in zip(sequences, ends, strict=True)]
     counts = torch.tensor([len(s.images) for s in sequences])
     pad = vocabulary.text.pad_token_id
     instruction = [s.instruction_ids for s in sequences]

@@ -1,7 +1,8 @@
 """Sample -> Sequence: prompt and answer as token ids, with the labels made in the same pass.
 
 `USER: [Image 1: ]<im_start><im_patch>*Q<im_end> instruction ASSISTANT:` then the answer and the end token, which alone
-are supervised (vicuna_v1.1, paper.md 1.6). The instruction also goes to the instruction-guided tokenizer.
+are supervised (vicuna_v1.1, paper.md 1.6). Earlier rounds of a conversation come before, `USER: .. ASSISTANT: ..</s>`,
+each answer supervised. What the user says, all rounds joined, also goes to the instruction-guided tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vistallm.coinit.tasks import TASKS, TemplateRange, render, split_placeholders
+from vistallm.coinit.tasks import (
+    TASKS,
+    TemplateRange,
+    earlier_rounds,
+    split_placeholders,
+    write_answer,
+    write_instruction,
+)
 from vistallm.data.vocabulary import Vocabulary, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame, square_resize
@@ -53,47 +61,70 @@ class SequenceBuilder:
     max_instruction: int = 128
     templates: TemplateRange = None
 
-    def build(self, sample: Sample, rng: random.Random | None = None) -> Sequence:
-        """Build the sequence of a decoded sample; `rng` picks the template, None takes the fixed evaluation template.
+    def build(self, sample: Sample, rng: random.Random | None = None, template: int = 0) -> Sequence:
+        """Build the sequence of a decoded sample; `rng` draws the template, without it number `template` is taken.
 
         Raises:
             SampleReject: unknown task, a placeholder without its region, no answer token, or too many tokens.
         """
+        return self._build(sample, None if rng else template, rng, answered=True)
+
+    def build_prompt(self, sample: Sample, template: int = 0) -> Sequence:
+        """Build the sequence of a decoded sample up to where its answer begins: for generation, when there is none.
+
+        The sample's own answer and the fields it is made of are not read; those of earlier rounds are part of the
+        prompt. `Sequence.answer` is empty. Raises SampleReject as `build` does.
+        """
+        return self._build(sample, template, None, answered=False)
+
+    def _build(self, sample: Sample, template: int | None, rng: random.Random | None, answered: bool) -> Sequence:
         if sample.task not in TASKS:
             raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
         images, frames = self._images(sample)
         try:
-            instruction, answer = render(sample, template=None if rng else 0, rng=rng, templates=self.templates)
-            instruction, answer = (self.write_regions(text, sample, frames) for text in (instruction, answer))
+            texts = [text for pair in earlier_rounds(sample) for text in pair]
+            texts.append(write_instruction(sample, template, rng, self.templates))
+            if answered:
+                texts.append(write_answer(sample))
+            texts = [self.write_regions(text, sample, frames) for text in texts]
         except (KeyError, ValueError) as error:
             raise SampleReject("bad-text", f"{sample.id}: {error}") from error
-        return self.assemble(sample, images, frames, instruction, answer)
-
-    def assemble(
-        self, sample: Sample, images: torch.Tensor, frames: list[Frame], instruction: str, answer: str
-    ) -> Sequence:
-        """Tokenise a written instruction and answer over prepared images (K, 3, S, S); raises as `build` does."""
-        text = self.vocabulary.text
-        prompt_ids = self._prompt_ids(len(frames), instruction)
-        answer_ids = [*text.encode(answer, add_special_tokens=False), text.eos_token_id]
-        if len(answer_ids) < 2:
-            raise SampleReject("empty-answer", f"{sample.id}: the answer {answer!r} has no token to supervise")
-        input_ids = prompt_ids + answer_ids
-        if len(input_ids) > self.max_length:
-            raise SampleReject(
-                "too-long", f"{sample.id}: {len(input_ids)} tokens, data.max_length is {self.max_length}"
-            )
-        labels = [IGNORE_INDEX] * len(prompt_ids) + answer_ids
+        instructions, answers = texts[0::2], texts[1::2]
+        ids, labels = self._tokens(sample, instructions, answers)
         return Sequence(
-            input_ids=torch.tensor(input_ids),
+            input_ids=torch.tensor(ids),
             labels=torch.tensor(labels),
-            instruction_ids=torch.tensor(self._instruction_ids(instruction)),
+            instruction_ids=torch.tensor(self._instruction_ids(" ".join(instructions))),
             images=images,
             frames=frames,
-            prompt=instruction,
-            answer=answer,
+            prompt=instructions[-1],
+            answer=answers[-1] if answered else "",
             sample=sample,
         )
+
+    def _tokens(self, sample: Sample, instructions: list[str], answers: list[str]) -> tuple[list[int], list[int]]:
+        """Token ids of the rounds, one after another, and their labels: every answer and the end token behind it."""
+        text = self.vocabulary.text
+        ids: list[int] = []
+        labels: list[int] = []
+        for number, instruction in enumerate(instructions):
+            prompt = [] if number else self._opening_ids(len(sample.images))
+            said = f"USER: {instruction} ASSISTANT:" if number else f"{instruction} ASSISTANT:"
+            prompt += text.encode(said, add_special_tokens=False)
+            ids += prompt
+            labels += [IGNORE_INDEX] * len(prompt)
+            if number == len(answers):
+                break
+            answer = [*text.encode(answers[number], add_special_tokens=False), text.eos_token_id]
+            if len(answer) < 2:
+                raise SampleReject(
+                    "empty-answer", f"{sample.id}: the answer {answers[number]!r} has no token to supervise"
+                )
+            ids += answer
+            labels += answer
+        if len(ids) > self.max_length:
+            raise SampleReject("too-long", f"{sample.id}: {len(ids)} tokens, data.max_length is {self.max_length}")
+        return ids, labels
 
     def write_regions(self, text: str, sample: Sample, frames: list[Frame]) -> str:
         """Replace `{regions:...}` placeholders by region tokens; raises ValueError for a missing object."""
@@ -104,7 +135,10 @@ class SequenceBuilder:
                 continue
             chosen = []
             for number in part.objects:
-                found = [r for r in sample.regions if r.object == number and part.kind in (None, r.kind)]
+                same = [r for r in sample.regions if r.object == number]
+                found = [r for r in same if part.kind in (None, r.kind)]
+                # A region may hold more than its kind: a candidate of `v7w_point` is a point with its box.
+                found = found or [r for r in same if part.kind in ("box", "point") and getattr(r, part.kind)]
                 if not found:
                     raise ValueError(
                         f"placeholder names object {number}, but the sample has no such {part.kind or 'region'}"
@@ -119,7 +153,8 @@ class SequenceBuilder:
         stacked = np.stack(squares).transpose(0, 3, 1, 2)
         return torch.from_numpy(np.ascontiguousarray(stacked)), list(frames)
 
-    def _prompt_ids(self, images: int, instruction: str) -> list[int]:
+    def _opening_ids(self, images: int) -> list[int]:
+        """System prompt, `USER:` and the image slots."""
         text = self.vocabulary.text
         start, end = token_ids(text, ["<im_start>", "<im_end>"])
         ids = [] if text.bos_token_id is None else [text.bos_token_id]
@@ -128,7 +163,7 @@ class SequenceBuilder:
             if images > 1:
                 ids += text.encode(f"Image {number}:", add_special_tokens=False)
             ids += [start, *[self.vocabulary.image_id] * self.queries, end]
-        return ids + text.encode(f"{instruction} ASSISTANT:", add_special_tokens=False)
+        return ids
 
     def _instruction_ids(self, instruction: str) -> list[int]:
         tokenizer = self.vocabulary.instruction
