@@ -1,0 +1,158 @@
+"""Object co-segmentation (PASCAL, iCoSeg, MSRC): folders of images and masks in, `coseg` samples out.
+
+Copies of these sets differ, so a layout says where the files are: a YAML file such as `configs/coseg/icoseg.yaml`,
+named with `--set layout=FILE`, or its keys one by one (`--set image_glob=...`), which win over the file:
+
+    name        of the set, for image ids ("icoseg")
+    image_glob  images under --images or --root; the folder of an image is its class ("images/*/*.jpg")
+    mask_glob   the mask of an image, with {class} and {stem} filled in ("ground_truth/{class}/{stem}.png")
+    foreground  ">127": above that in any channel; "64,0,0": that colour; in the file also a rule for each class
+    image_id    what tells images apart: "{class}/{stem}" or "{stem}"
+
+`--set classes=a,b` takes some classes only. A unit is one group of images of a class. Split `train`: one group of two
+to four images for every image, drawn by the seed. Any other split, for evaluation: each class in groups of four in
+order of name, with every image once (the last two groups are smaller where one image would be left over).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from PIL import Image, UnidentifiedImageError
+
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
+from vistallm.coinit.sources.records import RecordSource, read_settings
+from vistallm.regions.masks import mask_to_rle
+from vistallm.schema import ImageInfo, Region, Sample
+
+_LAYOUT = {"name": "", "image_glob": "", "mask_glob": "", "foreground": ">127", "image_id": "{class}/{stem}"}
+_EVALUATION_GROUP = 4
+
+
+def load_coseg(options: SourceOptions) -> Source:
+    """Groups of images that share an object; `train` draws them, any other split name takes every image once."""
+    layout = _read_layout(options)
+    folder = options.images or options.root
+    classes: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(layout["image_glob"])):
+        classes.setdefault(path.parent.name, []).append(path)
+    if wanted := layout["classes"].split(",") if layout["classes"] else None:
+        if unknown := sorted(set(wanted) - set(classes)):
+            raise ValueError(f"--set classes: {unknown[0]!r} is no folder of images; there are {', '.join(classes)}")
+        classes = {name: classes[name] for name in wanted}
+    if not classes:
+        raise ValueError(f"{folder}: no image matches image_glob {layout['image_glob']!r}; see configs/coseg/")
+    groups = [
+        (name, number, group)
+        for name, paths in classes.items()
+        for number, group in enumerate(_groups(paths, name, options))
+    ]
+
+    def make(group: tuple[str, int, list[Path]], _: int) -> Iterator[Draft | Reject]:
+        yield _draft(options, layout, *group)
+
+    return RecordSource(groups, make)
+
+
+def _read_layout(options: SourceOptions) -> dict[str, Any]:
+    settings = read_settings(options, layout="", classes="", **_LAYOUT)
+    given: dict[str, Any] = {}
+    if settings["layout"]:
+        path = Path(settings["layout"])
+        if not path.is_file():
+            raise ValueError(f"--set layout: expected a YAML file such as configs/coseg/icoseg.yaml, got {path}")
+        given = dict(OmegaConf.to_container(OmegaConf.load(path)) or {})  # type: ignore[arg-type]
+        if unknown := sorted(set(given) - set(_LAYOUT)):
+            raise ValueError(f"{path}: unknown key {unknown[0]!r}; a layout has {', '.join(_LAYOUT)}")
+    layout: dict[str, Any] = {**_LAYOUT, **given, **options.settings}
+    if missing := [key for key in ("name", "image_glob", "mask_glob") if not layout[key]]:
+        raise ValueError(
+            f"coseg: expected {missing[0]}, from --set layout=configs/coseg/icoseg.yaml or --set {missing[0]}="
+        )
+    return {**layout, "classes": settings["classes"]}
+
+
+def _groups(paths: list[Path], name: str, options: SourceOptions) -> Iterator[list[Path]]:
+    """Groups of the images of one class; a lone image makes one group of itself, which is then rejected."""
+    if len(paths) < 2:
+        yield paths
+    elif options.split == "train":
+        rng = np.random.default_rng([options.seed, *name.encode()])
+        for first in range(len(paths)):
+            others = rng.permutation([i for i in range(len(paths)) if i != first])
+            chosen = [first, *others[: int(rng.integers(1, 4))].tolist()]
+            yield [paths[i] for i in rng.permutation(chosen)]
+    else:
+        start = 0
+        while start < len(paths):
+            left = len(paths) - start
+            size = _EVALUATION_GROUP - (left == _EVALUATION_GROUP + 1)  # 5 = 3 + 2: no image may be left alone
+            yield paths[start : start + size]
+            start += size
+
+
+def _draft(options: SourceOptions, layout: dict[str, Any], name: str, number: int, paths: list[Path]) -> Draft | Reject:
+    if len(paths) < 2:
+        return Reject("lone-image", f"{paths[0]}: class {name!r} has no other image")
+    images, regions, ids = [], [], []
+    for index, path in enumerate(paths):
+        mask = _read_mask(options, layout, name, path)
+        if isinstance(mask, Reject):
+            return mask
+        images.append(ImageInfo("", mask.shape[1], mask.shape[0]))
+        regions.append(Region(index, "mask", index, rle=mask_to_rle(mask)))
+        ids.append(f"{layout['name']}:" + _fill(layout["image_id"], name, path))
+    sample = Sample(
+        id=f"coseg-{options.split}-{layout['name']}-{name}-{number}",
+        task="coseg",
+        source="coseg",
+        images=images,
+        fields={"targets": list(range(len(paths)))},
+        regions=regions,
+        meta={"class": name, "set": layout["name"], "image_ids": ids},
+    )
+    return Draft(sample, paths)
+
+
+def _fill(pattern: str, name: str, path: Path) -> str:
+    return pattern.replace("{class}", name).replace("{stem}", path.stem)
+
+
+def _read_mask(options: SourceOptions, layout: dict[str, Any], name: str, path: Path) -> np.ndarray | Reject:
+    """The (H, W) bool mask of an image; the builder compares its size with the image's."""
+    pattern = layout["mask_glob"].replace("{class}", _escaped(name)).replace("{stem}", _escaped(path.stem))
+    found = sorted(options.root.glob(pattern))
+    if len(found) > 1:
+        raise SourceFormatError(f"{path}: expected one mask {pattern}, got {found[0].name} and {found[1].name}")
+    if not found:
+        return Reject("no-mask", f"{path}: expected a mask {pattern} in {options.root}")
+    try:
+        with Image.open(found[0]) as file:
+            pixels = np.asarray(file.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        return Reject("no-mask", f"{found[0]}: {error}")
+    rule = layout["foreground"]
+    mask = _foreground(pixels, str(rule[name]) if isinstance(rule, dict) and name in rule else rule, found[0])
+    return mask if mask.any() else Reject("empty-mask", f"{found[0]}: no pixel is foreground by {rule!r}")
+
+
+def _escaped(text: str) -> str:
+    """A name as a glob pattern that matches it alone."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _foreground(pixels: np.ndarray, rule: Any, path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB and a rule -> (H, W) bool; raises ValueError for a rule that is not of the two forms."""
+    try:
+        if str(rule).startswith(">"):
+            return pixels.max(axis=2) > int(rule[1:])
+        colour = [int(value) for value in rule.split(",")]
+        if len(colour) == 3:
+            return (pixels == np.array(colour)).all(axis=2)
+    except (AttributeError, ValueError):
+        pass
+    raise ValueError(f"{path}: expected foreground as >127, as 64,0,0, or one of them for its class, got {rule!r}")

@@ -1,0 +1,205 @@
+"""Visual Genome's regions: `region_descriptions.json` and `image_data.json` in, REG and REC samples out.
+
+Visual Genome has no splits of its own: the only one is `train`. Settings: `tasks=reg,rec`; `portion=1.0`, the share of
+the regions to take, drawn for each task by the seed (there are 5.4 million; the authors' release takes 0.05 of each). A
+unit is one image. A phrase that an image's regions use twice names no single box: it makes no REC sample.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions, clip_box, require
+from vistallm.coinit.sources.records import check_split, find_file, image_file, read_list, read_settings
+from vistallm.schema import ImageInfo, Region, Sample
+
+NUMBER = (int, float)
+_CHUNK = 1 << 22  # characters read at a time; a record of region_descriptions.json has some 7,000
+
+
+@dataclass(frozen=True)
+class GenomeImage:
+    """An image of Visual Genome: size in pixels, its COCO id if it is one of COCO's, file relative to the images."""
+
+    image_id: int
+    width: int
+    height: int
+    coco_id: int | None
+    file: str
+
+    @property
+    def key(self) -> str:
+        """The id that leaks are searched by: "vg:1", or "vg:1|coco:5"."""
+        return f"vg:{self.image_id}" + (f"|coco:{self.coco_id}" if self.coco_id is not None else "")
+
+    def path(self, folder: Path) -> Path:
+        """The file in a folder that holds VG_100K and VG_100K_2, or all images side by side."""
+        name = self.file.rpartition("/")[2]
+        return image_file(folder, self.file, name, f"VG_100K/{name}", f"VG_100K_2/{name}", f"images/{self.file}")
+
+
+def read_images(options: SourceOptions, image_data: str = "") -> dict[int, GenomeImage]:
+    """Read image_data.json from the path given, --root or --images: sizes, and which images are COCO's too.
+
+    Raises:
+        ValueError: it is in none of them. SourceFormatError: a record lacks a key.
+    """
+    folders = [folder for folder in (options.root, options.images, options.root.parent) if folder is not None]
+    found = [folder / "image_data.json" for folder in folders if (folder / "image_data.json").is_file()]
+    path = Path(image_data) if image_data else found[0] if found else find_file(options.root, "image_data.json")
+    images = {}
+    for number, record in enumerate(read_list(path)):
+        where = f"{path}, record {number}"
+        image_id, url = require(record, "image_id", int, where), require(record, "url", str, where)
+        coco_id = record.get("coco_id")
+        width, height = require(record, "width", int, where), require(record, "height", int, where)
+        file = "/".join(url.split("/")[-2:])
+        images[image_id] = GenomeImage(image_id, width, height, None if coco_id is None else int(coco_id), file)
+    return images
+
+
+def stream_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a JSON list one by one, each with its place for messages; the file is never whole in memory.
+
+    Raises:
+        SourceFormatError: the file is not a list, or ends within a record.
+    """
+    decoder, text, place, number = json.JSONDecoder(), "", 0, 0
+    with path.open(encoding="utf-8") as file:
+        if file.read(1) != "[":
+            raise SourceFormatError(f"{path}: expected a JSON list, it begins otherwise")
+        while True:
+            while place < len(text) and text[place] in ", \t\r\n":
+                place += 1
+            if text[place : place + 1] == "]":
+                return
+            try:
+                record, place = decoder.raw_decode(text, place)
+            except json.JSONDecodeError as error:
+                more = file.read(_CHUNK)
+                if not more:
+                    raise SourceFormatError(
+                        f"{path}, record {number}: not JSON ({error}); download it again"
+                    ) from error
+                text, place = text[place:] + more, 0
+                continue
+            yield f"{path}, record {number}", record
+            number += 1
+
+
+def chosen(settings: dict[str, str], key: str, *known: str) -> list[str]:
+    """The values of a comma-separated setting; raises ValueError naming those that are known."""
+    values = settings[key].split(",")
+    if unknown := [value for value in values if value not in known]:
+        raise ValueError(f"--set {key}: expected some of {','.join(known)}, got {unknown[0]!r}")
+    return values
+
+
+def image_at(images: dict[int, GenomeImage], image_id: int, where: str) -> GenomeImage:
+    """The image of an id; raises SourceFormatError when image_data.json has none."""
+    if image_id not in images:
+        raise SourceFormatError(f"{where}: image_id {image_id} is not in image_data.json; both must be of one version")
+    return images[image_id]
+
+
+@dataclass
+class _Regions:
+    """Regions in columns, which forked workers share: 5 million take some 350 MB, as dicts 6 GB.
+
+    Attributes:
+        images: their images, in file order; starts: first region of each image, and the end.
+        ids: (N,) region ids; boxes: (4 N,) x, y, width, height in pixels; ends: end of each phrase in `phrases`.
+    """
+
+    images: list[GenomeImage]
+    starts: array[int]
+    ids: array[int]
+    boxes: array[int]
+    ends: array[int]
+    phrases: bytearray
+
+
+def _read_regions(path: Path, images: dict[int, GenomeImage]) -> _Regions:
+    table = _Regions([], array("q", [0]), array("q"), array("i"), array("q", [0]), bytearray())
+    for where, record in stream_records(path):
+        table.images.append(image_at(images, require(record, "id", int, where), where))
+        for place, region in enumerate(require(record, "regions", list, where)):
+            here = f"{where}, region {place}"
+            table.ids.append(require(region, "region_id", int, here))
+            table.boxes.extend(require(region, key, int, here) for key in ("x", "y", "width", "height"))
+            table.phrases += " ".join(require(region, "phrase", str, here).split()).encode()
+            table.ends.append(len(table.phrases))
+        table.starts.append(len(table.ids))
+    return table
+
+
+@dataclass(frozen=True)
+class _RegionSource:
+    options: SourceOptions
+    table: _Regions
+    drawn: dict[str, np.ndarray]  # task -> (N,) bool: the regions drawn for it
+
+    def __len__(self) -> int:
+        return len(self.table.images)
+
+    def unit(self, index: int) -> Iterator[Draft | Reject]:
+        """REG and REC samples of one image."""
+        table, image = self.table, self.table.images[index]
+        rows = range(table.starts[index], table.starts[index + 1])
+        phrases = {row: table.phrases[table.ends[row] : table.ends[row + 1]].decode() for row in rows}
+        uses = Counter(phrase.lower() for phrase in phrases.values())
+        path = image.path(self.options.images or self.options.root)
+        for row, phrase in phrases.items():
+            tasks = [task for task, rows_drawn in self.drawn.items() if rows_drawn[row]]
+            where = f"region_descriptions.json, image {image.image_id}, region {table.ids[row]}"
+            x, y, width, height = table.boxes[4 * row : 4 * row + 4]
+            box = clip_box((x, y, x + width, y + height), image.width, image.height)
+            if box is None and tasks:
+                yield Reject("empty-box", f"{where}: nothing of {(x, y, width, height)} is in the image")
+                continue
+            if not phrase and tasks:
+                yield Reject("empty-phrase", where)
+                continue
+            for task in tasks:
+                if task == "rec" and uses[phrase.lower()] > 1:
+                    yield Reject("ambiguous-phrase", f"{where}: {phrase!r} names {uses[phrase.lower()]} regions")
+                    continue
+                sample = Sample(
+                    id=f"visual-genome-{self.options.split}-{image.image_id}-{table.ids[row]}-{task}",
+                    task=task,
+                    source="visual-genome",
+                    images=[ImageInfo("", image.width, image.height)],
+                    fields={"expr": phrase},
+                    regions=[Region(0, "box", box=box)],
+                    meta={"image_ids": [image.key]},
+                )
+                yield Draft(sample, [path])
+
+
+def load_visual_genome(options: SourceOptions) -> Source:
+    """Region captions and region REC; the split is `train`."""
+    check_split(options, "train")
+    settings = read_settings(options, tasks="reg,rec", portion="1.0", image_data="")
+    tasks = chosen(settings, "tasks", "reg", "rec")
+    try:
+        portion = float(settings["portion"])
+    except ValueError:
+        portion = 0.0
+    if not 0 < portion <= 1:
+        raise ValueError(f"--set portion: expected a share above 0 and up to 1, got {settings['portion']!r}")
+    images = read_images(options, settings["image_data"])
+    table = _read_regions(find_file(options.root, "region_descriptions.json"), images)
+    drawn = {
+        task: np.random.default_rng([options.seed, number]).random(len(table.ids)) < portion
+        for number, task in enumerate(("reg", "rec"))
+        if task in tasks
+    }
+    return _RegionSource(options, table, drawn)
