@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from vistallm.coinit.build import BuildOptions, build
-from vistallm.coinit.leaks import evaluation_images
+from vistallm.coinit.leaks import evaluation_images, read_ids
 from vistallm.coinit.mini import MiniRecipe, ensure_mini
 from vistallm.coinit.shards import read_index
 from vistallm.coinit.sources import SOURCES
@@ -49,18 +49,17 @@ def run_check(arguments: argparse.Namespace) -> int:
     """Print the counts and faults of shard folders; 1 when there is any fault."""
     if not arguments.folders:
         raise ValueError("check: expected a folder, as in `build_coinit.py check DIR`")
-    faults = 0
-    for folder in arguments.folders:
-        report = verify(folder)
-        for split, counts in report.counts.items():
-            print(f"{split}: {counts.total()} samples")
-            for task, number in sorted(counts.items()):
-                print(f"  {task:<10}{number:>8}")
-        for fault in report.faults:
-            print(f"FAULT {fault}")
-        print(f"{len(report.faults)} fault(s) in {folder}" if report.faults else f"no fault in {folder}")
-        faults += len(report.faults)
-    return int(bool(faults))
+    exclude = read_ids(arguments.exclude) if arguments.exclude else frozenset()
+    report = verify(arguments.folders, exclude, arguments.workers)
+    for (folder, split), counts in report.counts.items():
+        print(f"{folder}, {split}: {counts.total()} samples")
+        for task, number in sorted(counts.items()):
+            print(f"  {task:<10}{number:>9}")
+    for kind, texts in report.faults.items():
+        print(f"FAULT {kind}: {report.totals[kind]}")
+        print("".join(f"  {text}\n" for text in texts), end="")
+    print(f"{report.totals.total()} fault(s)" if report.totals else "no fault", "in", *arguments.folders)
+    return int(bool(report.totals))
 
 
 def list_images(arguments: argparse.Namespace) -> int:

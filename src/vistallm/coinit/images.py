@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -28,25 +29,37 @@ class ImageFile:
     height: int
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file, from its header; raises as `read_image` does."""
+    with path.open("rb") as file:
+        return _read_header(file, path)[1]
+
+
 def read_image(path: Path) -> ImageFile:
     """Read a file without decoding it; formats other than JPEG and PNG become PNG.
 
     Raises:
-        OSError: the file is not there or can't be read. ValueError: it is not an image.
+        OSError: the file is not there or can't be read.
+        ValueError: it is not an image.
     """
     data = path.read_bytes()
+    kind, (width, height) = _read_header(io.BytesIO(data), path)
+    if kind in _SUFFIXES:
+        return ImageFile(data, _SUFFIXES[kind], width, height)
+    return _encode(_decode(data, path), "png")
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[str, tuple[int, int]]:
+    """Format and size of the image as it is decoded."""
     try:
-        with Image.open(io.BytesIO(data)) as header:
-            kind, (width, height) = header.format, header.size
+        with Image.open(file) as header:
+            kind, (width, height) = str(header.format), header.size
             # The decoder turns a picture as its EXIF tag says, and annotations are drawn on what one sees.
             if kind in ("JPEG", "MPO") and header.getexif().get(_ORIENTATION) in _TURNED:
                 width, height = height, width
     except (UnidentifiedImageError, SyntaxError, OSError) as error:
         raise ValueError(f"{path}: not an image ({error})") from error
-    if kind in _SUFFIXES:
-        return ImageFile(data, _SUFFIXES[kind], width, height)
-    pixels = _decode(data, path)
-    return _encode(pixels, "png")
+    return kind, (width, height)
 
 
 def shrink(image: ImageFile, max_side: int, path: Path) -> ImageFile:

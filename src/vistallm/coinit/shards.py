@@ -7,17 +7,15 @@ samples give the same bytes: members carry no time, owner or machine.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from vistallm.schema import ImageInfo, Sample
+from vistallm.schema import Sample
 
 INDEX_VERSION = 1
 _ROW = ("split", "samples", "bytes", "sha256", "tasks")
@@ -44,23 +42,47 @@ def write_shard(
     path = out_dir / shard_name(split, number)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tasks: Counter[str] = Counter()
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with _TarFile(temporary) as tar:
         for place, (sample, images) in enumerate(samples):
             key = f"{split}-{number:06d}-{place:05d}"
             names = [f"{i}.{suffix}" for i, (_, suffix) in enumerate(images)]
             if names != [info.file for info in sample.images]:
                 raise ValueError(f"sample {sample.id}: images are listed as {sample.images}, but the files are {names}")
             record = json.dumps(sample.to_json(), ensure_ascii=False, separators=(",", ":")).encode()
-            for name, data in [("json", record), *zip(names, (data for data, _ in images), strict=True)]:
-                member = tarfile.TarInfo(f"{key}.{name}")  # time 0 and owner 0 by default
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            tar.add(f"{key}.json", record)
+            for name, (data, _) in zip(names, images, strict=True):
+                tar.add(f"{key}.{name}", data)
             tasks[sample.task] += 1
-    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-    size = temporary.stat().st_size
     temporary.replace(path)
-    row = {"split": split, "samples": tasks.total(), "bytes": size, "sha256": digest}
+    row = {"split": split, "samples": tasks.total(), "bytes": tar.size, "sha256": tar.digest.hexdigest()}
     return path.name, {**row, "tasks": dict(sorted(tasks.items()))}
+
+
+class _TarFile:
+    """Writes a tar file in one pass, hashing as it goes; `tarfile` needs a second one and copies in small pieces."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self.digest, self.size = path.open("wb"), hashlib.sha256(), 0
+
+    def __enter__(self) -> _TarFile:
+        return self
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def add(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)  # time 0 and owner 0 by default
+        member.size = len(data)
+        self._write(member.tobuf(tarfile.USTAR_FORMAT))
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def __exit__(self, *_: object) -> None:
+        end = 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -(self.size + end) % tarfile.RECORDSIZE))
+        self._file.close()
 
 
 def write_index(out_dir: Path, shards: dict[str, Row], **extra: Any) -> dict[str, Any]:
@@ -121,46 +143,3 @@ def _sample_of(path: Path | str, key: str, files: dict[str, bytes]) -> tuple[Sam
     if sorted(names) != sorted(set(files) - {"json"}):
         raise ValueError(f"{where}: the record lists images {names}, the shard holds {sorted(set(files) - {'json'})}")
     return sample, [files[name] for name in names]
-
-
-class ShardWriter:
-    """Write a split's samples one by one; a full shard is closed and the next begun, index.json is written on exit.
-
-    Rows of other splits that an index in the folder already has are kept, so splits can be built one after another.
-    """
-
-    def __init__(self, out_dir: Path | str, split: str, max_samples: int = 1000) -> None:
-        self.out_dir, self.split, self.max_samples = Path(out_dir), split, max_samples
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._rows: dict[str, Row] = {}
-        self._waiting: list[tuple[Sample, Sequence[EncodedImage]]] = []
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def write(self, sample: Sample, images: Sequence[EncodedImage]) -> None:
-        """Add one sample; its `images` list is named after the given files."""
-        for i, (info, (_, suffix)) in enumerate(zip(sample.images, images, strict=True)):
-            sample.images[i] = ImageInfo(f"{i}.{suffix}", info.width, info.height)
-        self._waiting.append((sample, images))
-        if len(self._waiting) == self.max_samples:
-            self._flush()
-
-    def _flush(self) -> None:
-        name, row = write_shard(self.out_dir, self.split, len(self._rows), self._waiting)
-        self._rows[name] = row
-        self._waiting = []
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            return
-        if self._waiting:
-            self._flush()
-        extra: dict[str, Any] = {}
-        rows = self._rows
-        if (self.out_dir / "index.json").is_file():
-            extra = read_index(self.out_dir)
-            rows = {name: row for name, row in extra["shards"].items() if row["split"] != self.split} | rows
-        write_index(self.out_dir, rows, **{k: v for k, v in extra.items() if k not in ("version", "tasks", "shards")})

@@ -1,10 +1,14 @@
-"""The check of a shard folder: hashes, records, images, regions and texts; in: a folder, out: counts and faults."""
+"""The check of shard folders: hashes, records, images, regions, texts and leaks; in: folders, out: counts and faults.
+
+Shards are checked by all cores, one shard at a time each; what is kept per sample is one 64-bit number of its id.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,73 +16,241 @@ from typing import Any
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
+from vistallm.coinit.leaks import is_training, records, sample_images
 from vistallm.coinit.shards import read_index, read_shard
-from vistallm.coinit.tasks import TASKS, RegionSlot, render, split_placeholders
+from vistallm.coinit.tasks import TASKS, RegionSlot, earlier_rounds, split_placeholders, write_answer, write_instruction
+from vistallm.coinit.workers import run_forked
+from vistallm.regions.codec import RegionCodec
+from vistallm.regions.frame import Frame
 from vistallm.schema import Region, Sample
+
+_SIDES = ("instruction", "answer")
+FIRST = 5  # faults of each kind that are kept with their text
+Fault = tuple[str, str]  # kind, a short kebab-case word, and what is wrong where
+_BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_FOREIGN = re.compile(r"[^\x00-\x7f]{2,}")
 
 
 @dataclass
 class Report:
-    """Samples per split and task, and one line per fault (empty = sound)."""
+    """Samples per (folder, split) by task, faults counted by kind, and the first FIRST of each kind (empty = sound)."""
 
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    counts: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
+    totals: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, text: str, number: int = 1) -> None:
+        """Count faults of a kind and keep the text of the first."""
+        self.totals[kind] += number
+        kept = self.faults.setdefault(kind, [])
+        if len(kept) < FIRST:
+            kept.append(text)
 
 
-def verify(root: Path | str) -> Report:
-    """Read every byte of a shard folder and list what is wrong; raises ValueError only when there is no index."""
-    root, report = Path(root), Report()
-    index = read_index(root)
-    listed = index["shards"]
-    report.faults += [f"{p.name}: not in index.json" for p in sorted(root.glob("*.tar")) if p.name not in listed]
-    seen: dict[str, str] = {}
-    for name, row in listed.items():
-        report.faults += [f"{name}: {fault}" for fault in _check_shard(root / name, row, report, seen)]
+@dataclass
+class _Checked:
+    """What one shard gives: its faults, and what only makes sense beside the other shards."""
+
+    path: Path
+    split: str
+    tasks: Counter[str] = field(default_factory=Counter)
+    faults: Report = field(default_factory=Report)
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    images: set[str] = field(default_factory=set)
+
+
+def verify(roots: Iterable[Path | str], exclude: frozenset[str] = frozenset(), workers: int | None = None) -> Report:
+    """Read every byte of shard folders and list what is wrong.
+
+    Args:
+        roots: folders; those of evaluation splits too, so that leaks between sources are seen.
+        exclude: image ids that no training sample may use, beside those of the evaluation splits found.
+        workers: processes; None = one per CPU.
+
+    Raises:
+        ValueError: a folder has no index.
+    """
+    report, jobs = Report(), []
+    for root in map(Path, roots):
+        listed = read_index(root)["shards"]
+        for path in sorted(root.glob("*.tar")):
+            if path.name not in listed:
+                report.add("unlisted-shard", f"{path}: not in index.json")
+        jobs += [(root / name, row) for name, row in listed.items()]
+    running = run_forked(_check_shard, jobs, workers)
+    checked = sorted(tqdm(running, total=len(jobs), unit="shard", desc="check"), key=lambda shard: shard.path)
+    for shard in checked:
+        for kind, texts in shard.faults.faults.items():
+            for text in texts:
+                report.add(kind, f"{shard.path}: {text}", 0)
+            report.totals[kind] += shard.faults.totals[kind]
+        report.counts.setdefault((str(shard.path.parent), shard.split), Counter()).update(shard.tasks)
+    _find_duplicates(checked, report)
+    _find_leaks(checked, exclude, report)
     return report
 
 
-def _check_shard(path: Path, row: dict[str, Any], report: Report, seen: dict[str, str]) -> Iterator[str]:
+def _check_shard(job: tuple[Path, dict[str, Any]]) -> _Checked:
+    """Check one shard against its index row, and every sample in it."""
+    path, row = job
+    checked = _Checked(path, row["split"])
+    report = checked.faults
     if not path.is_file():
-        yield "listed in index.json, but there is no such file"
-        return
-    data = path.read_bytes()
-    if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
-        yield f"bytes differ from the index ({len(data)} bytes, {row['bytes']} listed); build the shard again"
-    counts: Counter[str] = Counter()
+        report.add("missing-shard", "listed in index.json, but there is no such file")
+        return checked
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    if size != row["bytes"] or digest != row["sha256"]:
+        report.add("bytes", f"bytes differ from the index ({size} bytes, {row['bytes']} listed); build the shard again")
+    checker, ids = SampleChecker(), []
     try:
         for sample, images in read_shard(path):
-            counts[sample.task] += 1
-            if sample.id in seen:
-                yield f"sample {sample.id}: the same id is in {seen[sample.id]}"
-            seen[sample.id] = path.name
-            for fault in check_sample(sample, images):
-                yield f"sample {sample.id}: {fault}"
+            checked.tasks[sample.task] += 1
+            ids.append(id_digest(sample.id))
+            checked.images |= sample_images(sample)
+            for kind, text in checker.faults(sample, images):
+                report.add(kind, f"sample {sample.id}: {text}")
     except (ValueError, OSError) as error:  # tarfile's errors are OSErrors
-        yield str(error)
-    if counts != Counter(row["tasks"]) or counts.total() != row["samples"]:
-        yield f"holds {dict(sorted(counts.items()))}, the index says {row['tasks']}"
-    report.counts.setdefault(row["split"], Counter()).update(counts)
+        report.add("record", str(error))
+    checked.ids = np.array(ids, np.uint64)
+    if checked.tasks != Counter(row["tasks"]) or checked.tasks.total() != row["samples"]:
+        report.add("count", f"holds {dict(sorted(checked.tasks.items()))}, the index says {row['tasks']}")
+    return checked
 
 
-def check_sample(sample: Sample, images: list[bytes]) -> Iterator[str]:
-    """Faults of one sample: task, image sizes, regions inside their image, placeholders that refer to objects."""
-    if sample.task not in TASKS:
-        yield f"unknown task {sample.task!r}; known: {', '.join(TASKS)}"
+def id_digest(name: str) -> int:
+    """A sample id as 64 bits: two of ten million ids share one with a chance of 3 in a million."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _find_duplicates(checked: list[_Checked], report: Report) -> None:
+    """Ids that occur twice anywhere; the shards that hold them are read again for the names."""
+    values, counts = np.unique(np.concatenate([shard.ids for shard in checked]), return_counts=True)
+    twice = values[counts > 1]
+    if not len(twice):
         return
-    for info, data in zip(sample.images, images, strict=True):
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if pixels is None:
-            yield f"image {info.file} does not decode"
-        elif pixels.shape[:2] != (info.height, info.width):
-            got = f"{pixels.shape[1]} x {pixels.shape[0]}"
-            yield f"image {info.file} is {got}, its record says {info.width} x {info.height}"
-    for region in sample.regions:
-        size = sample.images[region.image]
-        fault = _region_fault(region, size.width, size.height)
-        if fault:
-            yield f"region of object {region.object}: {fault}"
-    yield from _text_faults(sample)
+    report.totals["duplicate-id"] += int((counts - 1).sum())
+    seen: dict[str, Path] = {}
+    for shard in checked:
+        if len(report.faults.get("duplicate-id", ())) >= FIRST:
+            return
+        if not np.isin(shard.ids, twice[:FIRST]).any():
+            continue
+        for name in (str(record["id"]) for record in records(shard.path)):
+            if np.isin(np.uint64(id_digest(name)), twice[:FIRST]):
+                if name in seen:
+                    report.add("duplicate-id", f"{shard.path}: sample {name}: the same id is in {seen[name]}", 0)
+                seen[name] = shard.path
+
+
+def _find_leaks(checked: list[_Checked], exclude: frozenset[str], report: Report) -> None:
+    """Images of evaluation splits, here or in `exclude`, that training shards hold."""
+    kept: dict[str, str] = dict.fromkeys(exclude, "the list of excluded images")
+    for shard in checked:
+        if not is_training(shard.split):
+            kept.update(dict.fromkeys(shard.images, str(shard.path)))
+    for shard in checked:
+        leaked = sorted(shard.images & kept.keys()) if is_training(shard.split) else []
+        if leaked:
+            text = f"{shard.path}: {len(leaked)} image(s) are for evaluation, first {leaked[0]} of {kept[leaked[0]]}"
+            report.add("leak", f"{text}; build the split with --exclude", len(leaked))
+
+
+class SampleChecker:
+    """Checks samples one by one; images and answers that come again are looked at once."""
+
+    def __init__(self) -> None:
+        # The answer must be readable whatever the sampler, so the cheapest one writes it.
+        self.codec = RegionCodec(mask_sampler="uniform", cache_size=256)
+        self._sizes: dict[bytes, tuple[int, ...] | None] = {}
+
+    def faults(self, sample: Sample, images: list[bytes]) -> Iterator[Fault]:
+        """Faults of a sample: task, image sizes, regions inside their image, texts, and an answer that reads back."""
+        if sample.task not in TASKS:
+            yield "task", f"unknown task {sample.task!r}; known: {', '.join(TASKS)}"
+            return
+        for info, data in zip(sample.images, images, strict=True):
+            shape = self._shape(data)
+            if shape is None:
+                yield "image", f"image {info.file} does not decode"
+            elif shape != (info.height, info.width):
+                got = f"{shape[1]} x {shape[0]}"
+                yield "image-size", f"image {info.file} is {got}, its record says {info.width} x {info.height}"
+        bad = False
+        for region in sample.regions:
+            size = sample.images[region.image]
+            if fault := _region_fault(region, size.width, size.height):
+                bad = True
+                yield "region", f"region of object {region.object}: {fault}"
+        if not bad:
+            yield from self._text_faults(sample)
+
+    def _shape(self, data: bytes) -> tuple[int, ...] | None:
+        """(height, width) as decoded, None when it does not; the samples of an image mostly follow one another."""
+        if data not in self._sizes:
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+            if len(self._sizes) >= 16:
+                self._sizes.pop(next(iter(self._sizes)))
+            self._sizes[data] = None if pixels is None else pixels.shape[:2]
+        return self._sizes[data]
+
+    def _text_faults(self, sample: Sample) -> Iterator[Fault]:
+        """The evaluation template must fill, placeholders name objects that have regions, and the answer read back."""
+        frames = [Frame(info.width, info.height, max(info.width, info.height)) for info in sample.images]
+        try:
+            texts = [
+                (f"earlier {name}", text)
+                for pair in earlier_rounds(sample)
+                for name, text in zip(_SIDES, pair, strict=True)
+            ]
+            texts.append(("instruction", write_instruction(sample, template=0)))
+            if not sample.meta.get("unlabelled"):
+                texts.append(("answer", write_answer(sample)))
+        except ValueError as error:
+            yield "text", str(error)
+            return
+        for name, text in texts:
+            if not text.strip():
+                yield "empty-text", f"the {name} is empty"
+            if broken := broken_text(text):
+                yield "mojibake", f"the {name} holds {broken!r}; read the source's texts as UTF-8"
+            try:
+                written, regions = self._write(text, sample, frames)
+                if regions and name.endswith("answer"):
+                    parsed = self.codec.decode(written, frames)
+                    if [r.image for r in parsed.regions] != [r.image for r in regions]:
+                        yield (
+                            "parse-back",
+                            f"the {name} has {len(regions)} regions, {len(parsed.regions)} are read back",
+                        )
+            except ValueError as error:  # also RegionParseError
+                yield "placeholder", f"the {name}: {error}"
+
+    def _write(self, text: str, sample: Sample, frames: list[Frame]) -> tuple[str, list[Region]]:
+        """A text with its regions written as when streaming, and these regions in the order of writing."""
+        written, regions = [], []
+        for part in split_placeholders(text):
+            if not isinstance(part, RegionSlot):
+                written.append(part)
+                continue
+            found = [_find_region(sample, number, part.kind) for number in part.objects]
+            found.sort(key=lambda region: region.image)
+            written.append(self.codec.encode(found, frames, part.kind or found[0].kind))
+            regions += found
+        return "".join(written), regions
+
+
+def _find_region(sample: Sample, number: int, kind: str | None) -> Region:
+    """The region that a placeholder names; one may hold more than its own kind (a candidate's point with its box)."""
+    same = [region for region in sample.regions if region.object == number]
+    fitting = [r for r in same if kind in (None, r.kind)] or [r for r in same if kind and getattr(r, kind, None)]
+    if not fitting:
+        have = ", ".join(f"{r.object} ({r.kind})" for r in sample.regions) or "none"
+        raise ValueError(f"a placeholder names object {number}{f' as {kind}' if kind else ''}, the regions are {have}")
+    return fitting[0]
 
 
 def _region_fault(region: Region, width: int, height: int) -> str | None:
@@ -95,19 +267,14 @@ def _region_fault(region: Region, width: int, height: int) -> str | None:
     return None if coco_mask.area(region.rle) > 0 else "rle holds no pixel"
 
 
-def _text_faults(sample: Sample) -> Iterator[str]:
-    """The evaluation template must fill, and every placeholder must name an object that has a region."""
-    try:
-        texts = render(sample, template=0)
-        slots = [part for text in texts for part in split_placeholders(text) if isinstance(part, RegionSlot)]
-    except ValueError as error:
-        yield str(error)
-        return
-    objects = {region.object for region in sample.regions}
-    for slot in slots:
-        missing = [number for number in slot.objects if number not in objects]
-        if missing:
-            yield f"a placeholder names object {missing[0]}, the regions are of {sorted(objects) or 'none'}"
-    for text, name in zip(texts, ("instruction", "answer"), strict=True):
-        if not text.strip():
-            yield f"the {name} is empty"
+def broken_text(text: str) -> str | None:
+    """The first piece of a text that was decoded wrongly: lost or control characters, or UTF-8 read as Windows-1252."""
+    if found := _BROKEN.search(text):
+        return found[0]
+    for piece in _FOREIGN.findall(text):
+        try:
+            if piece.encode("cp1252").decode("utf-8") != piece:
+                return piece
+        except UnicodeError:
+            continue
+    return None

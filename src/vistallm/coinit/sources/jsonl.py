@@ -1,0 +1,169 @@
+"""A user's own data: `<root>/<split>.jsonl`, one sample per line, and image files -> drafts (docs/custom_data.md).
+
+Lines are read when asked for, so memory does not grow with the file. Paths of images lie under `--images`, or under the
+root; paths of mask files under the root.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vistallm.coinit.images import image_size
+from vistallm.coinit.sources.base import (
+    Draft,
+    Reject,
+    SourceFormatError,
+    SourceOptions,
+    clip_box,
+    require,
+    rle_area,
+    segmentation_to_rle,
+)
+from vistallm.coinit.tasks import TASKS
+from vistallm.regions.masks import mask_to_rle
+from vistallm.schema import REGION_KINDS, ImageInfo, Region, Sample
+
+_KEYS = ("id", "task", "images", "image_ids", "fields", "regions", "instruction", "answer", "meta")
+_SHAPES = {"box": "box", "point": "point", "rle": "mask", "polygons": "mask", "mask": "mask"}  # key -> kind
+_REGION_KEYS = ("image", "object", "kind", *_SHAPES)
+_Size = tuple[int, int]
+
+
+def load_jsonl(options: SourceOptions) -> JsonLines:
+    """Find the lines of `<root>/<split>.jsonl`; raises ValueError when it is missing or empty."""
+    if options.settings:
+        raise ValueError(f"jsonl has no --set options, got {', '.join(options.settings)}")
+    return JsonLines(options)
+
+
+class JsonLines:
+    """A unit is a line; its number in messages counts from 1, as editors do."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options, self.path = options, options.root / f"{options.split}.jsonl"
+        if not self.path.is_file() or not self.path.stat().st_size:
+            raise ValueError(f"expected samples in {self.path}, which is missing or empty; check --root and --split")
+        with self.path.open("rb") as file:
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.numbers, self.starts, self.ends = array("q"), array("q"), array("q")
+        start = 0
+        for number, line in enumerate(iter(self.data.readline, b""), 1):
+            if line.strip():
+                self.numbers.append(number)
+                self.starts.append(start)
+                self.ends.append(start + len(line))
+            start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def unit(self, index: int) -> Iterator[Draft | Reject]:
+        """The sample of a line, or why it is left out; raises SourceFormatError when it is not as documented."""
+        where = f"{self.path}, line {self.numbers[index]}"
+        try:
+            record = json.loads(self.data[self.starts[index] : self.ends[index]])
+        except ValueError as error:
+            raise SourceFormatError(f"{where}: not JSON ({error})") from error
+        yield self._draft(record, where)
+
+    def _draft(self, record: Any, where: str) -> Draft | Reject:
+        values = {key: require(record, key, str, where) for key in ("id", "task")}
+        _check_keys(record, _KEYS, where)
+        if values["task"] not in TASKS:
+            raise SourceFormatError(f"{where}: expected a task of {', '.join(TASKS)}; got {values['task']!r}")
+        names = _optional(record, "images", list, where) or []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise SourceFormatError(f"{where}: expected 'images' to list at least one path, got {str(names)[:80]}")
+        ids = _optional(record, "image_ids", list, where) or [f"jsonl:{name}" for name in names]
+        if len(ids) != len(names):
+            raise SourceFormatError(f"{where}: expected an entry in 'image_ids' per image, got {len(ids)}")
+        paths = [(self.options.images or self.options.root) / name for name in names]
+        shapes = _optional(record, "regions", list, where) or []
+        try:
+            sizes = [image_size(path) if shapes else (0, 0) for path in paths]
+        except OSError as error:
+            return Reject("missing-image", f"{where}: {error}")
+        except ValueError as error:
+            return Reject("broken-image", f"{where}: {error}")
+        regions = [self._region(shape, i, sizes, f"{where}, region {i}") for i, shape in enumerate(shapes)]
+        for region in regions:
+            if isinstance(region, Reject):
+                return region
+        sample = Sample(
+            f"jsonl-{self.options.split}-{values['id']}",
+            values["task"],
+            "jsonl",
+            [ImageInfo("", *size) for size in sizes],
+            instruction=_optional(record, "instruction", str, where),
+            answer=_optional(record, "answer", str, where),
+            fields=_optional(record, "fields", dict, where) or {},
+            regions=[region for region in regions if isinstance(region, Region)],
+            meta={**(_optional(record, "meta", dict, where) or {}), "image_ids": [str(name) for name in ids]},
+        )
+        return Draft(sample, paths)
+
+    def _region(self, shape: Any, number: int, sizes: list[_Size], where: str) -> Region | Reject:
+        """A region of a line: given by one or several of _SHAPES, in pixels of its image."""
+        _check_keys(shape, _REGION_KEYS, where)
+        image = int(shape.get("image", 0))
+        if not 0 <= image < len(sizes):
+            raise SourceFormatError(f"{where}: expected 'image' from 0 to {len(sizes) - 1}, got {image}")
+        given = [key for key in _SHAPES if key in shape]
+        if not given:
+            raise SourceFormatError(f"{where}: expected one of {', '.join(_SHAPES)}, got {', '.join(shape)}")
+        kind = shape.get("kind", _SHAPES[given[-1]])
+        if kind not in REGION_KINDS or kind not in {_SHAPES[key] for key in given}:
+            raise SourceFormatError(
+                f"{where}: expected a 'kind' that the region gives ({', '.join(given)}), got {kind!r}"
+            )
+        region = Region(image, kind, int(shape.get("object", number)))
+        width, height = sizes[image]
+        try:
+            if "box" in given:
+                region.box = clip_box(_numbers(shape["box"], 4), width, height)
+            if "point" in given:
+                x, y = _numbers(shape["point"], 2)
+                region.point = (min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height)))
+            region.rle = self._mask(shape, height, width)
+        except (TypeError, ValueError) as error:
+            raise SourceFormatError(f"{where}: {error}") from error
+        if "box" in given and region.box is None:
+            return Reject("empty-box", f"{where}: {shape['box']} has no area in {width} x {height}")
+        if region.rle is not None and not rle_area(region.rle):
+            return Reject("empty-mask", where)
+        return region
+
+    def _mask(self, shape: dict[str, Any], height: int, width: int) -> dict[str, Any] | None:
+        if "rle" in shape or "polygons" in shape:
+            return segmentation_to_rle(shape["rle"] if "rle" in shape else shape["polygons"], height, width)
+        if "mask" not in shape:
+            return None
+        path = self.options.root / shape["mask"]
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if path.is_file() else None
+        if pixels is None or pixels.shape[:2] != (height, width):
+            got = "none" if pixels is None else f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise ValueError(f"expected a mask image {path} of {width} x {height} pixels, got {got}")
+        return mask_to_rle(pixels if pixels.ndim == 2 else np.asarray(pixels[:, :, :3].any(2)))
+
+
+def _check_keys(record: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(record, dict) or set(record) - set(known):
+        got = ", ".join(sorted(set(record) - set(known))) if isinstance(record, dict) else str(record)[:80]
+        raise SourceFormatError(f"{where}: expected keys of {', '.join(known)}; got {got}")
+
+
+def _optional(record: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    return None if record.get(key) is None else require(record, key, kind, where)
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != count or not np.isfinite(value).all():
+        raise ValueError(f"expected {count} numbers (pixels), got {str(value)[:80]}")
+    return tuple(float(v) for v in value)
