@@ -165,7 +165,7 @@ def change_text(sample, files):
         (change_bytes, "does not decode"),
         (change_targets, "names object 7"),
         (change_fields, "needs field 'expr'"),
-        (change_text, "answer is empty"),
+        (change_text, "answer of round 1 is empty"),
     ],
 )
 def test_check_sample_sees_each_fault(pair, change, message):
