@@ -22,7 +22,7 @@ from vistallm.coinit.leaks import is_training, records, sample_images
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.coinit.tasks import TASKS, RegionSlot, earlier_rounds, split_placeholders, write_answer, write_instruction
 from vistallm.coinit.workers import run_forked
-from vistallm.regions.codec import RegionCodec
+from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.frame import Frame
 from vistallm.schema import Region, Sample
 
@@ -226,7 +226,9 @@ class SampleChecker:
                             "parse-back",
                             f"the {name} has {len(regions)} regions, {len(parsed.regions)} are read back",
                         )
-            except ValueError as error:  # also RegionParseError
+            except RegionParseError as error:
+                yield "parse-back", f"the {name}: {error}"
+            except ValueError as error:
                 yield "placeholder", f"the {name}: {error}"
 
     def _write(self, text: str, sample: Sample, frames: list[Frame]) -> tuple[str, list[Region]]:
