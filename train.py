@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from vistallm.config import load_config
+from vistallm.train.preempt import PREEMPTED, Preempted
 from vistallm.train.run import train
 
 if __name__ == "__main__":
@@ -12,3 +13,6 @@ if __name__ == "__main__":
         train(load_config(sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"train.py: {error}")
+    except Preempted as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        sys.exit(PREEMPTED)

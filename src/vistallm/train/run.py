@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
@@ -23,9 +24,10 @@ from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
 from vistallm.train.checkpoint import find_checkpoint, load_weights, resume_path
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import set_trainable
+from vistallm.train.preempt import Preempted, StopAtSignal
 from vistallm.train.strategy import build_strategy, resolve_precision
 
-OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_root_dir", "gradient_clip_val")
+OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_root_dir", "gradient_clip_val", "plugins")
 
 
 def train(config: Config) -> Path:
@@ -51,6 +53,9 @@ def train(config: Config) -> Path:
     except ValueError as error:
         # torch wraps what a loader's worker raises into the text of its traceback; the message is at its end.
         raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
+    stopped = any(isinstance(callback, StopAtSignal) and callback.stopped for callback in trainer.callbacks)
+    if stopped and trainer.global_step < module.steps:
+        raise Preempted(f"stopped by a signal at step {trainer.global_step}; start it again to go on ({run_dir})")
     if trainer.is_global_zero:
         print(f"stage {config.stage} is done: {run_dir}")
     return run_dir
@@ -117,7 +122,14 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
             strategy=build_strategy(config),
             default_root_dir=run_dir,
             logger=_loggers(config, run_dir),
-            callbacks=[checkpoints, MetricsFile(run_dir / "metrics.csv"), FinalCheckpoint(run_dir / "checkpoints")],
+            callbacks=[
+                checkpoints,
+                MetricsFile(run_dir / "metrics.csv"),
+                StopAtSignal(),
+                FinalCheckpoint(run_dir / "checkpoints"),
+            ],
+            # The sbatch script requeues; Lightning would write a checkpoint of its own kind and place.
+            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer.*: {error}") from error
