@@ -127,6 +127,7 @@ class DecodeConfig:
     batch_size: int = 16
     grammar: bool = True  # only tokens that keep regions readable; false = free decoding
     limit: int | None = None  # samples per benchmark; null = all
+    template: int = 0  # number of the instruction template; 0 = the fixed one that scores are published with
 
 
 @dataclass

@@ -122,9 +122,13 @@ def test_a_prompt_alone_is_what_generation_reads_of_a_whole_sequence(builder, sa
 
 def test_a_numbered_template(builder, samples):
     sample = samples["res"][0]
-    prompts = [builder.build(sample, template=number).prompt for number in range(5)]
+    numbered = [dataclasses.replace(builder, template=number) for number in range(5)]
+    prompts = [one.build(sample).prompt for one in numbered]
     assert len(set(prompts)) == 5
-    assert [builder.build_prompt(sample, number).prompt for number in range(5)] == prompts
+    assert numbered[1].build(sample, random.Random(0)).prompt == builder.build(sample, random.Random(0)).prompt
+    with pytest.raises(SampleReject, match="expected 0 to 9"):
+        dataclasses.replace(builder, template=10).build(sample)
+    assert [one.build_prompt(sample).prompt for one in numbered] == prompts
 
 
 def spoilt(sample, **changes):

@@ -113,8 +113,13 @@ def find_task(name: str) -> Task:
 
 
 @functools.cache
-def load_templates(task: str) -> tuple[str, ...]:
-    """Instruction templates of a task, none for `own_texts`; the first is the fixed one that evaluation uses."""
+def load_templates(task: str, templates: TemplateRange = None) -> tuple[str, ...]:
+    """Instruction templates of a task, none for `own_texts`; the first is the fixed one that evaluation uses.
+
+    `templates` takes the first so many only (at least one), or those of the mini world ("mini").
+    """
+    if templates is not None:
+        return load_templates(task)[: max(1, find_task(task).mini if templates == "mini" else templates)]
     if find_task(task).own_texts:
         return ()
     text = resources.files("vistallm.coinit").joinpath("templates", f"{task}.txt").read_text(encoding="utf-8")
@@ -184,9 +189,7 @@ def write_instruction(
         return sample.instruction
     if task.own_texts:
         raise ValueError(f"sample {sample.id} ({sample.task}): expected its own instruction, got none")
-    pool = load_templates(sample.task)
-    if templates is not None:
-        pool = pool[: max(1, task.mini if templates == "mini" else templates)]
+    pool = load_templates(sample.task, templates)
     if template is None:
         if rng is None:
             raise ValueError("render: expected a template number or an rng to draw one, got neither")

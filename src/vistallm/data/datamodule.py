@@ -49,6 +49,7 @@ def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
         max_length=config.data.max_length,
         max_instruction=config.model.tokenizer.max_instruction_tokens,
         templates=cast(TemplateRange, templates),
+        template=config.decode.template,
     )
 
 

@@ -49,6 +49,7 @@ class SequenceBuilder:
         system_prompt: text before `USER:`; may be empty.
         max_length: tokens; a longer sequence is a reject. max_instruction: tokens of the QFormer's copy, cut beyond.
         templates: use only the first n templates of a task, or "mini" (`Task.mini`); None = all.
+        template: number of the one that is taken where none is drawn; 0 = the fixed evaluation template.
     """
 
     codec: RegionCodec
@@ -60,30 +61,31 @@ class SequenceBuilder:
     max_length: int = 1024
     max_instruction: int = 128
     templates: TemplateRange = None
+    template: int = 0
 
-    def build(self, sample: Sample, rng: random.Random | None = None, template: int = 0) -> Sequence:
+    def build(self, sample: Sample, rng: random.Random | None = None) -> Sequence:
         """Build the sequence of a decoded sample; `rng` draws the template, without it number `template` is taken.
 
         Raises:
             SampleReject: unknown task, a placeholder without its region, no answer token, or too many tokens.
         """
-        return self._build(sample, None if rng else template, rng, answered=True)
+        return self._build(sample, rng, answered=True)
 
-    def build_prompt(self, sample: Sample, template: int = 0) -> Sequence:
+    def build_prompt(self, sample: Sample) -> Sequence:
         """Build the sequence of a decoded sample up to where its answer begins: for generation, when there is none.
 
         The sample's own answer and the fields it is made of are not read; those of earlier rounds are part of the
         prompt. `Sequence.answer` is empty. Raises SampleReject as `build` does.
         """
-        return self._build(sample, template, None, answered=False)
+        return self._build(sample, None, answered=False)
 
-    def _build(self, sample: Sample, template: int | None, rng: random.Random | None, answered: bool) -> Sequence:
+    def _build(self, sample: Sample, rng: random.Random | None, answered: bool) -> Sequence:
         if sample.task not in TASKS:
             raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
         images, frames = self._images(sample)
         try:
             texts = [text for pair in earlier_rounds(sample) for text in pair]
-            texts.append(write_instruction(sample, template, rng, self.templates))
+            texts.append(write_instruction(sample, None if rng else self.template, rng, self.templates))
             if answered:
                 texts.append(write_answer(sample))
             texts = [self.write_regions(text, sample, frames) for text in texts]

@@ -146,7 +146,7 @@ def _task_words() -> list[str]:
     """Words and punctuation of the mini world: its sentences, answer forms and templates, sorted."""
     tasks = [task for task in TASKS.values() if task.mini]
     texts = [*mini_words(), *(t.answer for t in tasks), *(t.plural or "" for t in tasks)]
-    texts += [line for task in tasks for line in load_templates(task.name)[: task.mini]]
+    texts += [line for task in tasks for line in load_templates(task.name, "mini")]
     texts += ["USER: ASSISTANT: Image image"]
     pieces = pre_tokenizers.BertPreTokenizer()
     return sorted({word for text in texts for word, _ in pieces.pre_tokenize_str(text)})
