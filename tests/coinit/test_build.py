@@ -1,0 +1,301 @@
+"""Builds: the same bytes whatever happens on the way; sizes, rejects and refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from vistallm.coinit.build import build
+from vistallm.coinit.images import image_size, read_image
+from vistallm.coinit.job import BuildOptions
+from vistallm.coinit.shards import read_index, read_shard
+from vistallm.coinit.sources.base import (
+    Draft,
+    Packed,
+    Reject,
+    SourceFormatError,
+    SourceOptions,
+    clip_box,
+    merge_rles,
+    require,
+    rle_area,
+    segmentation_to_rle,
+    short_parts,
+)
+from vistallm.coinit.sources.jsonl import load_jsonl
+from vistallm.coinit.verify import verify
+from vistallm.regions.masks import mask_to_rle, rle_box, rle_to_mask
+from vistallm.schema import ImageInfo, Region, Sample
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "build_coinit.py"
+UNITS = 60
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        cv2.imwrite(str(root / f"{i}.jpg"), rng.integers(0, 255, (48, 64, 3), np.uint8))
+    return root
+
+
+class MadeSource:
+    """Three samples per unit, every tenth unit rejected; `size` is what the annotations say of the images."""
+
+    def __init__(self, options):
+        self.options, self.root = options, options.images
+        self.size = (80, 60) if options.settings.get("size") == "wrong" else (64, 48)
+
+    def __len__(self):
+        return 0 if self.options.split == "none" else UNITS
+
+    def unit(self, index):
+        if self.options.settings.get("breaks") == str(index):
+            raise SourceFormatError(f"refs.json, record {index}: expected key 'box'")
+        for i in range(3):
+            if index % 10 == 3:
+                yield Reject("odd", f"unit {index}")
+                continue
+            name = f"made-{self.options.split}-{index}-{i}"
+            mask = mask_to_rle(np.pad(np.ones((20, 30), bool), ((10, 18), (20, 14))))
+            region = Region(0, "mask", 0, box=(20.0, 10.0, 50.0, 30.0), rle=mask)
+            meta = {"image_ids": [f"coco:{index % 4}"]}
+            infos, fields = [ImageInfo("", *self.size)], {"expr": f"thing {index}"}
+            file = self.options.settings.get("file", f"{index % 4}.jpg")
+            sample = Sample(name, "res", "made", infos, fields=fields, regions=[region], meta=meta)
+            yield Draft(sample, [self.root / file])
+
+
+def make(out, pictures, split="train", settings=None, seed=0, **options):
+    source = SourceOptions(out.parent, split, pictures, seed, settings or {})
+    return build("made", MadeSource, source, BuildOptions(out, **{"samples_per_shard": 10, "workers": 1, **options}))
+
+
+def contents(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def samples_of(out):
+    return [sample for name in read_index(out)["shards"] for sample, _ in read_shard(out / name)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pictures):
+    """The set built by one process without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "made"
+    result = make(out, pictures)
+    assert (result.samples, result.rejects, result.done) == (162, {"odd": 18}, result.shards)
+    return out
+
+
+def test_shards_hold_every_sample_once_in_shuffled_order(whole, tmp_path, pictures):
+    numbers = [int(sample.id.split("-")[2]) for sample in samples_of(whole)]
+    assert sorted(numbers) == [n for n in range(UNITS) if n % 10 != 3 for _ in range(3)]
+    assert numbers != sorted(numbers)
+    rejects = [json.loads(line) for line in (whole / "rejects.jsonl").read_text().splitlines()]
+    assert len(rejects) == 18
+    assert {"split": "train", "reason": "odd", "where": "unit 13"} in rejects
+    assert not verify([whole]).totals
+    make(tmp_path / "val", pictures, split="val")
+    numbers = [int(sample.id.split("-")[2]) for sample in samples_of(tmp_path / "val")]
+    assert numbers == sorted(numbers)
+
+
+def test_image_bytes_are_copied(whole, pictures):
+    name = next(iter(read_index(whole)["shards"]))
+    for sample, files in read_shard(whole / name):
+        assert files == [(pictures / f"{int(sample.id.split('-')[2]) % 4}.jpg").read_bytes()]
+        assert (sample.images[0].width, sample.images[0].height) == (64, 48)
+
+
+def test_same_bytes_for_workers_and_parts(whole, tmp_path, pictures):
+    make(tmp_path / "two", pictures, workers=2)
+    assert contents(tmp_path / "two") == contents(whole)
+    assert make(tmp_path / "parts", pictures, part=(1, 3)).done < make(tmp_path / "parts", pictures, part=(0, 3)).done
+    assert not (tmp_path / "parts" / "index.json").exists()
+    assert make(tmp_path / "parts", pictures, part=(2, 3)).samples < 162
+    assert contents(tmp_path / "parts") == contents(whole)
+
+
+def test_another_seed_gives_another_order(whole, tmp_path, pictures):
+    make(tmp_path / "seed", pictures, seed=1)
+    assert {s.id for s in samples_of(tmp_path / "seed")} == {s.id for s in samples_of(whole)}
+    assert [s.id for s in samples_of(tmp_path / "seed")] != [s.id for s in samples_of(whole)]
+
+
+def test_splits_are_built_one_after_another(tmp_path, pictures):
+    for split in ("train", "val"):
+        make(tmp_path / "made", pictures, split=split)
+    index = read_index(tmp_path / "made")
+    assert index["tasks"] == {"train": {"res": 162}, "val": {"res": 162}}
+    assert index["source"] == "made"
+
+
+def test_a_missing_or_half_written_shard_is_written_again(whole, tmp_path, pictures):
+    out = tmp_path / "made"
+    make(out, pictures)
+    (out / "train-000001.tar").unlink()
+    (out / "train-000002.tar").write_bytes(b"half")
+    (out / ".build" / "train" / "000003.json").write_text("{")
+    (out / ".train-000004.tar.17.tmp").write_bytes(b"left behind")
+    (out / ".build" / "train" / "000004.json").unlink()
+    (out / "index.json").unlink()
+    make(out, pictures)
+    assert contents(out) == contents(whole)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """A jsonl source of 400 samples over three noise images, some of them large."""
+    root = tmp_path_factory.mktemp("lines")
+    rng = np.random.default_rng(1)
+    for i, side in enumerate((64, 400, 900)):
+        cv2.imwrite(str(root / f"{i}.png"), rng.integers(0, 255, (side, side, 3), np.uint8))
+    records = [
+        {"id": f"{i:03d}", "task": "rec", "images": [f"{i % 3}.png"], "fields": {"expr": f"part {i}"}}
+        | {"regions": [{"box": [1, 2, 30 + i % 30, 40]}]}
+        for i in range(400)
+    ]
+    (root / "train.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return root
+
+
+def test_five_kills_and_a_finished_build_give_the_same_bytes(lines, tmp_path):
+    words = [sys.executable, str(TOOL), "jsonl", "--root", str(lines), "--split", "train", "--samples-per-shard", "8"]
+    subprocess.run([*words, "--out", str(tmp_path / "whole"), "--workers", "1"], check=True, capture_output=True)
+    out, rng, done = tmp_path / "killed", random.Random(0), []
+    for attempt in range(5):
+        builder = subprocess.Popen([*words, "--out", str(out), "--workers", "2"], stderr=subprocess.DEVNULL)
+        # Wait for some shards more than the last attempt left, then kill at any moment.
+        goal = len(list(out.glob("*.tar"))) + rng.randrange(2, 8)
+        while builder.poll() is None and len(list(out.glob("*.tar"))) < goal:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        os.kill(builder.pid, signal.SIGKILL)
+        builder.wait()
+        done.append(len(list(out.glob("*.tar"))))
+        assert not (out / "index.json").exists(), f"attempt {attempt} came to its end"
+    assert done == sorted(done)
+    assert 0 < done[0] < done[-1] <= 50
+    finished = subprocess.run([*words, "--out", str(out), "--workers", "2"], check=True, capture_output=True, text=True)
+    assert "400 samples" in finished.stdout
+    assert "unit/s" in finished.stderr
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "none"}, "no unit in"),
+        ({"settings": {"file": "gone.jpg"}}, "none is there, first"),
+        ({"settings": {"size": "wrong"}}, "every sample was rejected"),
+        ({"split": "val", "exclude": Path("ids.txt")}, "drops training samples"),
+        ({"part": (2, 2)}, "expected i/n"),
+        ({"max_side": 0}, "of at least 1"),
+        ({"settings": {"breaks": "17"}}, "record 17: expected key 'box'"),
+        ({"settings": {"breaks": "17"}, "workers": 2}, "record 17: expected key 'box'"),
+    ],
+)
+def test_refusals(tmp_path, pictures, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "made", pictures, **options)
+    assert not (tmp_path / "made" / "index.json").exists()
+
+
+def test_another_recipe_or_source_is_refused(tmp_path, pictures, lines):
+    out = tmp_path / "made"
+    make(out, pictures, part=(0, 2))
+    for change in ({"seed": 1}, {"max_side": 32}, {"samples_per_shard": 30}):
+        with pytest.raises(ValueError, match="another recipe"):
+            make(out, pictures, **change)
+    with pytest.raises(ValueError, match="source 'made' -> 'jsonl'"):
+        build("jsonl", load_jsonl, SourceOptions(lines, "train"), BuildOptions(out))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="choose another folder"):
+        make(tmp_path / "notes", pictures)
+
+
+def test_excluded_images_are_dropped_and_counted(tmp_path, pictures):
+    (tmp_path / "ids.txt").write_text("coco:1\ncoco:77\n")
+    result = make(tmp_path / "made", pictures, exclude=tmp_path / "ids.txt")
+    assert result.rejects["excluded"] == 3 * sum(n % 4 == 1 and n % 10 != 3 for n in range(UNITS))
+    assert {image for s in samples_of(tmp_path / "made") for image in s.meta["image_ids"]} == {
+        "coco:0",
+        "coco:2",
+        "coco:3",
+    }
+
+
+def test_max_side_scales_images_and_regions(tmp_path, pictures):
+    make(tmp_path / "made", pictures, split="val", max_side=32)
+    sample = samples_of(tmp_path / "made")[0]
+    assert (sample.images[0].width, sample.images[0].height) == (32, 24)
+    assert sample.regions[0].box == (10.0, 5.0, 25.0, 15.0)
+    assert sample.regions[0].rle["size"] == [24, 32]
+    assert rle_box(sample.regions[0].rle) == (10.0, 5.0, 25.0, 15.0)
+    assert not verify([tmp_path / "made"]).totals
+
+
+def test_images_that_are_missing_broken_or_of_another_size(tmp_path, pictures):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    for name in ("0.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes((pictures / name).read_bytes())
+    result = make(tmp_path / "made", tmp_path)
+    assert set(result.rejects) == {"odd", "missing-image"}
+    with pytest.raises(ValueError, match="every sample was rejected"):
+        make(tmp_path / "other", tmp_path, settings={"file": "broken.jpg"})
+    row = json.loads((tmp_path / "other" / ".build" / "train" / "000000.json").read_text())
+    assert {reason for reason, _ in row["rejects"]} <= {"odd", "broken-image"}
+
+
+def test_formats_and_turned_pictures(tmp_path):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.bmp"), pixels)
+    file = read_image(tmp_path / "a.bmp")
+    assert (file.suffix, file.width, file.height) == ("png", 30, 20)
+    assert (cv2.imdecode(np.frombuffer(file.data, np.uint8), cv2.IMREAD_COLOR) == pixels).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    assert image_size(tmp_path / "turned.jpg") == (20, 30)
+    assert cv2.imread(str(tmp_path / "turned.jpg")).shape == (30, 20, 3)
+
+
+def test_segmentations():
+    square, other = [1, 1, 5, 1, 5, 5, 1, 5], [6, 6, 9, 6, 9, 9, 6, 9]
+    both = segmentation_to_rle([square, other, [1, 1, 2, 2]], 10, 12)
+    assert (both["size"], rle_area(both)) == ([10, 12], 16 + 9)
+    assert short_parts([square, [1, 1, 2, 2]]) == 1
+    assert rle_area(segmentation_to_rle([[1, 1, 2, 2]], 10, 12)) == 0
+    crowd = segmentation_to_rle({"size": [10, 12], "counts": [11, 4, 105]}, 10, 12)
+    assert np.argwhere(rle_to_mask(crowd)).tolist() == [[1, 1], [2, 1], [3, 1], [4, 1]]
+    assert rle_area(segmentation_to_rle([both, crowd], 10, 12)) == rle_area(merge_rles([both, crowd])) == 25
+    for wrong in ({"size": [12, 10], "counts": [120]}, {"size": [10, 12], "counts": [11]}, [[1, 2, 3]], "x"):
+        with pytest.raises(ValueError, match="segmentation"):
+            segmentation_to_rle(wrong, 10, 12)
+
+
+def test_boxes_records_and_packed_lists():
+    assert clip_box((-3, -1, 5, 700), 64, 48) == (0, 0, 5, 48)
+    assert clip_box((64, 3, 90, 9), 64, 48) is None
+    records = [{"a": [1, 2.5, None]}, {"b": "ß", "c": {"d": True}}]
+    packed = Packed(records)
+    assert [packed[i] for i in range(len(packed))] == list(packed) == records
+    for record, kinds, message in ({}, int, "expected key 'a'"), ({"a": "1"}, int, "to be int"), ([], int, "got list"):
+        with pytest.raises(SourceFormatError, match=message):
+            require(record, "a", kinds, "refs.json, record 3")
+    with pytest.raises(SourceFormatError, match="got 'True'"):
+        require({"a": True}, "a", (int, float), "refs.json, record 3")
