@@ -1,7 +1,8 @@
 """Sources are tested on small copies of their real files on disk, built and checked by the command that users run.
 
 A test module of a source lists its made datasets in `MADE`: (source, split, write, *words), where
-`write(root, picture)` writes the dataset's files under `root` and `words` are further arguments of the command.
+`write(root, picture)` writes the dataset's files under `root` and `words` are further arguments of the command, in
+which `{root}` stands for that folder.
 `test_train.py` finds every `MADE` and trains on them all.
 """
 
@@ -47,9 +48,10 @@ def build(tmp_path, picture, command, capsys):
         root, out = tmp_path / "root", tmp_path / "data" / source
         if not root.exists():
             write(root, picture)
+        words = [word.format(root=root) for word in words]
         code = command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, *words)
         assert code == 0, capsys.readouterr().err
-        assert command("check", out) == 0, capsys.readouterr().out
+        assert command("check", out, "--workers", 1) == 0, capsys.readouterr().out
         shards = [name for name, row in read_index(out)["shards"].items() if row["split"] == split]
         return {sample.id: sample for name in shards for sample, _ in read_shard(out / name)}
 
