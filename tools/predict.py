@@ -3,7 +3,9 @@
     python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--save overlay.png]
 
 Regions in the prompt are written in pixels of the image: `{box:x0,y0,x1,y1}` or `{point:x,y}`, with `@k` for image k
-(`{point:40,60@2}`). The overlay shows masks, boxes and points of the answer, the images side by side.
+(`{point:40,60@2}`). The answer is printed as text and as JSON, each region with its `confidence`; `presence` is how
+probable any region was against "no target" (`vistallm.evaluate.confidence`). The overlay shows masks, boxes and points
+of the answer, the images side by side.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 import torch
 
 from vistallm.data.datamodule import build_sequencer
-from vistallm.evaluate.generate import answer_texts, region_grammar
+from vistallm.evaluate.confidence import set_confidence
+from vistallm.evaluate.generate import Answerer
 from vistallm.evaluate.grammar import Rule
 from vistallm.regions.codec import RegionParseError
 from vistallm.regions.masks import polygons_to_mask
@@ -62,7 +65,7 @@ def make_sample(images: list[np.ndarray], prompt: str) -> Sample:
 
     text = _GIVEN.sub(write, prompt)
     infos = [ImageInfo(f"{i}.png", image.shape[1], image.shape[0]) for i, image in enumerate(images)]
-    return Sample("prompt", "vqa", "user", infos, instruction=text, answer="?", regions=regions, pixels=images)
+    return Sample("prompt", "vqa", "user", infos, instruction=text, regions=regions, pixels=images)
 
 
 def overlay(images: list[np.ndarray], parsed: Parsed | None) -> np.ndarray:
@@ -98,7 +101,7 @@ def draw(panel: np.ndarray, region: Region, scale: float, colour: tuple[int, ...
 
 
 def main(argv: list[str]) -> None:
-    """Print the answer and its regions as JSON; save the overlay."""
+    """Print the answer and its regions, each with its confidence, as JSON; save the overlay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
     parser.add_argument("--image", nargs="*", default=[], help="one or several images")
@@ -110,13 +113,13 @@ def main(argv: list[str]) -> None:
     model, config, _ = load_run(arguments.ckpt)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     builder = build_sequencer(config, model.vocabulary)
-    sequence = builder.build(sample)
-    grammar = region_grammar(model, config, [Rule()])
-    text = answer_texts(model, [sequence], config.decode.max_new_tokens, grammar)[0][0]
-    print(text)
+    sequence = builder.build_prompt(sample)
+    answer = Answerer(model, config).answer([sequence], [Rule(images=len(sample.images))])[0]
+    print(answer.text)
     parsed = None
     try:
-        parsed = builder.codec.decode(text, sequence.frames)
+        parsed = builder.codec.decode(answer.text, sequence.frames)
+        set_confidence(parsed, answer.regions, answer.presence)
         print(json.dumps(parsed.to_json()))
     except RegionParseError as error:
         print(f"the regions of this answer can't be read: {error}", file=sys.stderr)

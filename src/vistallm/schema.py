@@ -39,6 +39,7 @@ class Region:
         point: (x, y) float, pixels of the original image.
         rle: the whole mask as COCO RLE of the original image size.
         polygons: the mask as parts, each (n, 2) float32, pixels of the original image; filled by sampling or parsing.
+        confidence: of a generated region, in [0, 1] (`vistallm.evaluate.confidence`).
     """
 
     image: int
@@ -48,6 +49,7 @@ class Region:
     point: tuple[float, ...] | None = None
     rle: Rle | None = None
     polygons: list[np.ndarray] | None = None
+    confidence: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict without the fields that are not set."""
@@ -60,6 +62,8 @@ class Region:
             record["rle"] = self.rle
         if self.polygons is not None:
             record["polygons"] = [np.round(p.astype(float), 3).tolist() for p in self.polygons]
+        if self.confidence is not None:
+            record["confidence"] = round(self.confidence, 6)
         return record
 
     @classmethod
@@ -81,6 +85,7 @@ class Region:
             point=tuple(record["point"]) if record.get("point") is not None else None,
             rle=record.get("rle"),
             polygons=None if polygons is None else [np.asarray(p, np.float32).reshape(-1, 2) for p in polygons],
+            confidence=record.get("confidence"),
         )
         filled = {"mask": region.rle if region.rle is not None else polygons, "box": region.box, "point": region.point}
         if filled[kind] is None:
@@ -225,20 +230,26 @@ class Batch:
 
 @dataclass
 class Parsed:
-    """What an answer says: `kind` "text", "mask", "box" or "point", its `regions` in order, `answer` the other text."""
+    """What an answer says: `kind` "text", "mask", "box" or "point", its `regions` in order, `answer` the other text.
+
+    presence: how probable any region was, in [0, 1], against an empty pair (`vistallm.evaluate.confidence`).
+    """
 
     kind: str
     regions: list[Region]
     answer: str
+    presence: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
-        return {"kind": self.kind, "regions": [r.to_json() for r in self.regions], "answer": self.answer}
+        record = {"kind": self.kind, "regions": [r.to_json() for r in self.regions], "answer": self.answer}
+        return record if self.presence is None else {**record, "presence": round(self.presence, 6)}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Parsed:
         """Inverse of `to_json`."""
-        return cls(record["kind"], [Region.from_json(r) for r in record["regions"]], record.get("answer") or "")
+        regions = [Region.from_json(r) for r in record["regions"]]
+        return cls(record["kind"], regions, record.get("answer") or "", record.get("presence"))
 
 
 @dataclass

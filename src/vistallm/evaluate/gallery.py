@@ -44,6 +44,14 @@ def pick(predictions: Sequence[Prediction], per_group: int = 3) -> list[tuple[st
     return sorted(chosen, key=lambda item: order.index(item[0]))
 
 
+def shown(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Return those predictions that the gallery shows, of every benchmark."""
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(prediction.benchmark, []).append(prediction)
+    return [prediction for group in groups.values() for _, prediction in pick(group)]
+
+
 def short_text(text: str, limit: int = 220) -> str:
     """Return an answer as safe HTML, its region groups replaced by "[mask, 12 points]" and loose bins by "...".
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,40 +20,68 @@ from vistallm.config import Config
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
 from vistallm.data.sequence import SequenceBuilder
-from vistallm.data.stream import evaluation_sequences
+from vistallm.data.stream import decode_sample, evaluation_sequences, read_shard
 from vistallm.evaluate.benchmarks import Benchmark
-from vistallm.evaluate.grammar import RegionGrammar, Rule
+from vistallm.evaluate.confidence import TokenLog, set_confidence
+from vistallm.evaluate.grammar import RegionGrammar, Rule, rule_of
 from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.targets import target_of
+from vistallm.evaluate.token_table import TokenTable
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Prediction, Sequence
 
 
 @dataclass
 class Pace:
-    """What generation took: samples, new tokens and seconds (model time only); `images` for the report's gallery."""
+    """What generation took: samples, their images, new tokens and seconds (model time only); rejects by reason."""
 
     samples: int = 0
+    images: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    images: dict[str, list[np.ndarray]] = field(default_factory=dict)
     rejects: dict[str, int] = field(default_factory=dict)
 
 
-def answer_texts(
-    model: VistaLLM, sequences: list[Sequence], max_new_tokens: int, grammar: RegionGrammar | None = None
-) -> tuple[list[str], int]:
-    """Return the greedy answer of each sequence, without end and padding tokens, and the number of tokens written.
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer: its text without end and padding tokens, the number of tokens written, its confidences.
 
-    `grammar` is one made for these very sequences; None decodes freely.
+    regions: one per region, in order; presence: see `vistallm.evaluate.confidence`; both empty under coords=text.
     """
-    device = model.bin_ids.device
-    batch = collate(sequences, model.vocabulary, generation=True).to(device)
-    with _autocast(device):
-        ids = model.generate(batch, max_new_tokens, logits_processor=[grammar] if grammar else []).tolist()
-    text = model.vocabulary.text
-    written = [row[: row.index(text.eos_token_id)] if text.eos_token_id in row else row for row in ids]
-    return [str(text.decode(row, skip_special_tokens=False)) for row in written], sum(len(row) + 1 for row in written)
+
+    text: str
+    tokens: int
+    regions: list[float] = field(default_factory=list)
+    presence: float | None = None
+
+
+@dataclass
+class Answerer:
+    """Greedy answers of a model, by the region grammar (decode.grammar) where coordinates are tokens."""
+
+    model: VistaLLM
+    config: Config
+
+    @functools.cached_property
+    def table(self) -> TokenTable | None:
+        """What the grammar knows of the vocabulary, None under coords=text."""
+        return TokenTable.build(self.model.vocabulary) if self.model.vocabulary.region_tokens else None
+
+    def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
+        """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
+        device, decode, log = self.model.bin_ids.device, self.config.decode, None
+        if self.table is not None:
+            rules = rules or [rule_of(sequence.sample) for sequence in sequences]
+            grammar = RegionGrammar(self.table, rules, self.config.points, decode.max_new_tokens)
+            log = TokenLog(self.table, grammar if decode.grammar else None)
+        batch = collate(sequences, self.model.vocabulary, generation=True).to(device)
+        with _autocast(device):
+            ids = self.model.generate(batch, decode.max_new_tokens, logits_processor=[log] if log else []).tolist()
+        text = self.model.vocabulary.text
+        rows = [row[: row.index(text.eos_token_id)] if text.eos_token_id in row else row for row in ids]
+        texts = [str(text.decode(row, skip_special_tokens=False)) for row in rows]
+        sure: list[tuple[list[float], float | None]] = log.read(rows) if log else [([], None)] * len(rows)
+        return [Answer(said, len(row) + 1, *one) for said, row, one in zip(texts, rows, sure, strict=True)]
 
 
 def generate_predictions(
@@ -62,27 +92,23 @@ def generate_predictions(
     Raises:
         ValueError: a benchmark's shards are missing or hold no sample of its task.
     """
-    builder = build_sequencer(config, model.vocabulary)
+    builder, answerer = build_sequencer(config, model.vocabulary), Answerer(model, config)
     for name, benchmark in benchmarks.items():
         rejects = reject_log(config)
         shards = split_shards(root / benchmark.shards, benchmark.split)
         rows = evaluation_sequences(shards, builder, benchmark.task, rejects, config.decode.limit)
-        task = find_task(benchmark.task)
-        # REC, RES and candidate questions have one target by definition; GREC, GRES and the rest none, one or several.
-        rule = Rule(task.kind if task.kind != "text" else None, task.metric in ("box", "mask", "candidates"))
         bar, found = tqdm(desc=name, unit=" answers", leave=False), 0
         while sequences := list(islice(rows, config.decode.batch_size)):
             start = time.perf_counter()
-            grammar = region_grammar(model, config, [rule] * len(sequences))
-            texts, tokens = answer_texts(model, sequences, config.decode.max_new_tokens, grammar)
+            answers = answerer.answer(sequences)
             pace.seconds += time.perf_counter() - start
-            pace.tokens += tokens
+            pace.tokens += sum(answer.tokens for answer in answers)
             pace.samples += len(sequences)
+            pace.images += sum(len(sequence.images) for sequence in sequences)
             found += len(sequences)
             bar.update(len(sequences))
-            for sequence, text in zip(sequences, texts, strict=True):
-                pace.images[sequence.sample.id] = sequence.sample.pixels or []
-                yield make_prediction(sequence, text, builder, name)
+            for sequence, answer in zip(sequences, answers, strict=True):
+                yield make_prediction(sequence, answer, builder, name)
         bar.close()
         if not found:
             raise ValueError(
@@ -92,28 +118,47 @@ def generate_predictions(
             pace.rejects[reason] = pace.rejects.get(reason, 0) + number
 
 
-def region_grammar(model: VistaLLM, config: Config, rules: list[Rule]) -> RegionGrammar | None:
-    """Return the grammar of a batch, or None under decode.grammar=false or coords=text."""
-    if not config.decode.grammar or not model.vocabulary.region_tokens:
-        return None
-    return RegionGrammar(model.vocabulary, rules, config.points, config.decode.max_new_tokens)
-
-
-def make_prediction(sequence: Sequence, text: str, builder: SequenceBuilder, benchmark: str) -> Prediction:
-    """Read a generated text and set it beside its target."""
+def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder, benchmark: str) -> Prediction:
+    """Read a generated answer and set it beside its target."""
     sample = sequence.sample
-    parsed, failure = read_answer(text, sequence.frames, builder.codec, find_task(sample.task))
+    parsed, failure = read_answer(answer.text, sequence.frames, builder.codec, find_task(sample.task))
+    if parsed is not None:
+        set_confidence(parsed, answer.regions, answer.presence)
     return Prediction(
         id=sample.id,
         benchmark=benchmark,
         task=sample.task,
         prompt=sequence.prompt,
-        text=text,
+        text=answer.text,
         parsed=parsed,
         failure=failure,
         images=[{"width": image.width, "height": image.height} for image in sample.images],
         target=target_of(sample, sequence.answer),
     )
+
+
+def picked_images(
+    root: Path, benchmarks: Mapping[str, Benchmark], predictions: Iterable[Prediction]
+) -> dict[str, list[np.ndarray]]:
+    """Read the images of `predictions` (those a gallery shows) from their shards, at the end: none is kept before.
+
+    Returns:
+        Prediction id -> its images, (H, W, 3) uint8 RGB; without those whose shards are not at hand.
+    """
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for one in predictions:
+        if (benchmark := benchmarks.get(one.benchmark)) is not None:
+            wanted.setdefault((benchmark.shards, benchmark.split), set()).add(one.id)
+    found: dict[str, list[np.ndarray]] = {}
+    for (folder, split), ids in wanted.items():
+        with contextlib.suppress(ValueError):  # no such shards here: the page draws on a plain canvas
+            raws = (raw for shard in split_shards(root / folder, split) for raw in read_shard(shard))
+            for raw in raws:
+                if ids <= found.keys():
+                    break
+                if (key := json.loads(raw["json"])["id"]) in ids and key not in found:
+                    found[key] = decode_sample(raw).pixels or []
+    return found
 
 
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

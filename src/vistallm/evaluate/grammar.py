@@ -1,141 +1,232 @@
 """Grammar-constrained decoding: at each step, which tokens keep the answer readable (a transformers logits processor).
 
-In: what has been generated so far, row by row. Out: scores, -inf for every token that would break the region grammar.
-Regions hold legal bins, an even number of them: 4 for a box (ordered), 2 for a point, 3 to `points` vertices for a mask
-object over all its parts; every opened region closes before the tokens run out. Text around the regions is free.
+In: what has been generated so far. Out: scores, -inf for every token that would make the answer unreadable.
+Regions hold legal bins: 4 for a box (ordered), 2 for a point, 3 to `points` vertices for a mask object over all its
+parts; every opened region closes before the tokens run out. Where the prompt shows several images, `image k:` stands
+before each group (ascending in a region task), and only an empty pair may do without. An answer that is one of a few
+(a letter, yes or no, True or False) is one of exactly these. Words are free otherwise, but must be there.
+
+All rows of a batch move together as NumPy columns; tokens are told apart by a class each (`token_table.py`), so a step
+costs some fifty operations on (B,) arrays and one (B, V) look-up, whatever the batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import string
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from vistallm.coinit.tasks import find_task, write_answer
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.evaluate.token_table import SEPARATORS, SPOKEN, STARTS, STOPS, Token, TokenTable
+from vistallm.schema import Sample
 
-LETTERS = {"mask": "m", "box": "b", "point": "p"}
-NUMBERS = {"b": 4, "p": 2}
+KINDS = {None: 0, "mask": 1, "box": 2, "point": 3}
+NUMBERS = np.array([0, 0, 4, 2])  # of one object, by kind; a mask has no fixed number
 MIN_MASK_NUMBERS = 6  # three vertices
 MAX_OBJECTS = 16  # in one region group
+CLOSING = 4  # tokens kept free for what follows an object: a last number, a closing marker, the full stop, the end
+PREFIX = 3  # tokens of `image k:`
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What one answer may hold: regions of `kind` only (None = of any kind, or none), `single` = exactly one object."""
+    """What one answer may hold.
+
+    Attributes:
+        kind: "mask", "box" or "point": at least one group of regions of this kind; None = of any one kind, or none.
+        single: exactly one object.
+        images: of the prompt.
+        choices: the whole answers to choose from; empty = any.
+        words: whether the answer must say something beside its regions.
+    """
 
     kind: str | None = None
     single: bool = False
+    images: int = 1
+    choices: tuple[str, ...] = ()
+    words: bool = False
 
 
-@dataclass
-class State:
-    """Where one row stands.
+def rule_of(sample: Sample) -> Rule:
+    """Return the rule of an evaluation sample, from its task and, for a multiple choice, from its options."""
+    task, images = find_task(sample.task), len(sample.images)
+    if task.kind != "text":
+        # REC, RES and candidate questions have one target by definition; GREC, GRES and the rest none, one or several.
+        return Rule(task.kind, task.metric in ("box", "mask", "candidates"), images)
+    said: list[str] = {"yesno": ["yes", "no"], "truth": ["True", "False"]}.get(task.metric, [])
+    if task.metric == "choice":
+        options, form = str(sample.fields.get("options", "")), str(sample.fields.get("answer", "A"))
+        letters = [letter for letter in string.ascii_uppercase if f"({letter})" in options]
+        said = [f"({letter})" if "(" in form else letter for letter in letters]
+    forms = (dataclasses.replace(sample, answer=None, fields={**sample.fields, "answer": word}) for word in said)
+    return Rule(None, False, images, tuple(map(write_answer, forms)), words=True)
 
-    letter: of the open group, "" outside; kind: letter of all groups so far; part: bins of the current part; numbers:
-    bins of the current object; objects: closed ones of the group; closed: whether a group was; seen: tokens read.
-    """
 
-    letter: str = ""
-    kind: str = ""
-    part: tuple[int, ...] = ()
-    numbers: int = 0
-    objects: int = 0
-    closed: bool = False
-    seen: int = 0
+class Choices:
+    """The answers to choose from as one trie over token ids; node 0 is the state of a row that has no choice."""
+
+    def __init__(self, rules: list[Rule], vocabulary: Vocabulary) -> None:
+        nodes: dict[tuple[object, ...], int] = {(): 0}
+        self.next: dict[tuple[int, int], int] = {}
+        roots = []
+        for rule in rules:
+            roots.append(nodes.setdefault((rule.choices,), len(nodes)) if rule.choices else 0)
+            if not rule.choices or (rule.choices, "done") in nodes:
+                continue
+            nodes[rule.choices, "done"] = len(nodes)
+            for choice in rule.choices:
+                written: list[int] = vocabulary.text.encode(choice, add_special_tokens=False)
+                node = roots[-1]
+                for place, token in enumerate([*written, vocabulary.text.eos_token_id], 1):
+                    child = nodes.setdefault((rule.choices, *written[:place], place), len(nodes))
+                    self.next[node, token], node = child, child
+        self.node = np.array(roots)
+        self.allowed = torch.zeros(len(nodes), len(vocabulary.text), dtype=torch.bool)
+        for node, token in self.next:
+            self.allowed[node, token] = True
+
+    def read(self, tokens: np.ndarray) -> None:
+        """Move every row on by its token; a row that has ended stays where it is."""
+        for row in np.flatnonzero(self.node):
+            self.node[row] = self.next.get((int(self.node[row]), int(tokens[row])), self.node[row])
 
 
 class RegionGrammar(LogitsProcessor):
     """Masks the scores of a batch of answers.
 
     Args:
-        vocabulary: of the model; must write coordinates as tokens.
+        table: of the model's vocabulary.
         rules: one per row.
         points: vertices of one mask object at most.
-        max_new_tokens: after which generation stops; regions close before.
+        max_new_tokens: after which generation stops; from 12 on every answer can be read whatever the scores are.
     """
 
-    def __init__(self, vocabulary: Vocabulary, rules: list[Rule], points: int, max_new_tokens: int) -> None:
-        ids = vocabulary.text.get_vocab()
-        self.marker = {token: ids[token] for token in vocabulary.region_tokens if not token.startswith("<bin_")}
-        self.name = {number: token for token, number in self.marker.items()}
-        self.bins = torch.tensor(vocabulary.bin_ids)
-        self.value = {number: place for place, number in enumerate(vocabulary.bin_ids)}
-        self.end = vocabulary.text.eos_token_id
-        self.rules, self.states = rules, [State() for _ in rules]
-        self.points, self.limit = points, max_new_tokens
-        self.region_ids = torch.cat([self.bins, torch.tensor(list(self.marker.values()))])
+    def __init__(self, table: TokenTable, rules: list[Rule], points: int, max_new_tokens: int) -> None:
+        self.table, self.points, self.limit, self.seen = table, points, max_new_tokens, 0
+        self.choices = Choices(rules, table.vocabulary) if any(rule.choices for rule in rules) else None
+        self.asked = np.array([KINDS[rule.kind] for rule in rules])
+        self.images = np.array([rule.images for rule in rules])
+        self.single, self.words = (np.array([getattr(r, name) for r in rules], bool) for name in ("single", "words"))
+        # group: kind of the open group, 0 outside; kind: of all groups so far; part, numbers: bins of the current part
+        # and object; objects: closed ones of the group; last: the two bins before; image: of the last group.
+        self.group, self.kind, self.part, self.numbers, self.objects, self.image, self.number = (
+            np.zeros(len(rules), np.int64) for _ in range(7)
+        )
+        self.last = np.zeros((2, len(rules)), np.int64)
+        # prefix: how much of `image k:` has just been written (0 to 3), number: its k; bare: an empty pair without it;
+        # numbered: k has to come, now.
+        self.prefix = np.zeros(len(rules), np.int64)
+        self.closed, self.bare, self.said, self.answer, self.numbered = (np.zeros(len(rules), bool) for _ in range(5))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask `scores` (B, V) given the generated ids (B, T); the prompt must not be among them."""
-        allowed = torch.zeros(scores.shape, dtype=torch.bool)
-        left = self.limit - input_ids.shape[1]
-        rows = input_ids.tolist()
-        for row, (state, rule) in enumerate(zip(self.states, self.rules, strict=True)):
-            for token in rows[row][state.seen :]:
-                self._read(state, token)
-            state.seen = len(rows[row])
-            self._allow(allowed[row], state, rule, left)
+        written = input_ids.cpu().numpy()
+        for step in range(self.seen, written.shape[1]):
+            self._read(written[:, step])
+            if self.choices is not None:
+                self.choices.read(written[:, step])
+        self.seen = written.shape[1]
+        permitted, lowest = self._permitted(self.limit - self.seen)
+        classes = self.table.torch_classes
+        allowed = torch.from_numpy(permitted).index_select(1, classes)
+        if lowest.any():
+            ordered = np.arange(len(self.table.bin_ids)) >= lowest[:, None]
+            allowed[:, self.table.bin_ids] &= torch.from_numpy(ordered)
+        for row in np.flatnonzero(self.numbered):
+            known = (self.table.place > 0) & (self.table.place <= self.images[row])
+            allowed[row] &= torch.from_numpy(known & (self.table.classes == Token.DIGIT))
+        if self.choices is not None:
+            node = torch.from_numpy(self.choices.node)
+            allowed = torch.where(node[:, None] > 0, self.choices.allowed[node], allowed)
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
-    def _read(self, state: State, token: int) -> None:
-        """Move a state on by one token."""
-        if token in self.value:
-            state.part += (self.value[token],)
-            state.numbers += 1
-            return
-        name = self.name.get(token, "")
-        if name.endswith("_st>"):
-            state.letter = state.kind = name[1]
-            state.part, state.numbers, state.objects = (), 0, 0
-        elif name.endswith("_sep>"):
-            state.part, state.numbers, state.objects = (), 0, state.objects + 1
-        elif name == "<m_part>":
-            state.part = ()
-        elif name.endswith("_ed>"):
-            state.letter, state.closed = "", True
+    def _read(self, tokens: np.ndarray) -> None:
+        """Move every row's state on by one token (B,) int64."""
+        token, place = self.table.classes[tokens], self.table.place[tokens]
+        is_bin, starts = token == Token.BIN, (token >= STARTS[0]) & (token <= STARTS[-1])
+        separates = (token >= SEPARATORS[0]) & (token <= SEPARATORS[-1])
+        stops = (token >= STOPS[0]) & (token <= STOPS[-1])
+        new_object = starts | separates
+        self.last = np.where(is_bin, np.stack([self.last[1], place]), self.last)
+        self.part = np.where(new_object | (token == Token.PART), 0, self.part + is_bin)
+        self.numbers = np.where(new_object, 0, self.numbers + is_bin)
+        self.objects = np.where(starts, 0, self.objects + separates)
+        ready = self.prefix == PREFIX
+        self.bare = np.where(starts, ~ready & (self.images > 1), self.bare)
+        self.image = np.where(starts & ready, self.number, self.image)
+        self.group = np.where(starts, token - STARTS[0] + 1, np.where(stops, 0, self.group))
+        self.kind = np.where(starts, self.group, self.kind)
+        self.closed |= stops
+        self._read_words(tokens, token, place, starts)
 
-    def _allow(self, row: Tensor, state: State, rule: Rule, left: int) -> None:
-        """Set the allowed tokens of one row (V,) bool."""
-        if not state.letter:
-            row[:] = True
-            row[self.region_ids] = False
-            row[self.end] = state.closed or rule.kind is None
-            if left > 2 * self.points + 4 and not (rule.single and state.closed):
-                letters = state.kind or ("mbp" if rule.kind is None else LETTERS[rule.kind])
-                for letter in letters:
-                    row[self.marker[f"<{letter}_st>"]] = True
-            return
-        if state.letter == "m":
-            self._allow_mask(row, state, rule, left)
-        else:
-            self._allow_fixed(row, state, rule, left)
+    def _read_words(self, tokens: np.ndarray, token: np.ndarray, place: np.ndarray, starts: np.ndarray) -> None:
+        """How much of `image k:` stands at the end, and whether there are words beside it and after "answer is"."""
+        digit, before = token == Token.DIGIT, self.prefix
+        more = digit & (before == 2) & self.table.joined[tokens]
+        first = digit & (before == 1)
+        steps = [token == Token.IMAGE, first | more, (token == Token.COLON) & (before == 2)]
+        self.prefix = np.where((token == Token.BLANK) & (before != 2), before, np.select(steps, [1, 2, 3], 0))
+        value = np.where(more, self.number * self.table.shift[tokens] + place, place)
+        self.number = np.where(first | more, value, self.number)
+        # A broken-off `image k` is words like any other; the codec takes a whole one as part of the group behind it.
+        content = np.isin(token, (Token.CONTENT, Token.DIGIT, Token.ANSWER, Token.IS)) | (before > 0)
+        self.said |= content & (self.prefix == 0) & ~starts
+        self.said &= ~((token == Token.IS) & self.answer)  # what is read is what follows "answer is"
+        self.answer = token == Token.ANSWER
 
-    def _allow_fixed(self, row: Tensor, state: State, rule: Rule, left: int) -> None:
-        """Bins of a box or point, then a separator or the end."""
-        place, letter = len(state.part), state.letter
-        if place < NUMBERS[letter]:
-            lowest = state.part[place - 2] if place >= 2 else 0
-            row[self.bins[lowest:]] = True
-        else:
-            self._allow_close(row, state, rule, left)
-        if place == 0 and state.objects == 0 and not rule.single:
-            row[self.marker[f"<{letter}_ed>"]] = True
+    def _permitted(self, left: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the classes that may come next, (B, classes) bool, and the lowest bin of each row, (B,) int64."""
+        may = np.zeros((len(Token), len(self.group)), bool)
+        outside = self.group == 0
+        self._permit_words(may, outside, left)
+        many = ~self.single & (self.objects + 1 < MAX_OBJECTS) & (left > MIN_MASK_NUMBERS + CLOSING)
+        room = 2 * self.points - self.numbers
+        mask, needed = self.group == 1, NUMBERS[self.group]
+        whole = mask & (self.part >= MIN_MASK_NUMBERS) & (self.part % 2 == 0)
+        full = ~outside & ~mask & (self.part == needed)
+        may[Token.BIN] = np.where(mask, ~whole | ((room > 0) & (left > CLOSING)), self.part < needed) & ~self.bare
+        may[Token.BIN] &= ~outside
+        may[Token.PART] = whole & (room >= MIN_MASK_NUMBERS) & (left > MIN_MASK_NUMBERS + CLOSING)
+        untouched = (self.numbers == 0) & (self.objects == 0) & ~self.single & ((self.images == 1) | self.bare)
+        for kind in (1, 2, 3):
+            here = self.group == kind
+            may[STOPS[kind - 1]] = here & (whole | full | untouched)
+            may[SEPARATORS[kind - 1]] = here & (whole | full) & many
+        lowest = np.where((self.group == 2) & (self.part >= 2), self.last[0], 0)
+        return np.ascontiguousarray(may.T), lowest
 
-    def _allow_mask(self, row: Tensor, state: State, rule: Rule, left: int) -> None:
-        """Bins in pairs, at least three vertices a part, `points` an object; then a part, a separator or the end."""
-        place, room = len(state.part), 2 * self.points - state.numbers
-        whole = place >= MIN_MASK_NUMBERS and place % 2 == 0
-        if not whole or (room > 0 and left > 4):
-            row[self.bins] = True
-        if whole:
-            self._allow_close(row, state, rule, left)
-            row[self.marker["<m_part>"]] = room >= MIN_MASK_NUMBERS and left > MIN_MASK_NUMBERS + 4
-        if place == 0 and state.numbers == 0 and state.objects == 0 and not rule.single:
-            row[self.marker["<m_ed>"]] = True
-
-    def _allow_close(self, row: Tensor, state: State, rule: Rule, left: int) -> None:
-        row[self.marker[f"<{state.letter}_ed>"]] = True
-        more = not rule.single and state.objects + 1 < MAX_OBJECTS and left > MIN_MASK_NUMBERS + 4
-        row[self.marker[f"<{state.letter}_sep>"]] = more
+    def _permit_words(self, may: np.ndarray, outside: np.ndarray, left: int) -> None:
+        """Set what may come outside of groups: words, `image k:`, an opening marker, the end."""
+        asked, several = self.asked > 0, self.images > 1
+        reserve = 2 * self.points + CLOSING
+        forced = asked & ~self.closed & (left <= reserve + PREFIX + 1)
+        ahead = (self.number > np.where(asked, self.image, 0)) & (self.number <= self.images)
+        ready = (self.prefix == PREFIX) & ahead
+        fits = np.where(forced, True, left > reserve) & ~(self.single & self.closed)
+        bare = ~self.single & ~self.closed & (self.prefix == 0)
+        opens = outside & fits & np.where(several, ready | bare, ready | (self.prefix < PREFIX))
+        for kind in (1, 2, 3):
+            may[STARTS[kind - 1]] = opens & np.where(asked, self.asked == kind, (self.kind == 0) | (self.kind == kind))
+        # Region tasks: a group follows `image k:` at once, and no such words name an image that can't be.
+        due = asked & ready & fits
+        talks = outside & ~forced & ~due
+        may[SPOKEN] = talks
+        may[Token.BLANK] |= outside & due & ~forced
+        dead_end = asked & (self.prefix == 2) & ~(ahead & (fits if left > reserve + 1 else forced))
+        may[Token.COLON] &= ~dead_end
+        step = np.select([self.prefix == 1, (self.prefix == 2) & ahead], [1, 2], 0)
+        for place, token in enumerate((Token.IMAGE, Token.DIGIT, Token.COLON)):
+            may[token] |= outside & forced & several & ~ready & (step == place)
+        self.numbered = outside & forced & several & (self.prefix == 1)
+        silent = self.words & ~self.said & (self.prefix == 0)
+        if left <= CLOSING:  # the last chance to say something
+            may[[token for token in SPOKEN if token != Token.CONTENT]] &= ~silent
+        if left <= 2:
+            may[Token.IS] = False
+        may[Token.END] = np.where(asked, self.closed, ~silent) & outside & ~due

@@ -1,0 +1,158 @@
+"""How sure an answer is: token log-probabilities -> a confidence per region, and what such confidences are worth.
+
+The confidence of a region is the geometric mean of the model's probabilities of its tokens: coordinates, `<m_part>`,
+and the separator or closing marker that ends it, each a softmax over the whole vocabulary, before the grammar.
+`presence` is one minus the probability of an empty pair just after the first opening marker: below 0.5 the answer says
+"no target". Both rank answers; neither is a probability of being right, which is what `calibration` shows. No benchmark
+in configs/benchmarks.yaml ranks by confidence (none is scored by AP), so no AP is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from vistallm.evaluate.grammar import RegionGrammar
+from vistallm.evaluate.token_table import SEPARATORS, STARTS, STOPS, Token, TokenTable
+from vistallm.schema import Parsed, Prediction
+
+RIGHT_FROM = {"mask": 0.5, "masks": 0.5, "coseg": 0.5, "box": 0.5, "boxes": 1.0, "candidates": 1.0}
+"""Score from which a sample of a metric counts as right: IoU at least 0.5, every box, the right candidate."""
+
+
+class TokenLog(LogitsProcessor):
+    """Runs the grammar, if there is one, and notes how probable the token was that greedy decoding takes."""
+
+    def __init__(self, table: TokenTable, grammar: RegionGrammar | None = None) -> None:
+        self.table, self.grammar = table, grammar
+        self.stops = torch.from_numpy(np.flatnonzero(np.isin(table.classes, STOPS)))
+        self.taken: list[Tensor] = []
+        self.ended: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the masked scores (B, V)."""
+        kept = scores if self.grammar is None else self.grammar(input_ids, scores)
+        total = scores.logsumexp(1)
+        self.taken.append(scores.gather(1, kept.argmax(1, keepdim=True))[:, 0] - total)
+        self.ended.append(scores[:, self.stops.to(scores.device)].logsumexp(1) - total)
+        return kept
+
+    def read(self, rows: Sequence[Sequence[int]]) -> list[tuple[list[float], float | None]]:
+        """Return, for each answer (token ids without the end token), its regions' confidences and its presence."""
+        taken, ended = (torch.stack(steps, 1).double().cpu().numpy() for steps in (self.taken, self.ended))
+        return [
+            read_confidence(self.table.classes[list(row)], taken[number], ended[number])
+            for number, row in enumerate(rows)
+        ]
+
+
+def read_confidence(classes: np.ndarray, taken: np.ndarray, ended: np.ndarray) -> tuple[list[float], float | None]:
+    """Split an answer into its regions.
+
+    Args:
+        classes: (T,) `Token` of each token.
+        taken: (>= T,) log-probability of each.
+        ended: (>= T,) log-probability of any closing marker in its place.
+
+    Returns:
+        One confidence in [0, 1] per region, in order, and the presence in [0, 1], None without any region group.
+    """
+    found, presence, start = [], None, 0
+    for place, token in enumerate(classes.tolist()):
+        if token in STARTS:
+            start = place + 1
+            if presence is None and start < len(classes):
+                presence = float(1 - np.exp(min(0.0, ended[start])))
+        elif token in SEPARATORS or token in STOPS:
+            if (classes[start:place] == Token.BIN).any():
+                found.append(float(np.exp(taken[start : place + 1].mean())))
+            start = place + 1
+    return found, presence
+
+
+def set_confidence(parsed: Parsed, confidences: Sequence[float], presence: float | None) -> None:
+    """Write confidences beside the regions they belong to, in place; nothing where free decoding left them uneven."""
+    parsed.presence = presence
+    if len(confidences) == len(parsed.regions):
+        for region, confidence in zip(parsed.regions, confidences, strict=True):
+            region.confidence = confidence
+
+
+def answer_confidence(prediction: Prediction) -> float | None:
+    """Return the mean confidence of an answer's regions, 1 - presence for "no target", None where none is known."""
+    parsed = prediction.parsed
+    if parsed is None or parsed.kind == "text":
+        return None
+    if not parsed.regions:
+        return None if parsed.presence is None else 1 - parsed.presence
+    known = [region.confidence for region in parsed.regions if region.confidence is not None]
+    return sum(known) / len(known) if len(known) == len(parsed.regions) else None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Bins of equal width over the confidence, empty ones left out: (k,) mean confidence, share right, samples.
+
+    ece: the expected calibration error (Guo et al. 2017): mean of |confidence - share right|, weighted by samples.
+    """
+
+    confidence: np.ndarray
+    right: np.ndarray
+    samples: np.ndarray
+    ece: float
+
+
+def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> Calibration:
+    """Compare confidences in [0, 1] with whether the answers were right.
+
+    >>> round(calibration([0.95, 0.85, 0.25], [True, False, False]).ece, 4)
+    0.3833
+    """
+    if not len(confidence):
+        raise ValueError("calibration: expected at least one confidence, got none")
+    sure, hit = np.asarray(confidence, float), np.asarray(right, float)
+    place = np.minimum((sure * bins).astype(int), bins - 1)
+    samples = np.bincount(place, minlength=bins)
+    used = samples > 0
+    mean, share = (np.bincount(place, values, bins)[used] / samples[used] for values in (sure, hit))
+    ece = float((np.abs(mean - share) * samples[used]).sum() / samples.sum())
+    return Calibration(mean, share, samples[used], ece)
+
+
+def calibrate(predictions: Sequence[Prediction], metric: str) -> Calibration | None:
+    """Calibration of the scored predictions of one benchmark; None for a metric without regions or no confidences."""
+    sure = [(answer_confidence(p), (p.score or 0.0) >= RIGHT_FROM.get(metric, np.inf)) for p in predictions]
+    known = [(confidence, right) for confidence, right in sure if confidence is not None]
+    if metric not in RIGHT_FROM or not known:
+        return None
+    return calibration([confidence for confidence, _ in known], [right for _, right in known])
+
+
+def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+    """Scores of a benchmark with no-target samples when answers of a presence below t also count as "no target".
+
+    Returns:
+        "N-acc", "T-acc" and "score" (mean of the samples' scores: gIoU for masks) against t = 0, 0.01, ..., 1, each
+        (101,) float64; at 0 they are the scores as answered. None without presences or without both sorts of samples.
+    """
+    answers = [p.parsed for p in predictions]
+    empty = np.array([bool(p.target.get("empty")) for p in predictions])
+    if all(one is None or one.presence is None for one in answers) or len(set(empty.tolist())) < 2:
+        return None
+    read = np.array([one is not None for one in answers])
+    none = np.array([one is not None and not one.regions for one in answers])
+    presence = np.array([1.0 if one is None or one.presence is None else one.presence for one in answers])
+    score = np.array([p.score or 0.0 for p in predictions])
+    thresholds = np.linspace(0, 1, 101)
+    rejected = read & (none | (presence < thresholds[:, None]))
+    lines = {
+        "N-acc": rejected[:, empty].mean(1),
+        "T-acc": (read & ~rejected)[:, ~empty].mean(1),
+        "score": np.where(rejected & ~none, empty, score).mean(1),
+    }
+    return {name: (thresholds, line) for name, line in lines.items()}
