@@ -113,9 +113,9 @@ class Findings:
 
 
 def name_words(names: list[str]) -> frozenset[str]:
-    """The single words of names, lower case, without plural s."""
+    """The single words of names in lower case, also without a plural's -s or -es ("buses", "horses")."""
     words = " ".join(names).lower().replace("_", " ").replace("(", " ").replace(")", " ").split()
-    return frozenset(word.removesuffix("s") if len(word) > 3 else word for word in words)
+    return frozenset(word.removesuffix(end) for word in words for end in (("", "s", "es") if len(word) > 3 else ("",)))
 
 
 def overlap(a: Box, b: Box) -> float:

@@ -94,9 +94,9 @@ def load_attcoseg(options: SourceOptions) -> Source:
         raise ValueError(f"--set masks: expected a file of instances (COCO or LVIS), got {settings['masks'] or 'none'}")
     genome = {i.coco_id: i for i in read_images(options, settings["image_data"]).values() if i.coco_id is not None}
     table = _read_table(options, _MaskFile(path, genome, read_words()), limits)
-    keys = [key for key, found in table.examples.items() if len(found) > 1 and key[0] in attributes]
+    keys = sorted(key for key, found in table.examples.items() if len(found) > 1 and key[0] in attributes)
     print(describe(table, keys), file=sys.stderr)
-    return _Groups(options, table, sorted(keys), int(numbers["groups"]))
+    return _Groups(options, table, keys, int(numbers["groups"]))
 
 
 def describe(table: _Table, keys: list[Key]) -> str:
