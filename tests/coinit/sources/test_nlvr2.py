@@ -6,8 +6,8 @@ import pytest
 
 
 def line(identifier, label="True", **more):
-    record = {"validation": {"61": "False"}, "sentence": "The right image shows a dog. ", "writer": "61", "label": label}
-    record |= {"left_url": "https://host/a.jpg", "right_url": "https://host/b.jpg", "synset": "dog"}
+    record = {"validation": {"61": "False"}, "sentence": "The right image shows a dog. ", "label": label}
+    record |= {"left_url": "https://host/a.jpg", "right_url": "https://host/b.jpg", "synset": "dog", "writer": "61"}
     return record | {"query": "some dogs38", "identifier": identifier, "extra_validations": {"154": "False"}, **more}
 
 
