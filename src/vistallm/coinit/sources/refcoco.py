@@ -1,7 +1,7 @@
 """RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO: referring expressions of COCO train2014 images.
 
-In: `refs(<split_by>).p` (a pickle of Python 2) or `grefs(unc).json`, each beside its own `instances.json`; out: REC,
-RES and REG samples, or GREC and GRES samples, from one pass. A ref's `file_name` carries an annotation id
+In: `refs(<split_by>).p` (a pickle of Python 2) or `grefs(unc).json` (or `.p`), each beside its own `instances.json`;
+out: REC, RES and REG samples, or GREC and GRES samples, from one pass. A ref's `file_name` carries an annotation id
 ("..._581857_16.jpg"), so the image's name is taken from instances.json. A unit is one ref.
 
 Settings: `split_by=unc|umd|google` (RefCOCO/+: unc; RefCOCOg: umd, whose val and test sets share no image with its
@@ -76,8 +76,10 @@ def load_grefcoco(options: SourceOptions) -> Source:
     """gRefCOCO: expressions of no, one or several objects; splits train, val, testA, testB."""
     settings = read_settings(options, tasks="grec,gres")
     check_split(options, "train", "val", "testA", "testB")
-    path = find_file(options.root, "grefcoco/grefs(unc).json", "grefs(unc).json")
-    return _source("grefcoco", options, path, read_list(path), settings["tasks"])
+    names = ("grefs(unc).json", "grefs(unc).p")
+    path = find_file(options.root, *(f"grefcoco/{name}" for name in names), *names)
+    refs = read_list(path) if path.suffix == ".json" else read_pickle(path)
+    return _source("grefcoco", options, path, refs, settings["tasks"])
 
 
 def _source(name: str, options: SourceOptions, path: Path, refs: list[Any], tasks: str) -> Source:

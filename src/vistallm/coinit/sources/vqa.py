@@ -58,18 +58,17 @@ def load_vqav2(options: SourceOptions) -> Source:
         )
     maker = _Maker(options, "vqav2", "test2015" if answers is None else _SETS[options.split])
 
-    def make(question_id: int, _: int) -> Iterator[Draft | Reject]:
-        image_id, question = questions[question_id]
-        meta: dict[str, Any] = {"question_id": question_id}
-        if answers is None:
-            values: dict[str, Any] = {"question": question, "answer": UNKNOWN}
-            meta["unlabelled"] = True
-        else:
-            answer, ten = answers[question_id]
-            values = {"question": question, "answer": answer, "answers": ten}
+    unknown: tuple[str, list[str]] = (UNKNOWN, [])
+
+    def make(record: Any, _: int) -> Iterator[Draft | Reject]:
+        question_id, image_id, question, answer, ten = record
+        meta: dict[str, Any] = {"question_id": question_id} | ({} if ten else {"unlabelled": True})
+        values = {"question": question, "answer": answer} | ({"answers": ten} if ten else {})
         yield maker.draft("vqa", str(question_id), image_id, values, **meta)
 
-    return RecordSource(list(questions), make)
+    return RecordSource(
+        Packed((key, *asked, *(answers[key] if answers else unknown)) for key, asked in questions.items()), make
+    )
 
 
 def load_vqa_e(options: SourceOptions) -> Source:
