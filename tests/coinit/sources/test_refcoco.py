@@ -143,8 +143,8 @@ def test_grefcoco_has_none_one_or_several_objects(build):
     boxes, masks = found["grefcoco-val-1-0-grec"], found["grefcoco-val-1-0-gres"]
     assert boxes.fields == {"expr": "two people and the crowd", "targets": [0, 1, 2]}
     assert boxes.meta == {"image_ids": ["coco:9"], "ref_id": 1, "sent_id": 4}
-    assert [tuple(r.box) for r in boxes.regions] == [(40, 20, 64, 40), (10, 5, 30, 15), (32, 0, 34, 48)]
-    assert [int(coco.area(r.rle)) for r in masks.regions] == [180, 200, 96]
+    assert [tuple(r.box) for r in boxes.regions] == [(10, 5, 30, 15), (32, 0, 34, 48), (40, 20, 64, 40)]
+    assert [int(coco.area(r.rle)) for r in masks.regions] == [200, 96, 180]  # left to right
     assert [r.object for r in masks.regions] == [0, 1, 2]
     empty = found["grefcoco-val-2-0-gres"]
     assert (empty.fields, empty.regions) == ({"expr": "the elephant", "targets": []}, [])
@@ -171,6 +171,7 @@ def test_other_partitions_and_other_refusals(build, refusal):
         (lambda refs: refs[1].update(ann_id="72"), "record 1: expected 'ann_id' to be int, got '72'"),
         (lambda refs: refs[1].update(image_id=8), "record 1: expected id 8 among images of"),
         (lambda refs: refs[1].update(ann_id=8), "record 1: expected id 8 among annotations of"),
+        (lambda refs: refs[1].update(image_id=10), "annotation 72: expected image 10 of"),
         (lambda refs: refs[1]["sentences"][1].pop("sent"), "record 1, sentence 1: expected key 'sent'"),
     ],
 )

@@ -159,14 +159,12 @@ class _RefMaker:
         rejects = []
         place = f"{self.instances}, image {info['id']}"
         width, height = require(info, "width", int, place), require(info, "height", int, place)
-        for number, ann_id in enumerate(ids):
-            annotation = self._find("annotations", ann_id, where)
-            named = f"{self.instances}, annotation {ann_id}"
-            if require(annotation, "image_id", int, named) != info["id"]:
-                raise SourceFormatError(
-                    f"{named}: expected image {info['id']} of {where}, got {annotation['image_id']}"
-                )
-            box = _box(annotation, width, height, named)
+        annotations = [self._annotation(ann_id, info["id"], where) for ann_id in ids]
+        annotations.sort(key=lambda a: (2 * a["bbox"][0] + a["bbox"][2], a["id"]))  # left to right: it can be learnt
+        for number, annotation in enumerate(annotations):
+            named = f"{self.instances}, annotation {annotation['id']}"
+            x, y, w, h = annotation["bbox"]
+            box = clip_box((x, y, x + w, y + h), width, height)
             segmentation = require(annotation, "segmentation", (list, dict), named)
             try:
                 rle = segmentation_to_rle(segmentation, height, width)
@@ -186,6 +184,14 @@ class _RefMaker:
                 if kind in found:
                     found[kind].append(region)
         return found, rejects
+
+    def _annotation(self, ann_id: int, image_id: int, where: str) -> dict[str, Any]:
+        annotation, named = self._find("annotations", ann_id, where), f"{self.instances}, annotation {ann_id}"
+        if require(annotation, "image_id", int, named) != image_id:
+            raise SourceFormatError(f"{named}: expected image {image_id} of {where}, got {annotation['image_id']}")
+        if len(sides := require_list(annotation, "bbox", (int, float), named)) != 4:
+            raise SourceFormatError(f"{named}: expected bbox [x, y, width, height], got {sides}")
+        return annotation
 
     def _sentences(self, ref: dict[str, Any], where: str) -> list[tuple[str, int]]:
         """Expression and `sent_id` of each sentence; the latter is optional in gRefCOCO, its place stands for it."""
@@ -208,11 +214,3 @@ class _RefMaker:
             regions=regions,
             meta={"image_ids": [f"coco:{info['id']}"], "ref_id": ref_id},
         )
-
-
-def _box(annotation: dict[str, Any], width: int, height: int, where: str) -> tuple[float, ...] | None:
-    sides = require_list(annotation, "bbox", (int, float), where)
-    if len(sides) != 4:
-        raise SourceFormatError(f"{where}: expected bbox [x, y, width, height], got {sides}")
-    x, y, w, h = sides
-    return clip_box((x, y, x + w, y + h), width, height)
