@@ -69,11 +69,11 @@ def builder(tiny_config, vocabulary):
 def samples(mini_root):
     """Decoded test samples by task."""
     from vistallm.data.datamodule import split_shards
-    from vistallm.data.stream import decode_sample, read_shard
+    from vistallm.data.reader import decode_sample, read_raw
 
     found: dict[str, list] = {}
     for shard in split_shards(mini_root, "test"):
-        for raw in read_shard(shard):
+        for raw in read_raw(shard):
             sample = decode_sample(raw)
             found.setdefault(sample.task, []).append(sample)
     return found

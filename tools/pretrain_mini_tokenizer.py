@@ -34,8 +34,8 @@ from vistallm.coinit.mini_scene import ATTRIBUTES
 from vistallm.config import load_config
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_codec, build_sequencer, split_shards
+from vistallm.data.reader import decode_sample, read_raw
 from vistallm.data.sequence import SequenceBuilder
-from vistallm.data.stream import decode_sample, read_shard
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.attention import training_attention
 from vistallm.model.vistallm import VistaLLM
@@ -59,7 +59,7 @@ class SlotStream(IterableDataset):
         rows: list[Sequence] = []
         while True:
             for shard in rng.sample(self.shards, len(self.shards)):
-                for raw in read_shard(shard):
+                for raw in read_raw(shard):
                     rows.append(self.builder.build(decode_sample(raw), rng))
                     if len(rows) == self.batch_size:
                         facts = [slots(s, image, self.builder) for s in rows for image in range(len(s.images))]

@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
-GROUPS = ("stage", "model", "data")
+GROUPS = {"stage": "1", "model": "mini", "data": "mini"}  # group -> the file that is taken when none is named
 
 
 @dataclass
@@ -80,15 +80,25 @@ class DataConfig:
     """Shards, mixture and loading."""
 
     name: str = "mini"
-    root: str | None = None  # folder with index.json and the tar shards; null = the mini set, built on first use
+    root: str | None = None  # shard folder, or folder of source folders; local, http(s)://, s3:// or pipe:COMMAND {}
+    sources: dict[str, float] = field(default_factory=dict)  # source folder -> how often its samples are met per epoch
+    missing_sources: str = "stop"  # stop | skip
+    temperature: float = 1.0  # T: a source's share s of an epoch becomes s^(1/T); 1 = as weighted
+    max_per_task: dict[str, int] = field(default_factory=dict)  # task -> most samples per epoch, over all sources
     templates: int | str | None = None  # drawn for a task: the first n, mini (those of the mini world), null = all
     batch_size: int = 8  # samples per device and step
     workers: int = 2
+    lanes: int | None = None  # parts of the data order; null = ranks x workers of the run's start
     shuffle_buffer: int = 1000  # undecoded samples
+    mix_shards: int = 16  # shards that one lane reads side by side
     pool_batches: int = 8  # batches filled together, by length
     max_length: int = 1024  # tokens of one sequence; longer ones are counted rejects
+    max_pixels: int = 50_000_000  # of one image; larger ones are counted rejects, never decoded
+    cache: str | None = None  # folder that keeps copies of remote shards; null = read them as streams
     max_reject_share: float = 0.01  # of the samples read; above it the run stops
-    weights: dict[str, float] = field(default_factory=dict)  # task -> relative share of samples; absent tasks weigh 0
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # task -> how often its samples are met per epoch; absent = 0
     val_batches: int = 20  # batches of one validation pass
 
 
@@ -168,13 +178,15 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)  # Lightning Trainer arguments
 
 
-OPEN_KEYS = ("trainer", "data.weights")  # mappings whose keys the schema does not fix
+# Mappings whose keys the schema does not fix.
+OPEN_KEYS = ("trainer", "data.weights", "data.sources", "data.max_per_task")
 CHOICES = {
     "stage": (1, 2),
     "strategy": ("auto", "single", "ddp", "fsdp"),
     "precision": ("auto", "fp32", "bf16"),
     "coords": ("tokens", "text"),
     "mask_sampler": ("uniform", "curvature", "adaptive"),
+    "data.missing_sources": ("stop", "skip"),
     "train.decoder": ("full", "lora", "frozen"),
 }
 
@@ -191,9 +203,7 @@ def load_config(argv: list[str]) -> Config:
     layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], list[str]()
     stage = overrides.get("stage", str(layers[0].get("stage", 1)))
     for group in GROUPS:
-        chosen = overrides.pop(group, None) or layers[0].get(
-            group, {"stage": 1, "model": "mini", "data": "mini"}[group]
-        )
+        chosen = overrides.pop(group, None) or layers[0].get(group, GROUPS[group])
         if isinstance(chosen, DictConfig):
             raise ValueError(f"default.yaml: `{group}` must name a file of configs/{group}/, got a mapping")
         path = CONFIG_ROOT / group / f"{chosen}.yaml"
@@ -230,7 +240,7 @@ def _split_words(argv: list[str]) -> dict[str, str]:
     overrides: dict[str, str] = {}
     for word in argv:
         key, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.+-]*", key):
             raise ValueError(f"{word!r}: expected key=value (no dashes), for example stage=1 or train.lr=1e-4")
         overrides[key] = value
     return overrides
@@ -248,17 +258,14 @@ def _override(merged: Any, words: dict[str, str]) -> list[str]:
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    content = OmegaConf.load(path)
-    if not isinstance(content, DictConfig):
+    if not isinstance(content := OmegaConf.load(path), DictConfig):
         raise ValueError(f"{path}: expected a mapping of keys, got a list")
     return content
 
 
 def _for_stage(group: DictConfig, stage: str) -> DictConfig:
     plain = OmegaConf.masked_copy(group, [str(k) for k in group if not re.fullmatch(r"stage_\d+", str(k))])
-    merged = OmegaConf.merge(plain, group.get(f"stage_{stage}") or {})
-    assert isinstance(merged, DictConfig)
-    return merged
+    return cast(DictConfig, OmegaConf.merge(plain, group.get(f"stage_{stage}") or {}))
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -283,13 +290,11 @@ def _checked(schema: DictConfig, merged: Any, problems: list[str]) -> Config:
         except OmegaConfBaseException as error:
             problems.append(f"{key}: {str(error).splitlines()[0]}")
     for key, allowed in CHOICES.items():
-        value = OmegaConf.select(schema, key)
-        if value not in allowed:
+        if (value := OmegaConf.select(schema, key)) not in allowed:
             problems.append(f"{key}={value}: expected one of {', '.join(map(str, allowed))}")
     if problems:
         raise ValueError("\n".join(problems))
-    config = OmegaConf.to_object(schema)
-    assert isinstance(config, Config)
+    config = cast(Config, OmegaConf.to_object(schema))
     config.name = config.name or f"stage{config.stage}-{config.model.name}"
     config.run_dir = config.run_dir or f"runs/{config.name}"
     return config

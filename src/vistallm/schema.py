@@ -202,6 +202,7 @@ class Batch:
         image_owner: (N,) int64, the row of the batch that each image belongs to, ascending.
         ids, tasks: B sample ids and task names.
         sequences: the B sequences behind the rows at evaluation; empty in training (they would be copied by workers).
+        rejects: samples that were rejected since the stream's last batch.
     """
 
     input_ids: torch.Tensor
@@ -214,6 +215,7 @@ class Batch:
     ids: list[str]
     tasks: list[str]
     sequences: list[Sequence]
+    rejects: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on `device`."""

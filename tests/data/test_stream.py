@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,11 @@ import torch
 from vistallm.coinit.tasks import TASKS
 from vistallm.data import stream as module
 from vistallm.data.datamodule import split_shards
+from vistallm.data.order import Mixture, Shard
+from vistallm.data.reader import RawSample, decode_sample, read_raw
 from vistallm.data.sequence import SampleReject
-from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences, read_shard, stage_weights
+from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
+from vistallm.schema import Sample
 
 ONCE = dict.fromkeys(TASKS, 1.0)
 
@@ -27,8 +32,7 @@ def shards(mini_root):
 @pytest.fixture
 def tasks(shards):
     """Sample id -> task of the training split, in file order."""
-    records = [json.loads(raw["json"]) for shard in shards for raw in read_shard(shard)]
-    return {record["id"]: record["task"] for record in records}
+    return {raw.record["id"]: raw.task for shard in shards for raw in read_raw(shard)}
 
 
 @pytest.fixture
@@ -41,109 +45,108 @@ def light(monkeypatch):
         return SimpleNamespace(id=sample.id, input_ids=range(len(sample.id) + len(sample.regions)))
 
     build.rejects = False
-    monkeypatch.setattr(module, "decode_sample", lambda raw: module.Sample.from_json(json.loads(raw["json"])))
-    monkeypatch.setattr(module, "collate", lambda rows, vocabulary: [row.id for row in rows])
+    monkeypatch.setattr(module, "decode_sample", lambda raw, size, pixels: Sample.from_json(raw.record))
+    monkeypatch.setattr(module, "collate", lambda rows, vocabulary: Ids(row.id for row in rows))
 
     def make(shards, weights=ONCE, worker=None, rejects=False, **settings):
         build.rejects = rejects
         info = None if worker is None else SimpleNamespace(id=worker)
         monkeypatch.setattr(module, "get_worker_info", lambda: info)
-        settings = {"batch_size": 1, "buffer": 20, **settings}
-        builder = SimpleNamespace(build=build, vocabulary=None)
-        return iter(TrainStream(shards, builder, weights, rejects=RejectLog(None, 1.0), **settings))
+        settings = {"batch_size": 1, "buffer": 20, "mix": 4, **settings}
+        builder = SimpleNamespace(build=build, vocabulary=None, image_size=48)
+        mixture = mixture_of(shards, weights)
+        return iter(TrainStream(mixture, builder, rejects=RejectLog(None, 1.0), **settings))
 
     return make
 
 
-def slots(ranks, workers):
-    return [(rank, worker) for rank in range(ranks) for worker in (range(workers) if workers else [None])]
+class Ids(list):
+    """A batch that holds ids only."""
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_an_epoch_meets_each_sample_once_over_ranks_and_workers(light, shards, tasks, ranks, workers):
-    layout = {"world_size": ranks, "workers": workers}
-    met = []
-    places = slots(ranks, workers)
-    for number, (rank, worker) in enumerate(places):
-        dealt = len(range(number, len(shards), len(places)))  # shards of this slot, 17 samples each
-        met += islice(light(shards, worker=worker, rank=rank, **layout), 17 * dealt)
-    assert Counter(i for batch in met for i in batch) == Counter(tasks.keys())
+def mixture_of(paths, weights=ONCE):
+    """The mixture of shard files, counted by reading them."""
+    counts = [Counter(raw.task for raw in read_raw(path) if raw.task) for path in paths]
+    shards = [Shard(str(path), ".", dict(tasks)) for path, tasks in zip(paths, counts, strict=True)]
+    return Mixture(shards, {(".", task): weight for task, weight in weights.items()})
 
 
-def test_pools_keep_the_samples_of_an_epoch_apart(light, shards, tasks):
-    for rank in range(2):
-        batches = list(islice(light(shards, rank=rank, world_size=2, batch_size=4, pool=3), 36))  # 153 samples per rank
-        met = [i for batch in batches for i in batch]
-        assert len(met) == len(set(met)) == 144
-        assert all(len(batch) == 4 for batch in batches)
+@pytest.fixture
+def ranks(light, shards):
+    """Callable: layout and `done` batches of the run -> the run's batches in order, as its ranks' loaders give them."""
 
-
-def test_order_is_a_function_of_seed_epoch_and_slot(light, shards, tasks):
-    first = list(islice(light(shards, seed=1), 2 * len(tasks)))
-    assert first == list(islice(light(shards, seed=1), 2 * len(tasks)))
-    assert first != list(islice(light(shards, seed=2), 2 * len(tasks)))
-    one, two = first[: len(tasks)], first[len(tasks) :]
-    assert one != two, "another epoch, another order"
-    assert sorted(one) == sorted(two)
-    # The buffer reaches over shards: a shard's samples don't come as a block.
-    place = {i: n // 17 for n, i in enumerate(tasks)}
-    assert max(Counter(place[batch[0]] for batch in one[:17]).values()) < 17
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("rejects", [False, True])
-@pytest.mark.parametrize("pool", [1, 3])
-def test_done_continues_exactly_there(light, shards, workers, rejects, pool):
-    """As the loader asks its workers in turn, the stream after k batches is batch k, k + 1, ... of the unbroken one."""
-
-    def loader(done):
-        lanes = [
-            light(shards, worker=w, workers=workers, done=done, batch_size=4, pool=pool, rejects=rejects)
-            for w in (range(workers) if workers else [None])
-        ]
+    def run(world, workers, done=0, **settings):
+        layout = {"world_size": world, "workers": workers, "done": done, **settings}
+        places = [(rank, worker) for worker in (range(workers) if workers else [None]) for rank in range(world)]
+        lanes = [light(shards, worker=w, rank=rank, **layout) for rank, w in places]
         turn = 0
         while True:
+            rank, worker = places[turn % len(lanes)]
             with pytest.MonkeyPatch.context() as patch:  # a generator asks for its worker at its first batch
-                info = SimpleNamespace(id=turn % len(lanes)) if workers else None
+                info = None if worker is None else SimpleNamespace(id=worker)
                 patch.setattr(module, "get_worker_info", lambda info=info: info)
                 yield next(lanes[turn % len(lanes)])
             turn += 1
 
-    whole = list(islice(loader(0), 100))  # into the second epoch: an epoch has 76 batches
-    for done in (1, 2, 7, 80):
-        assert list(islice(loader(done), 12)) == whole[done : done + 12], f"done={done}"
+    return run
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (3, 2), (2, 4), (8, 2)])
+def test_an_epoch_meets_each_sample_once_over_ranks_and_workers(ranks, tasks, world, workers):
+    lanes = world * max(workers, 1)
+    met = Counter(i for batch in islice(ranks(world, workers), len(tasks) // lanes * lanes) for i in batch)
+    assert set(met.values()) == {1}
+    assert len(met) == len(tasks) // lanes * lanes, "all but what can't be dealt out evenly"
+
+
+def test_pools_keep_the_samples_of_an_epoch_apart(ranks):
+    batches = list(islice(ranks(2, 0, batch_size=4, pool=3), 72))  # 153 samples per rank
+    met = [i for batch in batches for i in batch]
+    assert len(met) == len(set(met)) == 288
+    assert all(len(batch) == 4 for batch in batches)
+
+
+def test_order_is_a_function_of_seed_and_epoch(ranks, tasks):
+    first = list(islice(ranks(1, 0, seed=1), 2 * len(tasks)))
+    assert first == list(islice(ranks(1, 0, seed=1), 2 * len(tasks)))
+    assert first != list(islice(ranks(1, 0, seed=2), 2 * len(tasks)))
+    one, two = first[: len(tasks)], first[len(tasks) :]
+    assert one != two, "another epoch, another order"
+    assert sorted(one) == sorted(two)
+    place = {i: n // 17 for n, i in enumerate(tasks)}
+    assert max(Counter(place[batch[0]] for batch in one[:17]).values()) < 10, "a shard does not come as a block"
+
+
+@pytest.mark.parametrize("layout", [(1, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize("settings", [{"rejects": True, "pool": 3}, {"pool": 1}])
+def test_done_continues_exactly_there(ranks, layout, settings):
+    whole = list(islice(ranks(*layout, batch_size=4, **settings), 100))  # into the second epoch, which begins at 76
+    for done in (2, 14, 80):
+        assert list(islice(ranks(*layout, done, batch_size=4, **settings), 12)) == whole[done : done + 12]
+
+
+@pytest.mark.parametrize("layout", [(1, 0), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_any_layout_that_divides_the_lanes_gives_the_same_batches(ranks, layout):
+    whole = list(islice(ranks(4, 1, batch_size=4, pool=2), 100))
+    for done in (0, 12, 84):
+        assert list(islice(ranks(*layout, done, batch_size=4, pool=2, lanes=4), 12)) == whole[done : done + 12]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
 def test_task_weights(light, shards, tasks, weight):
-    count = Counter(tasks.values())
-    met = Counter()
-    weights = {"rec": 1.0, "res": weight}
-    for (identity,) in islice(light(shards, weights), 10 * count["rec"]):
-        met[identity] += 1
-    assert {tasks[i] for i in met} == ({"rec"} if weight == 0 else {"rec", "res"})
-    share = {task: sum(n for i, n in met.items() if tasks[i] == task) / count[task] for task in ("rec", "res")}
-    assert share["res"] == pytest.approx(weight * share["rec"], rel=0.15)
-    if weight == 2:
-        assert set(Counter(i for (i,) in islice(light(shards, {"res": 2.0}), 2 * count["res"])).values()) == {2}
-    if weight == 0.5:
-        some = {i for (i,) in islice(light(shards, {"res": 0.5}), 3 * count["res"])}
-        assert len(some) > 0.9 * count["res"], "other samples sit out in other epochs"
+    size = Counter(tasks.values())
+    stream = light(shards, {"rec": 1.0, "res": weight})
+    for _ in range(2):
+        epoch = Counter(tasks[i] for (i,) in islice(stream, size["rec"] + int(weight * size["res"])))
+        assert epoch["rec"] == size["rec"]
+        assert epoch["res"] == int(weight * size["res"])
 
 
-def test_layouts_without_a_shard_for_everyone_are_refused(light, shards):
-    with pytest.raises(ValueError, match=r"18 training shards for 4 rank\(s\) x 5 worker\(s\).*lower data.workers"):
+def test_layouts_are_checked(light, shards):
+    with pytest.raises(ValueError, match=r"18 training shards for 20 lanes.*lower data.workers"):
         light(shards, world_size=4, workers=5)
-
-
-def test_stage_weights():
-    one, two = stage_weights({}, 1), stage_weights({}, 2)
-    assert set(two) == {"nlvr2", "coseg", "attcoseg"}
-    assert set(one) == set(TASKS) - set(two)
-    assert stage_weights({"rec": 2.0}, 1) == {"rec": 2.0}
-    with pytest.raises(ValueError, match="rez"):
-        stage_weights({"rez": 1.0}, 1)
+    with pytest.raises(ValueError, match=r"data\.lanes=6: expected a multiple of 2 rank\(s\) x 2 worker\(s\)"):
+        light(shards, world_size=2, workers=2, lanes=6)
 
 
 # -- broken shards -----------------------------------------------------------------------------------------------------
@@ -159,12 +162,13 @@ def write_tar(path, samples):
 
 
 def members(raw):
-    return {f"{raw['__key__']}.{k}": v for k, v in raw.items() if isinstance(v, bytes)}
+    record = {f"{raw.key}.json": json.dumps(raw.record, separators=(",", ":")).encode()}
+    return record | {f"{raw.key}.{name}": data for name, data in raw.files.items()}
 
 
 def broken(raw, how):
     files = members(raw)
-    record = f"{raw['__key__']}.json"
+    record = f"{raw.key}.json"
     image = next(name for name in files if name != record)
     match how:
         case "missing-image":
@@ -197,48 +201,110 @@ BREAKS = {
 
 @pytest.mark.parametrize("how", BREAKS)
 def test_a_broken_sample_is_a_counted_reject(builder, shards, tmp_path, how):
-    raws = list(read_shard(shards[0]))
-    write_tar(tmp_path / "train-000000.tar", [broken(raws[0], how), *map(members, raws[1:8])])
+    raws = list(read_raw(shards[0]))
+    path = tmp_path / "train-000000.tar"
+    write_tar(path, map(members, raws[:8]))
+    mixture = mixture_of([path])
+    write_tar(path, [broken(raws[0], how), *map(members, raws[1:8])])
     rejects = RejectLog(tmp_path / "rejects.jsonl", max_share=0.5)
-    stream = TrainStream(
-        [tmp_path / "train-000000.tar"], builder, ONCE, batch_size=8, buffer=1, rejects=rejects, pool=1
-    )
-    batch = next(iter(stream))
-    assert sorted(batch.ids) == sorted(json.loads(raw["json"])["id"] for raw in raws[1:8])
-    assert rejects.counts == {BREAKS[how]: 1}
-    (line,) = [json.loads(text) for text in (tmp_path / "rejects.jsonl").read_text().splitlines()]
-    assert (line["key"], line["reason"]) == (raws[0]["__key__"], BREAKS[how])
-    assert line["shard"].endswith("train-000000.tar")
-    assert raws[0]["__key__"] in line["error"] or how in ("bad-json", "no-json")
+    batch = next(iter(TrainStream(mixture, builder, batch_size=8, buffer=1, rejects=rejects)))
+    assert sorted(batch.ids) == sorted(raw.record["id"] for raw in raws[1:8])
+    assert rejects.counts == {BREAKS[how]: batch.rejects} == {BREAKS[how]: 1}
+    (line,) = [json.loads(text) for text in rejects.path.read_text().splitlines()]
+    assert (line["shard"], line["key"], line["reason"]) == (str(path), raws[0].key, BREAKS[how])
+    assert raws[0].key in line["error"]
 
 
 def test_too_many_rejects_stop_the_run(builder, shards, tmp_path):
-    raws = list(read_shard(shards[0]))
-    write_tar(tmp_path / "a.tar", [broken(raws[0], "bad-json"), *map(members, raws[1:5])])
+    raws = list(read_raw(shards[0]))
+    write_tar(tmp_path / "a.tar", [*map(members, raws[:4]), broken(raws[4], "broken-jpeg")])
     rejects = RejectLog(tmp_path / "rejects.jsonl", max_share=0.1)
-    stream = TrainStream([tmp_path / "a.tar"], builder, ONCE, batch_size=5, buffer=1, rejects=rejects)
-    batches = iter(stream)
-    with pytest.raises(ValueError, match=r"of 10\d samples rejected \{'bad-json'.*max_reject_share=0.1.*check DIR"):
+    batches = iter(TrainStream(mixture_of([tmp_path / "a.tar"]), builder, batch_size=5, buffer=1, rejects=rejects))
+    with pytest.raises(ValueError, match=r"of 10\d samples rejected \{'bad-image'.*max_reject_share=0.1.*check DIR"):
         list(islice(batches, 30))
 
 
-def test_a_file_that_is_no_tar(tmp_path):
-    (tmp_path / "train-000000.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(ValueError, match=r"train-000000\.tar: not a readable tar"):
-        list(read_shard(tmp_path / "train-000000.tar"))
+def test_rejects_that_can_not_be_written_are_still_counted(tmp_path, capsys):
+    rejects = RejectLog(tmp_path / "gone" / "rejects.jsonl", max_share=1.0)
+    for _ in range(3):
+        rejects.add(RawSample("a.tar", "k"), SampleReject("bad-json", "k: broken"))
+    assert (rejects.total, rejects.unwritten) == (3, 3)
+    assert capsys.readouterr().out.count("not written") == 1
 
 
 def test_rejects_do_not_move_the_place_in_the_stream(builder, shards, tmp_path):
     """With real batches and a broken sample in each pool, `done` still means the same place."""
-    raws = list(read_shard(shards[0]))[:12]
+    raws = list(read_raw(shards[0]))[:12]
     write_tar(tmp_path / "a.tar", [broken(r, "broken-jpeg") if i % 6 == 0 else members(r) for i, r in enumerate(raws)])
     settings = {"batch_size": 3, "buffer": 4, "pool": 2, "rejects": RejectLog(None, 1.0)}
-    whole = list(islice(TrainStream([tmp_path / "a.tar"], builder, ONCE, **settings), 5))
-    rest = list(islice(TrainStream([tmp_path / "a.tar"], builder, ONCE, done=3, **settings), 2))
+    mixture = mixture_of([tmp_path / "a.tar"])
+    whole = list(islice(TrainStream(mixture, builder, **settings), 5))
+    rest = list(islice(TrainStream(mixture, builder, done=3, **settings), 2))
     for one, two in zip(whole[3:], rest, strict=True):
         assert one.ids == two.ids
         assert torch.equal(one.input_ids, two.input_ids), "templates are drawn per sample, not in turn"
         assert torch.equal(one.images, two.images)
+
+
+# What is done to a shard of 17 samples -> (rejects by reason; samples that are lost)
+DAMAGE = {
+    "cut": ({"changed-shard": 1, "missing-sample": 8, "broken-shard": 1}, 9),
+    "replaced": ({"changed-shard": 1, "missing-sample": 12}, 12),
+    "gone": ({"broken-shard": 1, "missing-sample": 16}, 17),
+    "no-tar": ({"changed-shard": 1, "broken-shard": 1, "missing-sample": 16}, 17),
+    "tricks": ({"changed-shard": 1, "bad-member": 3}, 0),
+    "unknown-task": ({"unknown-task": 1}, 1),
+}
+
+
+def damage(path, how):
+    data, raws = path.read_bytes(), list(read_raw(path))
+    match how:
+        case "cut":
+            place = data.index(f"{raws[8].key}.json".encode())
+            path.write_bytes(data[: place + 700])
+        case "replaced":
+            write_tar(path, map(members, raws[:5]))
+        case "gone":
+            path.unlink()
+        case "no-tar":
+            path.write_bytes(b"x" * 2000)
+        case "tricks":
+            names = ["../../outside.json", "/etc/outside.json", "a/b.json"]
+            write_tar(path, [{name: b"{}" for name in names}, *map(members, raws)])
+        case "unknown-task":
+            record = raws[3].record
+            old = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+            new = old.replace(b'"task":"' + record["task"].encode(), b'"task":"' + b"?" * len(record["task"]))
+            path.write_bytes(data.replace(old, new))
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_shard_loses_its_samples_aloud(light, shards, tmp_path, how):
+    """Shards after the index was written: what is promised and not there is a counted reject, nothing else is lost."""
+    paths = [shutil.copy(path, tmp_path) for path in shards[:3]]
+    mixture = Mixture(
+        [Shard(p, ".", Counter(r.task for r in read_raw(p)), Path(p).stat().st_size) for p in paths],
+        {(".", task): 1.0 for task in TASKS},
+    )
+    damage(Path(paths[1]), how)
+    light(shards)  # no images from here on
+    real = module.decode_sample
+    module.decode_sample = lambda raw, size, pixels: decode_sample(raw) if raw.fault else real(raw, size, pixels)
+
+    def build(sample, rng):
+        if sample.task not in TASKS:
+            raise SampleReject("unknown-task", sample.id)
+        return SimpleNamespace(id=sample.id, input_ids=[0])
+
+    rejects, counts = RejectLog(tmp_path / "rejects.jsonl", 1.0), DAMAGE[how]
+    builder = SimpleNamespace(build=build, vocabulary=None, image_size=48)
+    stream = TrainStream(mixture, builder, batch_size=51, buffer=9, rejects=rejects)
+    batch = next(iter(stream))
+    assert len(batch) == len(set(batch)) == 51 - counts[1]
+    assert rejects.counts == counts[0]
+    lines = [json.loads(line) for line in rejects.path.read_text().splitlines()]
+    assert all(line["shard"] == paths[1] and line["error"] for line in lines)
 
 
 def test_evaluation_is_finite_and_in_file_order(builder, mini_root, samples):
@@ -247,3 +313,5 @@ def test_evaluation_is_finite_and_in_file_order(builder, mini_root, samples):
     assert [row.sample.id for row in rows] == [sample.id for sample in samples["rec"]]
     assert len(list(evaluation_sequences(shards, builder, "rec", rejects, limit=1))) == 1
     assert rows[0].prompt == builder.build(samples["rec"][0]).prompt
+    assert len(split_shards(mini_root, "test", "rec")) <= len(shards)
+    assert split_shards(mini_root, "test", "flickr") == []

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from vistallm.config import load_config
-from vistallm.data.datamodule import split_shards
-from vistallm.data.stream import RejectLog, TrainStream
+from vistallm.data.stream import RejectLog
 from vistallm.train.callbacks import read_metrics
 from vistallm.train.checkpoint import load_run, newest_checkpoint
 from vistallm.train.optim import build_optimizer
@@ -45,20 +44,7 @@ def both_ranks(words, mini_root):
     L.seed_everything(config.seed, verbose=False)
     module, data = build(config, mini_root)
     model, optimizer, scheduler = module.model, *build_optimizer(module.model, config.train, 2)
-    streams = [
-        TrainStream(
-            split_shards(mini_root, "train"),
-            data.builder,
-            data.weights,
-            batch_size=config.data.batch_size,
-            buffer=config.data.shuffle_buffer,
-            rejects=RejectLog(None, 1.0),
-            rank=rank,
-            world_size=2,
-            pool=config.data.pool_batches,
-        )
-        for rank in range(2)
-    ]
+    streams = [data.stream(rank, world_size=2, workers=0, rejects=RejectLog(None, 1.0)) for rank in range(2)]
     rows = []
     for batches in islice(zip(*streams, strict=True), 2):
         losses = [model(batch).loss for batch in batches]

@@ -13,8 +13,10 @@ from vistallm.coinit.shards import read_index
 from vistallm.coinit.tasks import TemplateRange
 from vistallm.config import Config
 from vistallm.data.collate import collate
+from vistallm.data.mixture import build_mixture, remote_files, require_folders
+from vistallm.data.remote import is_remote
 from vistallm.data.sequence import PAD_COLOUR, SequenceBuilder
-from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences, stage_weights
+from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.masks import load_compiled
@@ -59,85 +61,110 @@ def reject_log(config: Config) -> RejectLog:
 
 
 def data_root(config: Config) -> Path:
-    """Return the shard folder; builds the mini set when none is named.
+    """Return the local folder of the shards, or of the source folders; builds the mini set when none is named.
 
     Raises:
-        ValueError: `data.root` is missing, empty or not a shard folder.
+        ValueError: `data.root` is missing, remote, or has no shards.
     """
     if config.data.root is None:
         if config.data.name != "mini":
             raise ValueError(f"data={config.data.name}: give the shard folder as data.root=DIR (tools/build_coinit.py)")
         return ensure_mini(MINI_ROOT)
+    if is_remote(config.data.root):
+        raise ValueError(f"data.root={config.data.root}: this reads local shards; copy them to a folder first")
     root = Path(config.data.root)
-    if not (root / "index.json").is_file():
+    if not (root / "index.json").is_file() and not (config.data.sources and root.is_dir()):
         raise ValueError(
             f"data.root={root}: expected a shard folder with index.json, found none; run tools/build_coinit.py"
         )
     return root
 
 
-def split_shards(root: Path, split: str) -> list[Path]:
-    """Return the shard files of a split in index order; raises ValueError when there is none or one is missing."""
-    names = [name for name, row in read_index(root)["shards"].items() if row["split"] == split]
-    if not names:
+def training_root(config: Config) -> str:
+    """Return the place of the training shards, which may be remote; raises ValueError as `data_root` does."""
+    return str(config.data.root) if is_remote(str(config.data.root)) else str(data_root(config))
+
+
+def split_shards(root: Path, split: str, task: str | None = None) -> list[Path]:
+    """Return the shard files of a split that hold samples of a task (None = any), in index order.
+
+    Raises:
+        ValueError: the split has no shard, or a file of it is missing.
+    """
+    rows = {name: row for name, row in read_index(root)["shards"].items() if row["split"] == split}
+    if not rows:
         raise ValueError(f"{root}: index.json lists no shard of split {split!r}; build it with tools/build_coinit.py")
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in rows if not (root / name).is_file()]
     if missing:
         raise ValueError(f"{root}: index.json lists {len(missing)} shard(s) that are not there, first {missing[0]}")
-    return [root / name for name in names]
+    return [root / name for name, row in rows.items() if task is None or row["tasks"].get(task)]
 
 
 class CoinItDataModule(L.LightningDataModule):
-    """Training stream and validation batches of one stage; its state is the number of batches done, on every rank."""
+    """Training stream and validation batches of one stage; its state is the place in the stream, the same on all ranks.
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, root: Path) -> None:
+    Args:
+        config: the run's configuration.
+        vocabulary: the two tokenizers.
+        root: place of the shards, or of the source folders.
+    """
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, root: Path | str) -> None:
         super().__init__()
         load_compiled()  # once, before the loader's workers fork: each would compile the samplers for itself
-        self.config, self.root = config, root
+        self.config, self.root = config, str(root)
         self.builder = build_sequencer(config, vocabulary)
-        self.weights = stage_weights(config.data.weights, config.stage)
-        self.batches_done = 0
+        self.folders = require_folders(config.data, self.root)
+        self.mixture = build_mixture(config, self.folders)
+        self.batches_done = 0  # over all ranks
+        self.lanes = config.data.lanes
+        self._ready = 0  # Lightning's count of this rank's batches that `batches_done` stands for
 
     def steps_per_epoch(self, world_size: int, accumulate: int) -> int:
         """Return optimizer steps of one pass over the weighted training split."""
-        counts = read_index(self.root)["tasks"].get("train", {})
-        samples = sum(self.weights.get(task, 0.0) * n for task, n in counts.items())
-        if samples < 1:
-            raise ValueError(
-                f"{self.root}: no training sample of the tasks {', '.join(self.weights)}; has {dict(counts)}"
-            )
-        return max(1, int(samples / (self.config.data.batch_size * world_size * accumulate)))
+        return max(1, self.mixture.total(0) // (self.config.data.batch_size * world_size * accumulate))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return this rank's endless stream, `batches_done` batches in."""
-        data, trainer = self.config.data, self.trainer
-        assert trainer is not None
-        self.steps_per_epoch(1, 1)  # raises when no shard holds a task of the mixture: the stream would never yield
-        stream = TrainStream(
-            split_shards(self.root, "train"),
+    def stream(self, rank: int, world_size: int, workers: int, rejects: RejectLog) -> TrainStream:
+        """Return one rank's endless stream, from `batches_done` on."""
+        data = self.config.data
+        return TrainStream(
+            self.mixture,
             self.builder,
-            self.weights,
             batch_size=data.batch_size,
             buffer=data.shuffle_buffer,
-            rejects=reject_log(self.config),
+            rejects=rejects,
             seed=self.config.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            workers=data.workers,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            lanes=self.lanes,
             done=self.batches_done,
             pool=data.pool_batches,
+            mix=data.mix_shards,
+            files=remote_files(data),
+            max_pixels=data.max_pixels,
         )
-        return DataLoader(stream, batch_size=None, num_workers=data.workers, persistent_workers=data.workers > 0)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return this rank's loader."""
+        workers, trainer = self.config.data.workers, self.trainer
+        assert trainer is not None
+        gone = [s.place for f in self.folders for s in f.shards("train") if _is_gone(s.place)]
+        if gone:
+            raise ValueError(f"{self.root}: the index lists {len(gone)} shard(s) that are not there, first {gone[0]}")
+        stream = self.stream(trainer.global_rank, trainer.world_size, workers, reject_log(self.config))
+        return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the first `data.val_batches` validation batches, dealt to the ranks in turn, equally many each."""
         trainer = self.trainer
         assert trainer is not None
-        data, shards = self.config.data, split_shards(self.root, "val")
-        per_task = -(-data.val_batches * data.batch_size // max(len(self.weights), 1))
+        data, tasks = self.config.data, sorted({task for _, task in self.mixture.columns})
+        per_task = -(-data.val_batches * data.batch_size // len(tasks))
         rejects = reject_log(self.config)
         rows: list[Sequence] = []
-        for task in self.weights:
+        for task in tasks:
+            shards = [s.place for f in self.folders for s in f.shards("val") if s.tasks.get(task)]
             rows += evaluation_sequences(shards, self.builder, task, rejects, per_task)
         mine = rows[trainer.global_rank :: trainer.world_size][: len(rows) // trainer.world_size]
         batches = [
@@ -148,28 +175,50 @@ class CoinItDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rank-independent place in the stream (pitfalls: loader state must not live on rank 0 alone)."""
-        trainer = self.trainer
+        trainer, data = self.trainer, self.config.data
         assert trainer is not None
         # `ready` counts the batch that is being trained on, which is done by the time a checkpoint is written.
-        done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        data = self.config.data
-        slots = {"world_size": trainer.world_size, "workers": data.workers}
+        ready = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         return {
             "seed": self.config.seed,
-            "batches_done": done,
+            "batches_done": self.batches_done + (ready - self._ready) * trainer.world_size,
+            "ready": ready,
+            "lanes": self.lanes or trainer.world_size * max(data.workers, 1),
             "batch_size": data.batch_size,
             "pool_batches": data.pool_batches,
-            **slots,
+            "shuffle_buffer": data.shuffle_buffer,
+            "mix_shards": data.mix_shards,
+            "mixture": self.mixture.fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the place in the stream; raises ValueError when the layout of ranks and workers has changed."""
+        """Take up the place in the stream.
+
+        The stream is cut into the lanes of the checkpoint, and goes on with the very next batch, on any number of ranks
+        and workers that divides them. Where it does not, the rule is: every new lane leaves out the same share of the
+        epoch, so that the number of samples done is kept; until the epoch ends some are met again and as many are not.
+
+        Raises:
+            ValueError: what the order of the data depends on has changed.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        if "lanes" not in state:  # a checkpoint from before lanes: it counted one rank's batches
+            done, world = int(state["batches_done"]), int(state["world_size"])
+            readers = world * max(int(state["workers"]), 1)
+            state = state | {"batches_done": done * world, "ready": done, "lanes": readers}
         now = self.state_dict()
-        changed = [k for k in now if k != "batches_done" and now[k] != state[k]]
+        changed = [k for k in now if k not in ("batches_done", "lanes", "ready") and now[k] != state.get(k, now[k])]
         if changed:
             said = ", ".join(f"{k} {state[k]} -> {now[k]}" for k in changed)
             raise ValueError(f"resume: the data order depends on {said}; restore them, or start a new run with ckpt=")
-        self.batches_done = int(state["batches_done"])
+        readers = trainer.world_size * max(self.config.data.workers, 1)
+        lanes = self.config.data.lanes or int(state["lanes"])
+        if lanes % readers:
+            print(f"resume: {readers} ranks x workers do not divide the run's {lanes} lanes: the order is another from")
+            print(f"  here on, from the same {state['batches_done'] * state['batch_size']} samples done")
+            lanes = readers
+        self.lanes, self.batches_done, self._ready = lanes, int(state["batches_done"]), int(state["ready"])
 
 
 class _Batches(Dataset[Batch]):
@@ -183,3 +232,7 @@ class _Batches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.batches[index]
+
+
+def _is_gone(place: str) -> bool:
+    return not is_remote(place) and not Path(place).is_file()

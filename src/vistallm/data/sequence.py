@@ -151,9 +151,11 @@ class SequenceBuilder:
 
     def _images(self, sample: Sample) -> tuple[torch.Tensor, list[Frame]]:
         assert sample.pixels, "the stream decodes the images before building"
-        squares, frames = zip(*(square_resize(p, self.image_size, self.pad_colour) for p in sample.pixels), strict=True)
+        squares = [square_resize(p, self.image_size, self.pad_colour)[0] for p in sample.pixels]
+        # Frames are of the original size: the pixels may have been decoded at a reduced scale.
+        frames = [Frame(info.width, info.height, self.image_size) for info in sample.images]
         stacked = np.stack(squares).transpose(0, 3, 1, 2)
-        return torch.from_numpy(np.ascontiguousarray(stacked)), list(frames)
+        return torch.from_numpy(np.ascontiguousarray(stacked)), frames
 
     def _opening_ids(self, images: int) -> list[int]:
         """System prompt, `USER:` and the image slots."""

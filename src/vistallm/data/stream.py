@@ -1,75 +1,32 @@
 """Tar shards -> batches: an endless, deterministic training stream and a finite one for validation and evaluation.
 
-The order is a pure function of (seed, epoch, slot), where the slots are the loader workers of all ranks: shards are
-permuted with a seed that every rank shares, then dealt to the slots; samples pass a shuffle buffer of undecoded bytes.
+The stream is cut into lanes (order.py). Batch n of the whole run, counted over all ranks, is the next batch of lane
+n mod lanes, whatever the number of ranks and loader workers: it is theirs in turn. So the place in the data is one
+number, and a run goes on with the very same batches on any ranks x workers that divide the lanes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
-import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import cv2
-import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
 from vistallm.coinit.tasks import TASKS
 from vistallm.data.collate import collate
+from vistallm.data.order import Epoch, Mixture, Visit, check_layout, lane_groups
+from vistallm.data.reader import MAX_PIXELS, RawSample, decode_sample, read_raw
+from vistallm.data.remote import Files, is_remote
 from vistallm.data.sequence import SampleReject, SequenceBuilder
-from vistallm.schema import Batch, Sample, Sequence
+from vistallm.schema import Batch, Sequence
 
-RawSample = dict[str, Any]  # "json": bytes, "0.jpg": bytes, ..., "__key__", "__url__"
 REJECTS_BEFORE_STOP = 100  # samples read before the share of rejects is judged
-
-
-def read_shard(path: Path) -> Iterator[RawSample]:
-    """Yield the undecoded samples of one tar shard in file order (webdataset's own readers); ValueError if broken."""
-    try:
-        for group in group_by_keys(tar_file_expander(url_opener(iter([{"url": str(path)}])))):
-            if group:
-                yield group
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{path}: not a readable tar file ({error.args[0]}); run `python tools/build_coinit.py check {path.parent}`"
-        ) from error
-
-
-def task_of(raw: RawSample) -> str | None:
-    """Return the task of an undecoded sample, None when its JSON can't be read (decoding then rejects it)."""
-    try:
-        return str(json.loads(raw["json"])["task"])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def decode_sample(raw: RawSample) -> Sample:
-    """Decode JSON and images of a raw sample; raises SampleReject (bad-json, missing-image, bad-image)."""
-    key = raw["__key__"]
-    try:
-        sample = Sample.from_json(json.loads(raw["json"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SampleReject("bad-json", f"{key}: {error}") from error
-    sample.pixels = []
-    for info in sample.images:
-        data = raw.get(info.file.lower())
-        if data is None:
-            raise SampleReject("missing-image", f"{key}: no member {key}.{info.file} in the shard")
-        # OpenCV raises for an empty buffer, but returns None for a broken one.
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
-        if pixels is None or pixels.shape[:2] != (info.height, info.width):
-            got = "nothing" if pixels is None else f"{pixels.shape[1]}x{pixels.shape[0]}"
-            raise SampleReject(
-                "bad-image", f"{key}.{info.file}: expected {info.width}x{info.height} pixels, decoded {got}"
-            )
-        sample.pixels.append(pixels)
-    return sample
 
 
 @dataclass
@@ -80,43 +37,53 @@ class RejectLog:
     max_share: float
     read: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    unwritten: int = 0
+    last: str = "none"
+
+    @property
+    def total(self) -> int:
+        """Rejects so far."""
+        return sum(self.counts.values())
 
     def add(self, raw: RawSample, reject: SampleReject) -> None:
         """Record one reject; raises ValueError above `max_share` of the samples read."""
         self.counts[reject.reason] = self.counts.get(reject.reason, 0) + 1
-        if self.path is not None:
-            line = {
-                "shard": raw.get("__url__"),
-                "key": raw.get("__key__"),
-                "reason": reject.reason,
-                "error": str(reject),
-            }
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        total = sum(self.counts.values())
-        if self.read >= REJECTS_BEFORE_STOP and total > self.max_share * self.read:
+        self.last = str(reject)
+        self._write({"shard": raw.shard, "key": raw.key, "reason": reject.reason, "error": str(reject)})
+        if self.read >= REJECTS_BEFORE_STOP and self.total > self.max_share * self.read:
             raise ValueError(
-                f"{total} of {self.read} samples rejected {self.counts}, more than "
+                f"{self.total} of {self.read} samples rejected {self.counts}, more than "
                 f"data.max_reject_share={self.max_share}; see {self.path}, run "
                 f"`python tools/build_coinit.py check DIR`, or raise the share. Last: {reject}"
             )
 
+    def _write(self, line: dict[str, str]) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk must not end a run; the counts go on
+            self.unwritten += 1
+            if self.unwritten == 1:
+                print(f"{self.path}: {error}; rejects are counted but not written until there is room", flush=True)
+
 
 class TrainStream(IterableDataset):
-    """Endless batches of one rank; worker w of `workers` takes every `workers`-th slot of shards.
+    """Endless batches of one rank.
 
     Args:
-        shards: all shard paths of the split, in index order.
-        weights: task -> how often each of its samples is met per epoch (1 = once, 0.5 = every second one, 2 = twice).
-        done: batches that this rank has already trained on: they are skipped without decoding an image.
-        pool: batches that are filled together, so that sequences of like length share one.
+        mixture: the shards and their weights.
+        batch_size: samples of one batch; buffer: undecoded samples that are shuffled together; mix: shards that a
+            lane reads side by side; pool: batches that are filled together, so that sequences of like length share one.
+        lanes: parts that the stream is cut into, a multiple of world_size x workers; None = exactly that many.
+        done: batches that the run has trained on, over all ranks: they are skipped by the index.
     """
 
     def __init__(
         self,
-        shards: list[Path],
+        mixture: Mixture,
         builder: SequenceBuilder,
-        weights: dict[str, float],
         *,
         batch_size: int,
         buffer: int,
@@ -125,33 +92,48 @@ class TrainStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        lanes: int | None = None,
         done: int = 0,
         pool: int = 1,
+        mix: int = 16,
+        files: Files | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
-        slots = world_size * max(workers, 1)
-        if len(shards) < slots:
+        readers = world_size * max(workers, 1)
+        self.lanes = lanes or readers
+        if self.lanes % readers:
             raise ValueError(
-                f"{len(shards)} training shards for {world_size} rank(s) x {max(workers, 1)} worker(s): "
-                "each needs one; lower data.workers or write more, smaller shards"
+                f"data.lanes={self.lanes}: expected a multiple of {world_size} rank(s) x {max(workers, 1)} worker(s)"
             )
-        self.shards, self.builder, self.weights, self.rejects = shards, builder, weights, rejects
+        check_layout(mixture, self.lanes)
+        self.mixture, self.builder, self.rejects = mixture, builder, rejects
         self.batch_size, self.buffer, self.seed = batch_size, buffer, seed
         self.rank, self.world_size, self.workers = rank, world_size, max(workers, 1)
-        self.done, self.pool = done, pool
+        self.done, self.pool, self.mix = done, pool, mix
+        self.files, self.max_pixels = files or Files(), max_pixels
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
-        # The loader asks its workers in turn, from 0: after `done` batches the turn belongs to worker done % workers.
-        lane = (worker + self.done) % self.workers
-        pools, skip = divmod((self.done - lane + self.workers - 1) // self.workers, self.pool)
-        slot = self.rank * self.workers + lane
+        lanes: dict[int, Iterator[Batch]] = {}
+        # The loader asks its workers in turn, from 0: the rank's batch number k is worker k mod workers's.
+        number = self.done + self.rank + worker * self.world_size
+        while True:
+            turn, lane = divmod(number, self.lanes)
+            if lane not in lanes:
+                lanes[lane] = self._batches(lane, turn)
+            yield next(lanes[lane])
+            number += self.world_size * self.workers
+
+    def _batches(self, lane: int, done: int) -> Iterator[Batch]:
+        """Batches of one lane from its batch number `done` on."""
+        pools, skip = divmod(done, self.pool)
         size = self.pool * self.batch_size
-        samples = self._raw(slot, pools * size)
+        samples = self._samples(lane, pools * size)
         while True:
             raws = list(islice(samples, size))
-            yield from self._pool_batches(raws, f"{self.seed}-{slot}-{pools}")[skip:]
+            yield from self._pool_batches(raws, f"{self.seed}-{lane}-{pools}")[skip:]
             pools, skip = pools + 1, 0
 
     def _pool_batches(self, raws: list[RawSample], seed: str) -> list[Batch]:
@@ -161,71 +143,115 @@ class TrainStream(IterableDataset):
         smaller), so that the place in the stream is known from the number of batches alone.
         """
         rows: list[Sequence] = []
+        before = self.rejects.total
         for raw in raws:
             self.rejects.read += 1
-            rng = random.Random(f"{self.seed}-{raw['__key__']}-{raw['__epoch__']}-{raw['__copy__']}")
             try:
-                rows.append(self.builder.build(decode_sample(raw), rng))
+                sample = decode_sample(raw, self.builder.image_size, self.max_pixels)
+                rows.append(self.builder.build(sample, random.Random(f"{self.seed}-{sample.id}-{raw.copy}")))
             except SampleReject as reject:
                 self.rejects.add(raw, reject)
         if len(rows) < self.pool:
             raise ValueError(
-                f"{len(rows)} of {len(raws)} samples are usable {self.rejects.counts}; see {self.rejects.path}"
+                f"{len(rows)} of {len(raws)} samples are usable {self.rejects.counts}; see {self.rejects.path}. "
+                f"Last: {self.rejects.last}"
             )
         rows.sort(key=lambda sequence: len(sequence.input_ids))
         edges = [round(i * len(rows) / self.pool) for i in range(self.pool + 1)]
         order = random.Random(seed).sample(range(self.pool), self.pool)
-        return [collate(rows[edges[i] : edges[i + 1]], self.builder.vocabulary) for i in order]
+        batches = [collate(rows[edges[i] : edges[i + 1]], self.builder.vocabulary) for i in order]
+        batches[0].rejects = self.rejects.total - before
+        return batches
 
-    def _raw(self, slot: int, skip: int) -> Iterator[RawSample]:
-        """Shuffled raw samples of all epochs, the first `skip` left out."""
-        epoch = 0
+    def _samples(self, lane: int, skip: int) -> Iterator[RawSample]:
+        """Raw samples of a lane, all epochs, the first `skip` left out by arithmetic; shuffled in blocks of `buffer`.
+
+        Blocks, and not a sliding buffer, because the place in a block says which samples have been given.
+        """
+        number = 0
         while True:
-            rng = random.Random(f"{self.seed}-{epoch}")
-            order = rng.sample(range(len(self.shards)), len(self.shards))
-            mine = order[slot :: self.world_size * self.workers]
-            mixer = random.Random(f"{self.seed}-{epoch}-{slot}")
-            for raw in _shuffled(self._weighted(mine, epoch), self.buffer, mixer):
-                if skip > 0:
-                    skip -= 1
-                    continue
-                yield raw
-            epoch += 1
+            total = self.mixture.total(number)
+            size = (lane + 1) * total // self.lanes - lane * total // self.lanes
+            if skip < size:
+                epoch = Epoch(self.mixture, self.seed, number)
+                block, given = divmod(skip, self.buffer)
+                samples = self._read(epoch, lane, block * self.buffer)
+                while raws := list(islice(samples, self.buffer)):
+                    random.Random(f"{self.seed}-{number}-{lane}-{block}").shuffle(raws)
+                    del raws[len(raws) - given :]
+                    while raws:
+                        yield raws.pop()  # what is used is let go at once
+                    block, given = block + 1, 0
+            skip = max(skip - size, 0)
+            number += 1
 
-    def _weighted(self, shards: list[int], epoch: int) -> Iterator[RawSample]:
-        for number in shards:
-            for raw in read_shard(self.shards[number]):
-                task = task_of(raw)
-                weight = 1.0 if task is None else self.weights.get(task, 0.0)
-                copies, rest = divmod(weight, 1)
-                # A generator is drawn for broken weights alone: this runs for every sample, also those left out.
-                if rest and random.Random(f"{self.seed}-{epoch}-{raw['__key__']}-weight").random() < rest:
-                    copies += 1
-                for copy in range(int(copies)):
-                    yield {**raw, "__epoch__": epoch, "__copy__": copy}
+    def _read(self, epoch: Epoch, lane: int, skip: int) -> Iterator[RawSample]:
+        """Raw samples of a lane in one epoch before they are shuffled, the first `skip` left out."""
+        for visits, turns in lane_groups(epoch, lane, self.lanes, skip, self.mix):
+            open_visits = [self._visit(visit) for visit in visits]
+            for turn in turns:
+                yield next(open_visits[turn])
+            for visit in open_visits:
+                next(visit, None)  # to its end: it closes its file and counts what was too much in it
 
+    def _visit(self, visit: Visit) -> Iterator[RawSample]:
+        """The samples of a visit, exactly as many as the index promises: those that aren't there come as faults."""
+        shard = self.mixture.shards[visit.shard]
+        takes, met, found = {take.task: take for take in visit.takes}, Counter[str](), 0
+        promised = sum(take.high - take.low for take in visit.takes)
 
-def _shuffled(samples: Iterator[RawSample], size: int, rng: random.Random) -> Iterator[RawSample]:
-    buffer: list[RawSample] = []
-    for sample in samples:
-        buffer.append(sample)
-        if len(buffer) >= size:
-            place = rng.randrange(len(buffer))
-            buffer[place], buffer[-1] = buffer[-1], buffer[place]
-            yield buffer.pop()
-    rng.shuffle(buffer)
-    yield from buffer
+        def keep(task: str) -> bool:
+            nonlocal found
+            if task not in takes:
+                return task not in TASKS
+            met[task] += 1
+            if not takes[task].low < met[task] <= takes[task].high:
+                return False
+            found += 1
+            return visit.start < found <= visit.stop
+
+        given, broken = visit.start, list[RawSample]()
+        self._check_size(visit)
+        for raw in read_raw(shard.place, keep, self.files, shard.size):
+            if raw.task not in takes:
+                broken.append(raw)
+                continue
+            raw.copy = takes[raw.task].copy
+            yield raw
+            given += 1
+            if given == visit.stop:
+                break
+        for number in range(max(found, visit.start), visit.stop):
+            yield broken[number - found] if number - found < len(broken) else self._missing(visit, found, broken)
+        if visit.stop == promised:
+            for raw in broken[promised - found :]:
+                self.rejects.add(raw, raw.fault or SampleReject("unknown-task", f"{raw.key}: task {raw.task!r}"))
+
+    def _missing(self, visit: Visit, found: int, broken: list[RawSample]) -> RawSample:
+        place = self.mixture.shards[visit.shard].place
+        why = f"; {broken[-1].fault}" if broken and broken[-1].fault else ""
+        promised = ", ".join(f"{take.high - take.low} of {take.task}" for take in visit.takes)
+        text = f"{place}: the index promises {promised} in this part, {found} are there{why}"
+        return RawSample(place, "", fault=SampleReject("missing-sample", text))
+
+    def _check_size(self, visit: Visit) -> None:
+        """Count a shard whose file is not the one of the index; what can be read of it is still used."""
+        shard = self.mixture.shards[visit.shard]
+        if shard.size is None or is_remote(shard.place) or not os.path.isfile(shard.place):
+            return
+        size = os.path.getsize(shard.place)
+        if size != shard.size:
+            text = f"{shard.place}: the index says {shard.size} bytes, the file has {size}; build or copy it again"
+            self.rejects.add(RawSample(shard.place, ""), SampleReject("changed-shard", text))
 
 
 def evaluation_sequences(
-    shards: list[Path], builder: SequenceBuilder, task: str, rejects: RejectLog, limit: int | None = None
+    shards: Iterable[Path | str], builder: SequenceBuilder, task: str, rejects: RejectLog, limit: int | None = None
 ) -> Iterator[Sequence]:
     """Yield the sequences of one task in file order with the fixed evaluation template, at most `limit`."""
     found = 0
     for shard in shards:
-        for raw in read_shard(shard):
-            if task_of(raw) not in (task, None):
-                continue
+        for raw in read_raw(shard, lambda other: other == task):
             if limit is not None and found >= limit:
                 return
             found += 1
@@ -234,11 +260,3 @@ def evaluation_sequences(
                 yield builder.build(decode_sample(raw))
             except SampleReject as reject:
                 rejects.add(raw, reject)
-
-
-def stage_weights(weights: dict[str, float], stage: int) -> dict[str, float]:
-    """Return the mixture: `weights` as given, or every single-image (stage 1) or multi-image (stage 2) task once."""
-    unknown = sorted(set(weights) - set(TASKS))
-    if unknown:
-        raise ValueError(f"data.weights: unknown task(s) {', '.join(unknown)}; known: {', '.join(TASKS)}")
-    return dict(weights) or {name: 1.0 for name, task in TASKS.items() if task.multi_image == (stage == 2)}

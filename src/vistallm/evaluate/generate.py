@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from vistallm.coinit.tasks import find_task
 from vistallm.config import Config
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
+from vistallm.data.reader import decode_sample, read_raw
 from vistallm.data.sequence import SequenceBuilder
-from vistallm.data.stream import decode_sample, evaluation_sequences, read_shard
+from vistallm.data.stream import evaluation_sequences
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
 from vistallm.evaluate.grammar import RegionGrammar, Rule, rule_of
@@ -95,7 +95,7 @@ def generate_predictions(
     builder, answerer = build_sequencer(config, model.vocabulary), Answerer(model, config)
     for name, benchmark in benchmarks.items():
         rejects = reject_log(config)
-        shards = split_shards(root / benchmark.shards, benchmark.split)
+        shards = split_shards(root / benchmark.shards, benchmark.split, benchmark.task)
         rows = evaluation_sequences(shards, builder, benchmark.task, rejects, config.decode.limit)
         bar, found = tqdm(desc=name, unit=" answers", leave=False), 0
         while sequences := list(islice(rows, config.decode.batch_size)):
@@ -152,11 +152,11 @@ def picked_images(
     found: dict[str, list[np.ndarray]] = {}
     for (folder, split), ids in wanted.items():
         with contextlib.suppress(ValueError):  # no such shards here: the page draws on a plain canvas
-            raws = (raw for shard in split_shards(root / folder, split) for raw in read_shard(shard))
+            raws = (raw for shard in split_shards(root / folder, split) for raw in read_raw(shard))
             for raw in raws:
                 if ids <= found.keys():
                     break
-                if (key := json.loads(raw["json"])["id"]) in ids and key not in found:
+                if raw.record and (key := raw.record.get("id")) in ids and key not in found:
                     found[key] = decode_sample(raw).pixels or []
     return found
 

@@ -25,6 +25,8 @@ COLUMNS = [
         "samples",
         "tokens",
         "padding",
+        "rejects",
+        "skipped",
         "val_loss",
         "val_accuracy",
     ),

@@ -81,6 +81,7 @@ class VistaModule(L.LightningModule):
         row_size = torch.zeros(len(batch)).index_add_(0, output.row.cpu(), torch.ones(len(output.row)))
         facts = {
             "samples": len(batch),
+            "rejects": batch.rejects,
             "tokens": int(batch.attention_mask.sum()),
             "cells": cells,
             "supervised": int((batch.labels != IGNORE_INDEX).sum()),
@@ -104,6 +105,7 @@ class VistaModule(L.LightningModule):
             "grad_norm": norm,
             "samples": sums["samples"],
             "tokens": sums["tokens"],
+            "rejects": sums["rejects"],
             "padding": 1 - sums["tokens"] / sums["cells"],
             **{f"loss/{task}": sums[f"loss/{task}"] / size for task, size in tasks.items()},
         }

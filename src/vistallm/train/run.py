@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from vistallm.config import Config, save_config
-from vistallm.data.datamodule import CoinItDataModule, build_codec, data_root
+from vistallm.data.datamodule import CoinItDataModule, build_codec, training_root
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
@@ -35,7 +35,7 @@ def train(config: Config) -> Path:
     check_trainer_keys(config.trainer)
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
-    root, run_dir = data_root(config), Path(str(config.run_dir))
+    root, run_dir = training_root(config), Path(str(config.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
     resume = resume_path(config)
     module, data = build(config, root)
@@ -72,7 +72,7 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; the nearest is trainer.{near}")
 
 
-def build(config: Config, root: Path) -> tuple[VistaModule, CoinItDataModule]:
+def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModule]:
     """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
     start = find_checkpoint(config.ckpt) if config.ckpt else None
     codec = build_codec(config)

@@ -18,7 +18,7 @@ MADE = [
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory, picture, command, builder):
     """The sequences of every row of MADE, with drawn templates."""
-    from vistallm.data.stream import decode_sample, read_shard
+    from vistallm.data.reader import decode_sample, read_raw
 
     found = []
     for number, (source, split, write, *words) in enumerate(MADE):
@@ -26,7 +26,7 @@ def sequences(tmp_path_factory, picture, command, builder):
         write(root, picture)
         words = [word.format(root=root) for word in words]
         assert command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, *words) == 0, source
-        raws = [raw for shard in sorted(out.glob("*.tar")) for raw in read_shard(shard)]
+        raws = [raw for shard in sorted(out.glob("*.tar")) for raw in read_raw(shard)]
         found.append([builder.build(decode_sample(raw), random.Random(0)) for raw in raws])
     return found
 

@@ -1,0 +1,145 @@
+"""Source folders + configuration -> the training mixture: which shards, and how often each (source, task) is met."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vistallm.coinit.shards import read_index
+from vistallm.coinit.tasks import TASKS
+from vistallm.config import Config, DataConfig
+from vistallm.data.order import Column, Mixture, Shard
+from vistallm.data.remote import Files, is_remote, join
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One source's shards: the source's name, the folder's place, its index.json; weight: of all its samples."""
+
+    source: str
+    place: str
+    index: dict[str, Any]
+    weight: float = 1.0
+
+    def shards(self, split: str) -> list[Shard]:
+        """The shards of a split, in index order."""
+        rows = self.index["shards"].items()
+        return [
+            Shard(join(self.place, name), self.source, row["tasks"], row["bytes"])
+            for name, row in rows
+            if row["split"] == split
+        ]
+
+
+def remote_files(data: DataConfig) -> Files:
+    """How the configuration reads remote shards."""
+    return Files(Path(data.cache) if data.cache else None)
+
+
+def find_folders(data: DataConfig, root: str) -> tuple[list[Folder], list[str]]:
+    """Return the source folders of the mixture, and the names of those that are not there.
+
+    A root with an index.json of its own is one source by itself, whatever `data.sources` says.
+    """
+    single = _index(root)
+    if single is not None or not data.sources:
+        return [Folder(".", root, single if single is not None else read_index(root))], []
+    folders, missing = [], []
+    for name, weight in data.sources.items():
+        if weight <= 0:
+            continue
+        index = _index(join(root, name))
+        if index is None:
+            missing.append(name)
+        else:
+            folders.append(Folder(name, join(root, name), index, weight))
+    return folders, missing
+
+
+def require_folders(data: DataConfig, root: str) -> list[Folder]:
+    """Return the source folders; raises ValueError when one is missing, unless `data.missing_sources=skip`."""
+    folders, missing = find_folders(data, root)
+    if missing and (data.missing_sources != "skip" or not folders):
+        raise ValueError(
+            f"data.root={root}: {len(missing)} of {len(data.sources)} sources are missing: {', '.join(missing)}; build "
+            "them with tools/build_coinit.py, give them weight 0, or set data.missing_sources=skip"
+        )
+    if missing:
+        print(f"data.missing_sources=skip: training without {', '.join(missing)}")
+    return folders
+
+
+def _index(place: str) -> dict[str, Any] | None:
+    """The index of a folder, None when there is none."""
+    if not is_remote(place):
+        return read_index(place) if (Path(place) / "index.json").is_file() else None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with Files().open(join(place, "index.json")) as file:
+                (Path(folder) / "index.json").write_bytes(file.read())
+        except ValueError:  # gave up: no such source, and the place is named where that is reported
+            return None
+        return read_index(folder)
+
+
+def build_mixture(config: Config, folders: list[Folder]) -> Mixture:
+    """The training mixture of a stage.
+
+    The weight of a (source, task) is the source's times the task's; `data.temperature` T then turns a source's share
+    s of an epoch into s^(1/T), rescaled to the same number of samples; `data.max_per_task` scales tasks down.
+
+    Raises:
+        ValueError: unknown task names, or no sample of positive weight.
+    """
+    data = config.data
+    counts: dict[Column, int] = {
+        (folder.source, task): n for folder in folders for task, n in folder.index["tasks"].get("train", {}).items()
+    }
+    unknown = {f"{source}:{task}" for source, task in counts if task not in TASKS}
+    if unknown:
+        raise ValueError(f"unknown task(s) in the shards: {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
+    tasks, own = stage_weights(data.weights, config.stage), {folder.source: folder.weight for folder in folders}
+    counts = {column: n for column, n in counts.items() if column[1] in tasks}
+    weights = {column: own[column[0]] * tasks[column[1]] for column in counts}
+    weights = _capped(_tempered(weights, counts, data.temperature), counts, data.max_per_task)
+    named = {(folder.source, task): 0.0 for folder in folders for task in tasks}  # for the message when none is there
+    return Mixture([shard for folder in folders for shard in folder.shards("train")], named | weights)
+
+
+def _tempered(weights: dict[Column, float], counts: dict[Column, int], temperature: float) -> dict[Column, float]:
+    if temperature <= 0:
+        raise ValueError(f"data.temperature={temperature}: expected a number above 0; 1 keeps the weights")
+    size = _sums((column[0], weights[column] * n) for column, n in counts.items())
+    total = sum(size.values())
+    powers = {source: (n / total) ** (1 / temperature) for source, n in size.items() if n > 0}
+    scale = {source: total * power / sum(powers.values()) / size[source] for source, power in powers.items()}
+    return {column: weight * scale.get(column[0], 1.0) for column, weight in weights.items()}
+
+
+def _capped(weights: dict[Column, float], counts: dict[Column, int], caps: dict[str, int]) -> dict[Column, float]:
+    if unknown := set(caps) - set(TASKS):
+        raise ValueError(f"data.max_per_task: unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
+    size = _sums((column[1], weights[column] * n) for column, n in counts.items())
+    return {
+        column: weight * min(1.0, caps.get(column[1], float("inf")) / max(size[column[1]], 1e-9))
+        for column, weight in weights.items()
+    }
+
+
+def _sums(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    sums: Counter[str] = Counter()
+    for key, value in pairs:
+        sums[key] += value  # type: ignore[assignment]
+    return dict(sums)
+
+
+def stage_weights(weights: dict[str, float], stage: int) -> dict[str, float]:
+    """Return the task weights: as given, or every single-image (stage 1) or multi-image (stage 2) task once."""
+    unknown = sorted(set(weights) - set(TASKS))
+    if unknown:
+        raise ValueError(f"data.weights: unknown task(s) {', '.join(unknown)}; known: {', '.join(TASKS)}")
+    return dict(weights) or {name: 1.0 for name, task in TASKS.items() if task.multi_image == (stage == 2)}
