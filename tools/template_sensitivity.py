@@ -31,7 +31,7 @@ from vistallm.train.run import quiet
 
 
 def measure(model: VistaLLM, config: Config, root: Path, benchmark: Benchmark, number: int) -> dict[str, Any]:
-    """Answer and score a benchmark with one template of its task: {"template", "score", "unreadable", "n"}."""
+    """Answer and score a benchmark with one template of its task: {"template", "score", "unreadable", "n", "headline"}."""
     config.decode.template = number
     predictions = list(generate_predictions(model, config, root, {benchmark.name: benchmark}, Pace()))
     found = score(predictions, {benchmark.name: benchmark})[benchmark.name]
@@ -40,6 +40,7 @@ def measure(model: VistaLLM, config: Config, root: Path, benchmark: Benchmark, n
         "score": found.scores[found.headline],
         "unreadable": found.unreadable,
         "n": found.n,
+        "headline": found.headline,
     }
 
 
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
     for name, benchmark in chosen.items():
         texts = load_templates(benchmark.task, templates)
         rows = [measure(model, config, root, benchmark, number) for number in range(len(texts))]
-        found = {"headline": benchmark.headline, "n": rows[0]["n"], **summarise(rows)}
+        found = {"headline": rows[0]["headline"], "n": rows[0]["n"], **summarise(rows)}
         for key in ("worst", "best"):
             found[f"{key}_text"] = None if found["mean"] is None else texts[found[f"{key}_template"]]
         found["rows"] = [row | {"text": text} for row, text in zip(rows, texts, strict=True)]
