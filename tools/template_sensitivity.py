@@ -31,7 +31,7 @@ from vistallm.train.run import quiet
 
 
 def measure(model: VistaLLM, config: Config, root: Path, benchmark: Benchmark, number: int) -> dict[str, Any]:
-    """Answer and score a benchmark with one template of its task: {"template", "score", "unreadable", "n", "headline"}."""
+    """Answer and score a benchmark with one template of its task; the scores are those of its headline."""
     config.decode.template = number
     predictions = list(generate_predictions(model, config, root, {benchmark.name: benchmark}, Pace()))
     found = score(predictions, {benchmark.name: benchmark})[benchmark.name]
