@@ -57,7 +57,7 @@ def _load(source: str, file: str, options: SourceOptions) -> Source:
         texts = [text for _, text in turns]
         rounds = [list(pair) for pair in zip(texts[0::2], texts[1::2], strict=True)]
         instruction, answer = rounds.pop()
-        name = f"{source}-{options.split}-{number}-{require(record, 'id', str, where)}"
+        name = f"{source}-{options.split}-{number}-{require(record, 'id', (str, int), where)}"
         sample = Sample(name, "instruct", source, [ImageInfo("", 0, 0)], instruction, answer=answer)
         sample.fields = {"rounds": rounds} if rounds else {}
         sample.meta = {"image_ids": [_image_id(image)]}
