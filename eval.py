@@ -1,6 +1,8 @@
 """Evaluate: `python eval.py ckpt=RUN [benchmarks=[...]] [key=value ...]` or `python eval.py predictions=FILE.jsonl`.
 
-Writes predictions.jsonl (before any score), scores.json and report.html into run_dir= (default: the run's own folder).
+Writes predictions.jsonl (before any score), scores.json, report.html and submission files (exports/) into run_dir=
+(default: the run's own folder). A benchmark that can't be run or scored is told in a line, the others go on, and the
+exit code is then 1.
 """
 
 from __future__ import annotations
@@ -11,49 +13,80 @@ from pathlib import Path
 
 import torch
 
+from vistallm.coinit.shards import read_index
 from vistallm.config import Config, apply_overrides, config_from_file, load_config, save_config
-from vistallm.data.datamodule import build_codec, data_root
+from vistallm.data.datamodule import MINI_ROOT, build_codec, data_root
 from vistallm.evaluate import benchmarks as bench
-from vistallm.evaluate.generate import Pace, generate_predictions
+from vistallm.evaluate.export import write_exports
+from vistallm.evaluate.gallery import shown
+from vistallm.evaluate.generate import Pace, generate_predictions, picked_images
+from vistallm.evaluate.predictions import read_predictions, write_predictions
 from vistallm.evaluate.report import write_report
 from vistallm.schema import Prediction
 from vistallm.train.checkpoint import find_checkpoint, load_run
 from vistallm.train.run import quiet
 
+Faults = dict[str, str]  # benchmark -> why it has no score
 
-def main(argv: list[str]) -> None:
-    """Score a predictions file, or generate predictions with a checkpoint and score them."""
+
+def main(argv: list[str]) -> int:
+    """Score a predictions file, or generate predictions with a checkpoint and score them; returns the exit code."""
     quiet()
     config = load_eval_config(argv)
     out = Path(str(config.run_dir))
     out.mkdir(parents=True, exist_ok=True)
     if config.ckpt is not None and not (out / "config.yaml").is_file():
         save_config(config, out / "config.yaml")  # scoring the file again then uses the same coordinates
-    pace = Pace()
+    pace, faults = Pace(), Faults()
+    known = bench.load_benchmarks()
     if config.predictions is None:
-        chosen = bench.select_benchmarks(bench.load_benchmarks(), config.benchmarks, config.data.name)
-        predictions = generate(config, chosen, out, pace)
+        predictions = generate(config, known, out, (pace, faults))
     else:
-        predictions = bench.read_predictions(Path(config.predictions))
-        chosen = bench.load_benchmarks()
-    scores = bench.score(predictions, chosen, build_codec(config))
-    bench.write_predictions(predictions, out / "predictions.jsonl")
+        predictions = read_predictions(Path(config.predictions), faults)
+    malformed = bool(faults) and config.predictions is not None
+    scores = bench.score(predictions, known, build_codec(config), faults)
+    if not malformed:  # a file with lines that can't be read stays as it is, for its owner to look at
+        write_predictions(predictions, out / "predictions.jsonl")
     run = {"checkpoint": config.ckpt or "none", "samples": len(predictions), **told(pace)}
+    if faults:
+        run["not scored"] = ", ".join(faults)
     bench.write_scores(scores, out / "scores.json", run)
     write_report(
         out / "report.html",
         scores,
-        predictions,
-        pace.images,
+        [prediction for prediction in predictions if prediction.benchmark in scores],
+        picked_images(Path(config.data.root or MINI_ROOT), known, shown(predictions)),
         history=histories(config),
         run=run,
         config=(out / "config.yaml").read_text() if (out / "config.yaml").is_file() else "",
     )
+    show(scores)
+    export(known, scores, predictions, out / "exports")
+    print(f"look at {out / 'report.html'}")
+    for name, fault in faults.items():
+        print(f"eval.py: {name} has no score: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def show(scores: bench.Scores) -> None:
+    """Print the headline of every benchmark."""
     for one in scores.values():
         value = one.scores[one.headline]
-        shown = "no sample counts" if value is None else f"{100 * value:6.1f}"
-        print(f"{one.name:<18} {one.headline:<28} {shown}   n {one.n}, unreadable {100 * one.unreadable:.1f}%")
-    print(f"look at {out / 'report.html'}")
+        result = "no sample counts" if value is None else f"{100 * value:6.1f}"
+        hidden = f", {one.unlabelled} without a public answer" if one.unlabelled else ""
+        print(f"{one.name:<26} {one.headline:<16} {result}   n {one.n}, unreadable {100 * one.unreadable:.1f}%{hidden}")
+
+
+def export(known: dict[str, bench.Benchmark], scores: bench.Scores, predictions: list[Prediction], out: Path) -> None:
+    """Write the submission files, and say which could not be written."""
+    for name in scores:
+        kind = known[name].export
+        if kind is None:
+            continue
+        try:
+            print(f"wrote {write_exports(out, kind, name, [p for p in predictions if p.benchmark == name])}")
+        except ValueError as error:
+            print(f"eval.py: no submission file of {name}: {error}", file=sys.stderr)
 
 
 def load_eval_config(argv: list[str]) -> Config:
@@ -74,16 +107,49 @@ def load_eval_config(argv: list[str]) -> Config:
     return apply_overrides(config_from_file(own), words) if own.is_file() else load_config(words)
 
 
-def generate(config: Config, chosen: dict[str, bench.Benchmark], out: Path, pace: Pace) -> list[Prediction]:
-    """Generate and write predictions.jsonl, unscored."""
-    root = data_root(config)
+def generate(
+    config: Config, known: dict[str, bench.Benchmark], out: Path, notes: tuple[Pace, Faults]
+) -> list[Prediction]:
+    """Generate and write predictions.jsonl, unscored; a benchmark that fails is added to the faults.
+
+    Benchmarks that are asked for by name must be there; without names, those of `data.root` are run.
+    """
+    pace, faults = notes
+    root = data_root(config) if config.data.root is None else Path(config.data.root)
+    chosen = bench.select_benchmarks(known, config.benchmarks, config.data.name)
+    absent = {name: why for name, one in chosen.items() if (why := missing(root, one)) is not None}
+    if config.benchmarks is not None:
+        faults.update(absent)
+    elif absent:
+        print(f"{len(absent)} benchmark(s) have no data in {root} and are left out: {', '.join(absent)}")
+    if len(absent) == len(chosen):
+        raise ValueError("no benchmark to run:\n" + "\n".join(f"{name}: {why}" for name, why in absent.items()))
     model, _, _ = load_run(str(config.ckpt), config)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    start = time.perf_counter()
-    predictions = list(generate_predictions(model, config, root, chosen, pace))
-    bench.write_predictions(predictions, out / "predictions.jsonl")
+    start, predictions = time.perf_counter(), list[Prediction]()
+    for name, one in chosen.items():
+        if name in absent:
+            continue
+        try:
+            predictions += list(generate_predictions(model, config, root, {name: one}, pace))
+        except ValueError as error:
+            faults[name] = str(error)
+    write_predictions(predictions, out / "predictions.jsonl")
     print(f"{len(predictions)} answers in {time.perf_counter() - start:.0f} s")
     return predictions
+
+
+def missing(root: Path, benchmark: bench.Benchmark) -> str | None:
+    """Return what a benchmark's data lacks in `root`, or None when its shards hold samples of its task."""
+    try:
+        index = read_index(root / benchmark.shards)
+    except ValueError as error:
+        return str(error)
+    tasks = index["tasks"].get(benchmark.split, {})
+    if tasks.get(benchmark.task):
+        return None
+    had = ", ".join(tasks) or f"nothing; its splits are {', '.join(index['tasks'])}"
+    return f"{root / benchmark.shards}: expected {benchmark.task} samples in split {benchmark.split}, it has {had}"
 
 
 def told(pace: Pace) -> dict[str, object]:
@@ -97,6 +163,7 @@ def told(pace: Pace) -> dict[str, object]:
         "seconds of generation": round(pace.seconds, 1),
         "samples per second": round(pace.samples / pace.seconds, 1),
         "tokens per second": round(pace.tokens / pace.seconds, 1),
+        "seconds per image": round(pace.seconds / pace.images, 4),
         "rejected samples": sum(pace.rejects.values()),
     }
 
@@ -115,6 +182,6 @@ def histories(config: Config) -> dict[str, Path]:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"eval.py: {error}")

@@ -9,16 +9,20 @@ import dataclasses
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
 
 from vistallm.coinit.tasks import find_task
-from vistallm.evaluate.families import FAMILIES, Family, NamedScores
+from vistallm.evaluate.export import EXPORTS
+from vistallm.evaluate.families import FAMILIES, GROUPS, Family, NamedScores
+from vistallm.evaluate.family import group_mean
+from vistallm.evaluate.predictions import as_filed
 from vistallm.evaluate.targets import fact, target_regions
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame
@@ -26,6 +30,7 @@ from vistallm.schema import Prediction
 
 BENCHMARKS_FILE = Path(__file__).resolve().parents[3] / "configs" / "benchmarks.yaml"
 SCORES_VERSION = 1
+CEILING_SAMPLES = 1000  # targets put through the codec for a ceiling, evenly taken: writing a mask costs milliseconds
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class Benchmark:
         split: shard split.
         shards: folder of the shards, relative to data.root.
         metric: score family, a key of `FAMILIES`; null in the file = the task's.
+        headline: the score that stands for it; null in the file = the family's.
+        average: "ref_id" or "class": the family's means are also averaged over the groups that share this meta value.
+        export: submission file, a key of `EXPORTS`, or None.
         paper: published rows, for a real benchmark only.
     """
 
@@ -57,6 +65,9 @@ class Benchmark:
     split: str
     shards: str
     metric: str
+    headline: str
+    average: str | None = None
+    export: str | None = None
     paper: tuple[PaperRow, ...] = ()
 
     @property
@@ -72,9 +83,10 @@ class BenchmarkScores:
     Attributes:
         headline: the name in `scores` that stands for the benchmark.
         n: samples; unreadable: share of them whose answer could not be read; failures: their number by reason.
+        unlabelled: samples whose answer the dataset keeps to itself; they are exported and in no score.
         scores: name -> share in [0, 1], None where no sample counts.
         splits: "seen" and "held_out" (attribute combinations absent from training) -> {"n", "scores"}.
-        ceiling: the same scores for the target masks put through the codec, None for other benchmarks.
+        ceiling: the same scores for (at most 1,000 of) the target masks put through the codec, None without masks.
     """
 
     name: str
@@ -88,6 +100,7 @@ class BenchmarkScores:
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     ceiling: NamedScores | None = None
     paper: list[dict[str, Any]] = field(default_factory=list)
+    unlabelled: int = 0
 
 
 Scores = dict[str, BenchmarkScores]
@@ -102,18 +115,23 @@ def load_benchmarks(path: Path = BENCHMARKS_FILE) -> dict[str, Benchmark]:
         try:
             if unknown := set(entry) - known:
                 raise ValueError(f"unknown key(s) {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-            metric = entry.get("metric") or find_task(entry["task"]).metric
-            if metric not in FAMILIES:
-                raise ValueError(f"metric: expected one of {', '.join(FAMILIES)}, got {metric!r}")
-            paper = tuple(PaperRow(**row) for row in entry.get("paper", ()))
-            found[name] = Benchmark(
-                name, entry["task"], entry["data"], entry["split"], entry.get("shards", "."), metric, paper
-            )
+            found[name] = _read_entry(name, dict(entry))
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{path.name}, {name}: {'missing key ' if isinstance(error, KeyError) else ''}{error}")
     if problems:
         raise ValueError("\n".join(problems))
     return found
+
+
+def _read_entry(name: str, entry: dict[str, Any]) -> Benchmark:
+    entry["metric"] = entry.get("metric") or find_task(entry["task"]).metric
+    choices = {"metric": FAMILIES, "average": {None, *GROUPS}, "export": {None, *EXPORTS}}
+    for key, known in choices.items():
+        if entry.get(key) not in known:
+            raise ValueError(f"{key}: expected one of {', '.join(map(str, known))}, got {entry.get(key)!r}")
+    entry["headline"] = entry.get("headline") or FAMILIES[entry["metric"]].headline
+    rows = tuple(PaperRow(**row) for row in entry.pop("paper", ()))
+    return Benchmark(name, **{"shards": ".", **entry}, paper=rows)
 
 
 def select_benchmarks(
@@ -136,75 +154,111 @@ def select_benchmarks(
 
 
 def score(
-    predictions: list[Prediction], benchmarks: Mapping[str, Benchmark], codec: RegionCodec | None = None
+    predictions: list[Prediction],
+    benchmarks: Mapping[str, Benchmark],
+    codec: RegionCodec | None = None,
+    faults: dict[str, str] | None = None,
 ) -> Scores:
-    """Score predictions and fill `Prediction.score` of each.
+    """Score predictions and fill `Prediction.score` of each; the order of the predictions changes no score.
 
     Args:
         predictions: of any benchmarks, in any order.
         benchmarks: must hold every benchmark that the predictions name.
         codec: with the run's settings; gives the mask ceilings, which are left out without it.
+        faults: benchmark -> why it has no score. With it, a benchmark in it is left out, one that can't be scored is
+            added to it, and the others are scored; without it, the first fault is raised.
 
     Returns:
         Scores per benchmark, in the order of `benchmarks`; benchmarks without predictions are left out.
 
     Raises:
-        ValueError: for an unknown benchmark, an id that occurs twice in one, or a malformed target.
+        ValueError: for an unknown benchmark, an id that occurs twice in one, or a missing or malformed target.
     """
     groups: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault(prediction.benchmark, []).append(prediction)
-    select_benchmarks(benchmarks, groups, "")
-    for name, group in groups.items():
-        twice = [key for key, number in Counter(p.id for p in group).items() if number > 1]
-        if twice:
-            raise ValueError(f"{name}: {len(twice)} prediction id(s) occur more than once, for example {twice[0]!r}")
-    return {name: _score_one(b, groups[name], codec) for name, b in benchmarks.items() if name in groups}
+    scores = {}
+    for name in [*(name for name in benchmarks if name in groups), *sorted(set(groups) - set(benchmarks))]:
+        if name in (faults or {}):
+            continue
+        try:
+            benchmark = select_benchmarks(benchmarks, [name], "")[name]
+            scores[name] = _score_one(benchmark, sorted(groups[name], key=lambda one: one.id), codec)
+        except ValueError as error:
+            if faults is None:
+                raise
+            faults[name] = str(error)
+    return scores
 
 
 def _score_one(benchmark: Benchmark, predictions: list[Prediction], codec: RegionCodec | None) -> BenchmarkScores:
+    """Score one benchmark's predictions, sorted by id: sums of floats depend on their order."""
+    twice = [key for key, number in Counter(p.id for p in predictions).items() if number > 1]
+    if twice:
+        raise ValueError(
+            f"{benchmark.name}: {len(twice)} prediction id(s) occur more than once, for example {twice[0]!r}"
+        )
     family = benchmark.family
-    facts = family.measure(_as_filed(predictions))
-    for prediction, one in zip(predictions, facts, strict=True):
+    labelled = [prediction for prediction in predictions if not fact(prediction, "unlabelled", False)]
+    facts = family.measure([as_filed(prediction) for prediction in labelled])
+    for prediction, one in zip(labelled, facts, strict=True):
         prediction.score = round(float(family.sample_score(one)), 6) if prediction.parsed is not None else 0.0
     failures = Counter(p.failure or "unknown" for p in predictions if p.parsed is None)
+    summarise = _summariser(benchmark, [fact(p, benchmark.average) for p in labelled] if benchmark.average else None)
     splits = {}
-    held_out = [fact(p, "held_out") for p in predictions]
+    held_out = [fact(p, "held_out") for p in labelled]
     for name, wanted in (("seen", False), ("held_out", True)):
-        part = [one for one, flag in zip(facts, held_out, strict=True) if flag is not None and bool(flag) == wanted]
-        if part:
-            splits[name] = {"n": len(part), "scores": family.summarise(part)}
+        if part := [i for i, flag in enumerate(held_out) if flag is not None and bool(flag) == wanted]:
+            splits[name] = {"n": len(part), "scores": summarise(facts, part)}
     return BenchmarkScores(
         name=benchmark.name,
         task=benchmark.task,
         metric=benchmark.metric,
-        headline=family.headline,
+        headline=benchmark.headline,
         n=len(predictions),
         unreadable=sum(failures.values()) / len(predictions),
         failures=dict(failures.most_common()),
-        scores=family.summarise(facts),
+        scores=summarise(facts, range(len(facts))),
         splits=splits if len(splits) == 2 else {},
-        ceiling=mask_ceiling(predictions, family, codec) if codec is not None and family.masks else None,
+        ceiling=mask_ceiling(labelled, benchmark, codec) if codec is not None and family.masks and labelled else None,
         paper=[dataclasses.asdict(row) for row in benchmark.paper],
+        unlabelled=len(predictions) - len(labelled),
     )
 
 
-def mask_ceiling(predictions: list[Prediction], family: Family, codec: RegionCodec) -> NamedScores:
+def _summariser(benchmark: Benchmark, groups: list[Any] | None) -> Callable[[list[Any], Sequence[int]], NamedScores]:
+    """Return the function that scores a subset of the facts, given as their places, with the averages over groups."""
+    family, suffix = benchmark.family, GROUPS[benchmark.average][0] if benchmark.average else ""
+
+    def summarise(facts: list[Any], part: Sequence[int]) -> NamedScores:
+        chosen = [facts[i] for i in part]
+        scores = dict(family.summarise(chosen))
+        if groups is not None:
+            known = None not in groups  # without the group of every sample there is no mean over groups
+            scores |= group_mean(family, chosen if known else [], [groups[i] for i in part] if known else [], suffix)
+        return scores
+
+    return summarise
+
+
+def score_names(benchmark: Benchmark) -> list[str]:
+    """Return the names of the scores that a benchmark has, those averaged over groups included."""
+    return list(_summariser(benchmark, [] if benchmark.average else None)([], []))
+
+
+def mask_ceiling(predictions: list[Prediction], benchmark: Benchmark, codec: RegionCodec) -> NamedScores:
     """Return the scores of a model that writes every target perfectly: encode -> quantise -> decode, then score."""
+    places = np.linspace(0, len(predictions) - 1, min(len(predictions), CEILING_SAMPLES)).round().astype(int)
     perfect = []
-    for prediction in predictions:
+    for prediction in (predictions[i] for i in places):
         frames = [
             Frame(int(i["width"]), int(i["height"]), max(int(i["width"]), int(i["height"]))) for i in prediction.images
         ]
         regions = [region for region in target_regions(prediction) if coco_mask.area(region.rle) > 0]
         parsed = codec.decode(codec.encode(regions, frames, "mask"), frames, "mask")
-        perfect.append(dataclasses.replace(prediction, parsed=parsed, failure=None))
-    return family.summarise(family.measure(_as_filed(perfect)))
-
-
-def _as_filed(predictions: list[Prediction]) -> list[Prediction]:
-    """Round regions as the file does, to a thousandth of a pixel: the file then scores exactly as the run behind it."""
-    return [Prediction.from_json(prediction.to_json()) for prediction in predictions]
+        perfect.append(as_filed(dataclasses.replace(prediction, parsed=parsed, failure=None)))
+    groups = [fact(p, benchmark.average) for p in perfect] if benchmark.average else None
+    return _summariser(benchmark, groups)(benchmark.family.measure(perfect), range(len(perfect)))
 
 
 def write_scores(scores: Scores, path: Path, run: Mapping[str, Any] | None = None) -> None:
@@ -215,24 +269,3 @@ def write_scores(scores: Scores, path: Path, run: Mapping[str, Any] | None = Non
         "benchmarks": {name: dataclasses.asdict(one) for name, one in scores.items()},
     }
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """Read predictions.jsonl; raises ValueError naming the line that is malformed."""
-    predictions = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                predictions.append(Prediction.from_json(json.loads(line)))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    if not predictions:
-        raise ValueError(f"{path}: expected one prediction per line, found none")
-    return predictions
-
-
-def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
-    """Write predictions.jsonl, one line per prediction: inverse of `read_predictions`."""
-    with path.open("w", encoding="utf-8") as lines:
-        for prediction in predictions:
-            lines.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")

@@ -1,0 +1,66 @@
+"""predictions.jsonl: one Prediction per line, written before any score; read, written and rounded here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from vistallm.schema import Prediction, Region
+
+
+def read_predictions(path: Path, faults: dict[str, str] | None = None) -> list[Prediction]:
+    """Read predictions.jsonl.
+
+    Args:
+        path: of the file.
+        faults: benchmark -> why it can't be scored. With it, a malformed line is left out and faults the benchmark it
+            names, or that of the line before it where it can't be told; without it, it is raised.
+
+    Raises:
+        ValueError: naming the line that is malformed; or the file holds no prediction at all.
+    """
+    predictions: list[Prediction] = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                predictions.append(Prediction.from_json(json.loads(line)))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                said = f"{path}, line {number}: {str(error) or repr(error)}"
+                if faults is None:
+                    raise ValueError(said) from error
+                named = re.search(r'"benchmark": *"([^"]+)"', line)
+                before = predictions[-1].benchmark if predictions else "(unknown)"
+                faults.setdefault(named[1] if named else before, said)
+    if not predictions:
+        raise ValueError("\n".join([f"{path}: expected one prediction per line, found none", *(faults or {}).values()]))
+    return predictions
+
+
+def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
+    """Write predictions.jsonl, one line per prediction: inverse of `read_predictions`."""
+    with path.open("w", encoding="utf-8") as lines:
+        for prediction in predictions:
+            lines.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
+
+
+def as_filed(prediction: Prediction) -> Prediction:
+    """Round regions as the file does, to a thousandth of a pixel: the file then scores exactly as the run behind it."""
+    if prediction.parsed is None:
+        return prediction
+    regions = [_rounded(region) for region in prediction.parsed.regions]
+    return dataclasses.replace(prediction, parsed=dataclasses.replace(prediction.parsed, regions=regions))
+
+
+def _rounded(region: Region) -> Region:
+    box, point, polygons = region.box, region.point, region.polygons
+    return dataclasses.replace(
+        region,
+        box=None if box is None else tuple(round(float(v), 3) for v in box),
+        point=None if point is None else tuple(round(float(v), 3) for v in point),
+        polygons=None if polygons is None else [np.round(p.astype(float), 3).astype(np.float32) for p in polygons],
+    )
