@@ -1,12 +1,18 @@
-"""Show samples of a shard folder: images with their regions, instruction and answer, on one page.
+"""Show samples of a shard folder: images with their regions, instruction, answer, and the exact tokens of training.
 
-python tools/view_samples.py DIR [--split test] [--task res] [--n 24] [--template 0] --out page.html|sheet.png
+python tools/view_samples.py DIR [key=value ...] [--split test] [--task res] [--n 24] [--run RUN] --out page.html|a.png
+
+The page holds the tokens, those that are supervised coloured, and over the regions the shapes that the tokens say
+(white, with their vertices). Tokens are those of --run (its vocabulary and settings), else of the mini model;
+`points=16` or `coords=text` changes a setting. A .png is a sheet of images, regions and texts alone. Masks are drawn
+whole, as stored.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import html
 import random
 import re
@@ -21,58 +27,92 @@ from PIL import Image, ImageDraw, ImageFont
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.coinit.tasks import find_task, render
 from vistallm.regions.masks import rle_to_mask
-from vistallm.schema import Sample
+from vistallm.schema import IGNORE_INDEX, Region, Sample, Sequence
 
-TILE, GAP, LINE = 340, 8, 17  # width of a tile, space around it, height of a text line, in pixels
+TILE, GAP, LINE = 340, 8, 17  # of the sheet: width of a tile, space around it, height of a text line, in pixels
+PAGE_SIDE = 480  # of the page: longer side of an image
 COLOURS = ((255, 0, 200), (0, 120, 255), (0, 170, 60), (255, 140, 0), (120, 60, 220), (0, 180, 190))
+STYLE = """
+:root { color-scheme: light } * { box-sizing: border-box }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 12px; max-width: 1280px; color: #1a1a1a }
+main { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 560px), 1fr)) }
+figure { margin: 0; padding: 12px; border: 1px solid #d8d8d8; border-radius: 8px; min-width: 0 }
+h2 { font-size: 13px; font-weight: 600; color: #555; margin: 0 0 8px; overflow-wrap: anywhere }
+.images { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; font-size: 12px; color: #555 }
+.images div:not(:only-child) { max-width: calc(50% - 4px) }
+img { display: block; max-width: 100%; height: auto; border-radius: 3px }
+p { margin: 8px 0 0; overflow-wrap: anywhere; white-space: pre-line } p b { color: #05458f; font-weight: 500 }
+i { font-style: normal; font-weight: 600; border-bottom: 3px solid }
+details { margin-top: 8px } summary { cursor: pointer; color: #555; font-size: 13px }
+.tokens { font: 12px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; margin-top: 6px }
+.tokens span { display: inline-block; max-width: 100%; line-height: 1.4; padding: 1px 3px; margin-right: 2px;
+  border-radius: 3px; background: #eee; color: #555 }
+p.tokens { margin-bottom: 10px }
+.tokens .s { background: #bfe8c6; color: #0a3d16 } .tokens .r { font-weight: 600 }
+"""
 
 
-def draw_images(sample: Sample, files: list[bytes], width: int = TILE) -> np.ndarray:
-    """The sample's images side by side with their regions, (h, width, 3) uint8 RGB.
+def draw_image(
+    pixels: np.ndarray, regions: list[Region], factor: float, said: list[Region] | None = None
+) -> np.ndarray:
+    """Draw regions of one image, scaled by `factor`: (h, w, 3) uint8 RGB.
 
-    Region colours go by object number; masks are tinted and outlined by the exact pixels, numbered at their middle.
+    Colours go by object number. Masks are tinted and outlined by the exact pixels; `said`, regions as the tokens write
+    them, are drawn over that in white.
     """
-    scale = (width - GAP * (len(files) - 1)) / sum(info.width for info in sample.images)
-    panels: list[np.ndarray] = []
-    for index, data in enumerate(files):
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        factor = min(scale, width / 1.6 / pixels.shape[0])
-        big = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)[:, :, ::-1].copy()
-        for region in sample.regions:
-            if region.image == index:
-                _draw_region(big, region, factor)
-        panels.append(big)
-    height = max(panel.shape[0] for panel in panels)
-    sheet = np.full((height, width, 3), 255, np.uint8)
-    x = 0
-    for panel in panels:
-        part = panel[:, : width - x]
-        sheet[: part.shape[0], x : x + part.shape[1]] = part
-        x += panel.shape[1] + GAP
-    return sheet
+    way = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    image = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=way)
+    for region in regions:
+        _draw_region(image, region, factor)
+    for region in said or ():
+        rings = region.polygons or []
+        if region.kind == "box" and region.box is not None:
+            x0, y0, x1, y1 = region.box
+            rings = [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])]
+        for ring in (np.round(np.asarray(ring) * factor).astype(np.int32) for ring in rings):
+            cv2.polylines(image, [ring], True, (255, 255, 255), 1, cv2.LINE_AA)
+            for x, y in ring.tolist():
+                cv2.rectangle(image, (x - 1, y - 1), (x + 1, y + 1), (255, 255, 255), -1)
+    return image
 
 
-def _draw_region(image: np.ndarray, region, factor: float) -> None:  # noqa: ANN001
+def _draw_region(image: np.ndarray, region: Region, factor: float) -> None:
     colour = COLOURS[region.object % len(COLOURS)]
+    anchor = None
     if region.rle is not None:
-        mask = rle_to_mask(region.rle).astype(np.uint8)
-        mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        mask = cv2.resize(rle_to_mask(region.rle).astype(np.uint8), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         image[mask > 0] = (0.8 * image[mask > 0] + 0.2 * np.array(colour)).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(image, contours, -1, colour, 2)
         rows, columns = np.nonzero(mask)
-        anchor = (int(columns.mean()) - 4, int(rows.mean()) + 5)
+        anchor = (int(columns.mean()) - 4, int(rows.mean()) + 5) if len(rows) else None
     elif region.box is not None:
         x0, y0, x1, y1 = (round(v * factor) for v in region.box)
         cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), colour, 2)
         anchor = (x0 + 3, y0 + 13)
-    else:
+    if region.point is not None:
         x, y = (round(v * factor) for v in region.point)
-        cv2.circle(image, (x, y), 5, (255, 255, 255), -1)
-        cv2.circle(image, (x, y), 4, colour, -1)
-        return
-    cv2.putText(image, str(region.object), anchor, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 3, cv2.LINE_AA)
-    cv2.putText(image, str(region.object), anchor, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.circle(image, (x, y), 6, (255, 255, 255), -1, cv2.LINE_AA)
+        cv2.circle(image, (x, y), 4, colour, -1, cv2.LINE_AA)
+    for width, shade in ((3, (255, 255, 255)), (1, (0, 0, 0))) if anchor else ():
+        cv2.putText(image, str(region.object), anchor, cv2.FONT_HERSHEY_SIMPLEX, 0.45, shade, width, cv2.LINE_AA)
+
+
+def draw_row(sample: Sample, width: int = TILE) -> np.ndarray:
+    """The sample's images side by side with their regions, (h, width, 3) uint8 RGB."""
+    assert sample.pixels
+    scale = (width - GAP * (len(sample.pixels) - 1)) / sum(info.width for info in sample.images)
+    panels = []
+    for index, pixels in enumerate(sample.pixels):
+        factor = min(scale, width / 1.6 / pixels.shape[0])
+        panels.append(draw_image(pixels, [r for r in sample.regions if r.image == index], factor))
+    row = np.full((max(panel.shape[0] for panel in panels), width, 3), 255, np.uint8)
+    x = 0
+    for panel in panels:
+        part = panel[:, : width - x]
+        row[: part.shape[0], x : x + part.shape[1]] = part
+        x += panel.shape[1] + GAP
+    return row
 
 
 def sample_texts(sample: Sample, template: int) -> tuple[str, str, str]:
@@ -81,10 +121,11 @@ def sample_texts(sample: Sample, template: int) -> tuple[str, str, str]:
     return f"{sample.task}  {sample.id}" + ("  held out" if sample.meta.get("held_out") else ""), texts[0], texts[1]
 
 
-def png_sheet(tiles: list[tuple[tuple[str, str, str], np.ndarray]], columns: int = 4) -> np.ndarray:
-    """Lay tiles out in rows, their text below: (H, W, 3) uint8 RGB."""
+def png_sheet(samples: list[Sample], template: int, columns: int = 4) -> np.ndarray:
+    """Lay samples out in rows, their text below: (H, W, 3) uint8 RGB."""
     font, drawn = ImageFont.load_default(13), []
-    for (heading, instruction, answer), image in tiles:
+    for sample in samples:
+        image, (heading, instruction, answer) = draw_row(sample), sample_texts(sample, template)
         lines = [(heading, (150, 150, 150))]
         lines += [(line, (0, 0, 0)) for line in textwrap.wrap(instruction, 47)]
         lines += [(line, (0, 90, 200)) for line in textwrap.wrap(answer, 47)]
@@ -104,66 +145,141 @@ def png_sheet(tiles: list[tuple[tuple[str, str, str], np.ndarray]], columns: int
     return np.concatenate(rows)
 
 
-def html_page(tiles: list[tuple[tuple[str, str, str], np.ndarray]]) -> str:
+def load_builder(run: str | None, overrides: list[str], template: int):  # noqa: ANN201 (torch is imported for pages alone)
+    """The sequence builder and the ids of the region tokens, of a run or of the mini model."""
+    from vistallm.config import apply_overrides, config_from_file, load_config
+    from vistallm.data.datamodule import build_codec, build_sequencer
+    from vistallm.data.vocabulary import Vocabulary
+
+    if run is None:
+        config = load_config(overrides)
+        vocabulary = Vocabulary.build(config.model, build_codec(config))
+    else:
+        config = apply_overrides(config_from_file(Path(run) / "config.yaml"), overrides)
+        vocabulary = Vocabulary.load(Path(run) / "vocabulary")
+    return dataclasses.replace(build_sequencer(config, vocabulary), template=template)
+
+
+def token_spans(sequence: Sequence, builder) -> str:  # noqa: ANN001
+    """Every token of a sequence as HTML, in order; a row of image slots is one span, supervised tokens have class s."""
+    vocabulary, spans, slots = builder.vocabulary, [], 0
+    known = set(vocabulary.region_tokens)
+    names = vocabulary.text.convert_ids_to_tokens(sequence.input_ids.tolist())
+    for token_id, label, name in zip(sequence.input_ids.tolist(), sequence.labels.tolist(), names, strict=True):
+        if token_id == vocabulary.image_id:
+            slots += 1
+            continue
+        if slots:
+            spans.append(f"<span>&lt;im_patch&gt; × {slots}</span>")
+            slots = 0
+        kind = " ".join(("s",) * (label != IGNORE_INDEX) + ("r",) * (name in known))
+        spans.append(f'<span class="{kind}" title="{token_id}">{html.escape(name)}</span>')
+    return "".join(spans)
+
+
+def _words(text: str) -> str:
+    """A text as HTML, the numbers of its placeholders [0,2] underlined in the colours of their objects."""
+
+    def mark(match: re.Match[str]) -> str:
+        styles = (f"border-color:rgb{COLOURS[int(number) % len(COLOURS)]}" for number in match[1].split(","))
+        marks = (f'<i style="{s}">{n}</i>' for s, n in zip(styles, match[1].split(","), strict=True))
+        return f"[{','.join(marks)}]"
+
+    return re.sub(r"\[(\d+(?:,\d+)*)\]", mark, html.escape(text))
+
+
+def figure(sample: Sample, builder) -> str:  # noqa: ANN001
+    """One sample of the page."""
+    from vistallm.data.sequence import SampleReject
+
+    assert sample.pixels
+    said: list[Region] = []
+    try:
+        sequence = builder.build(sample)
+        said = builder.codec.decode(sequence.answer, sequence.frames).regions
+        count, total = int((sequence.labels != IGNORE_INDEX).sum()), len(sequence.labels)
+        tokens = f"<summary>{total} tokens, {count} supervised</summary>"
+        tokens = f'<details open>{tokens}<div class="tokens">{token_spans(sequence, builder)}</div></details>'
+    except SampleReject as reject:
+        tokens = f"<p>No tokens, training would leave it out: {html.escape(f'{reject.reason}: {reject}')}</p>"
+    pictures = []
+    for index, pixels in enumerate(sample.pixels):
+        factor = PAGE_SIDE / max(pixels.shape[:2]) / (1 if len(sample.pixels) == 1 else 2)
+        here = [[r for r in regions if r.image == index] for regions in (sample.regions, said)]
+        drawn = draw_image(pixels, here[0], factor, here[1])
+        data = base64.b64encode(cv2.imencode(".jpg", drawn[:, :, ::-1])[1].tobytes()).decode()
+        number = f"Image {index + 1}" if len(sample.pixels) > 1 else ""
+        pictures.append(f'<div><img src="data:image/jpeg;base64,{data}" alt="">{number}</div>')
+    heading, instruction, answer = sample_texts(sample, builder.template)
+    rounds = "".join(f"<p>{_words(q)}</p><p><b>{_words(a)}</b></p>" for q, a in sample.fields.get("rounds", ()))
+    texts = f"{rounds}<p>{_words(instruction)}</p><p><b>{_words(answer)}</b></p>"
+    return (
+        f'<figure><h2>{html.escape(heading)}</h2><div class="images">{"".join(pictures)}</div>{texts}{tokens}</figure>'
+    )
+
+
+def html_page(samples: list[Sample], builder, title: str) -> str:  # noqa: ANN001
     """One self-contained page."""
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>Samples</title><style>body{font:14px sans-serif;display:flex;"
-        f"flex-wrap:wrap;gap:16px}}figure{{margin:0;width:{TILE}px}}small{{color:#888}}b{{color:#05a}}</style>"
-    ]
-    for texts, image in tiles:
-        data = base64.b64encode(cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()).decode()
-        heading, instruction, answer = (html.escape(text) for text in texts)
-        caption = f"<small>{heading}</small><br>{instruction}<br><b>{answer}</b>"
-        parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt=""><figcaption>{caption}</figcaption></figure>'
-        )
-    return "\n".join(parts)
+    legend = (
+        '<span>given</span><span class="s">supervised</span><span class="s r">&lt;bin_1&gt;</span> a token\'s id shows '
+        "under the pointer; white shapes are what the answer's tokens say"
+    )
+    figures = "\n".join(figure(sample, builder) for sample in samples)
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style></head>
+<body><p>{html.escape(title)}: {len(samples)} samples</p><p class="tokens">{legend}</p><main>
+{figures}
+</main></body></html>
+"""
 
 
-def choose(
-    folder: Path, split: str | None, task: str | None, number: int, seed: int
-) -> list[tuple[Sample, list[bytes]]]:
-    """Up to `number` samples of a random shard order, evenly over the tasks when no task is named."""
+def choose(folder: Path, split: str | None, task: str | None, number: int, seed: int) -> list[Sample]:
+    """Up to `number` decoded samples of a random shard order, evenly over the tasks when no task is named."""
     names = [name for name, row in read_index(folder)["shards"].items() if split in (None, row["split"])]
     random.Random(seed).shuffle(names)
-    by_task: dict[str, list[tuple[Sample, list[bytes]]]] = {}
+    by_task: dict[str, list[Sample]] = {}
     for name in names[:4] if task is None else names:
         for sample, files in read_shard(folder / name):
             found = by_task.setdefault(sample.task, [])
             if task in (None, sample.task) and len(found) < number:
-                found.append((sample, files))
+                sample.pixels = [cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_COLOR_RGB) for f in files]
+                found.append(sample)
+        if task is not None and len(by_task.get(task, ())) >= number:
+            break
     turns = [found[i] for i in range(number) for found in by_task.values() if i < len(found)]
-    return sorted(turns[:number], key=lambda pair: list(by_task).index(pair[0].task))
+    return sorted(turns[:number], key=lambda sample: list(by_task).index(sample.task))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; a fault of the user's is one line on stderr and exit code 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the tokens, as for train.py")
     parser.add_argument("--split", help="train, val, test, ... (default: any)")
     parser.add_argument("--task", help="one task (default: all)")
     parser.add_argument("--n", type=int, default=30, help="number of samples")
     parser.add_argument("--template", type=int, default=0, help="instruction template; 0 = evaluation's")
+    parser.add_argument("--run", help="run folder whose vocabulary and settings make the tokens (default: mini)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="a .html or .png file")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         if arguments.task is not None:
             find_task(arguments.task)
+        if arguments.out.suffix not in (".png", ".html"):
+            raise ValueError(f"--out: expected a .html or .png file, got {arguments.out}")
         samples = choose(arguments.folder, arguments.split, arguments.task, arguments.n, arguments.seed)
         if not samples:
             raise ValueError(f"{arguments.folder}: no sample of split {arguments.split} and task {arguments.task}")
-        tiles = [(sample_texts(s, arguments.template), draw_images(s, files)) for s, files in samples]
         if arguments.out.suffix == ".png":
-            Image.fromarray(png_sheet(tiles)).save(arguments.out)
-        elif arguments.out.suffix == ".html":
-            arguments.out.write_text(html_page(tiles), encoding="utf-8")
+            Image.fromarray(png_sheet(samples, arguments.template)).save(arguments.out)
         else:
-            raise ValueError(f"--out: expected a .html or .png file, got {arguments.out}")
+            builder = load_builder(arguments.run, arguments.overrides, arguments.template)
+            arguments.out.write_text(html_page(samples, builder, str(arguments.folder)), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(tiles)} samples -> {arguments.out}")
+    print(f"{len(samples)} samples -> {arguments.out}")
     return 0
 
 

@@ -112,7 +112,7 @@ def test_a_build_depends_on_the_seed_alone(build, tmp_path, command):
         "train",
         *WORDS[2:],
         "--set",
-        f"masks={tmp_path}/root/instances.json",
+        f"masks={tmp_path / 'root' / 'instances.json'}",
     )
     assert command("attcoseg", *common, "--out", tmp_path / "same", "--workers", 2) == 0
     assert command("attcoseg", *common, "--out", tmp_path / "other", "--seed", 1) == 0

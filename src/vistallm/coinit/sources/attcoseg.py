@@ -260,4 +260,11 @@ class _Groups:
             meta={"asks": key[0], "positives": len(places), "image_ids": [info[3] for info in infos]},
         )
         folder = self.options.images or self.options.root
-        return Draft(sample, [records.coco_image(folder, info[0]) for info in infos])
+        return Draft(sample, [_find_image(folder, info[0]) for info in infos])
+
+
+def _find_image(folder: Path, name: str) -> Path:
+    """A COCO image by the name of 2014, which says its folder, or of 2017 ("000000000009.jpg")."""
+    path = records.coco_image(folder, name)
+    short = name.split("_")[-1]
+    return path if path.is_file() else records.image_file(folder, short, f"train2017/{short}", f"val2017/{short}")

@@ -1,0 +1,75 @@
+"""tools/view_samples.py: the page shows the exact tokens, and says which of them are supervised."""
+
+import html
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vistallm.schema import IGNORE_INDEX, Region
+
+VIEWER = Path(__file__).parents[2] / "tools" / "view_samples.py"
+
+
+@pytest.fixture(scope="module")
+def viewer():
+    spec = importlib.util.spec_from_file_location("view_samples", VIEWER)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def spans(text):
+    return [
+        (kind.split(), html.unescape(name)) for kind, name in re.findall(r'<span class="([sr ]*)"[^>]*>([^<]*)<', text)
+    ]
+
+
+@pytest.mark.parametrize("task", ["res", "nlvr2", "vcr"])
+def test_tokens_are_those_of_training(viewer, samples, builder, task):
+    sequence = builder.build(samples[task][0])
+    shown = spans(viewer.token_spans(sequence, builder))
+    text = builder.vocabulary.text
+    kept = [(i, label) for i, label in zip(sequence.input_ids.tolist(), sequence.labels.tolist(), strict=True)]
+    kept = [pair for pair in kept if pair[0] != builder.vocabulary.image_id]
+    assert [name for _, name in shown] == text.convert_ids_to_tokens([i for i, _ in kept])
+    assert ["s" in kind for kind, _ in shown] == [label != IGNORE_INDEX for _, label in kept]
+    assert {name for kind, name in shown if "r" in kind} <= set(builder.vocabulary.region_tokens)
+
+
+def test_page_of_a_mixed_folder(viewer, mini_root, builder):
+    chosen = viewer.choose(mini_root, "test", None, 15, 0)
+    assert len({sample.task for sample in chosen}) == 15
+    page = viewer.html_page(chosen, builder, "mini <set>")
+    assert page.count("<figure>") == 15
+    assert page.count("data:image/jpeg;base64,") == sum(len(sample.images) for sample in chosen)
+    assert "mini &lt;set&gt;: 15 samples" in page
+    assert "http" not in page
+
+
+def test_a_sample_that_training_leaves_out_says_why(viewer, samples, builder):
+    import dataclasses
+
+    page = viewer.figure(samples["res"][0], dataclasses.replace(builder, max_length=10))
+    assert "No tokens, training would leave it out: too-long" in page
+    assert 'class="tokens"' not in page
+
+
+def test_regions_are_drawn_in_their_colours_and_what_tokens_say_in_white(viewer):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    box = Region(0, "box", object=1, box=(10, 10, 30, 30))
+    said = Region(0, "box", box=(10, 10, 50, 35))
+    drawn = viewer.draw_image(pixels, [box], 2.0)
+    assert drawn.shape == (80, 120, 3)
+    assert tuple(drawn[40, 20]) == viewer.COLOURS[1]
+    assert not (drawn == 255).all(axis=2)[60:].any()
+    assert (viewer.draw_image(pixels, [box], 2.0, [said])[70, 20:100] > 200).all()
+
+
+def test_sheet(viewer, mini_root):
+    chosen = viewer.choose(mini_root, "test", "coseg", 2, 0)
+    assert {sample.task for sample in chosen} == {"coseg"}
+    sheet = viewer.png_sheet(chosen, 0)
+    assert sheet.shape[1] == 4 * (viewer.TILE + 2 * viewer.GAP)
