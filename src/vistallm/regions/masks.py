@@ -3,6 +3,11 @@
 Coordinates are pixels of the original image, x then y, with pixel EDGES at integers. There is one drawing
 rule: pycocotools' polygon rasteriser, which drew the COCO family's own masks. A pixel belongs to a polygon when its
 centre does (even-odd), and parts are united. `polygons_to_rle` and `polygons_to_mask` both follow it, to the pixel.
+
+A mask that this rule drew from a polygon of at most `points` vertices comes back as a polygon that draws the same
+pixels: always where all edges follow pixel edges. Slanted polygons with vertices on the grid (whole pixels, or
+`num_bins`) do so at 32 points in 95 to 99% of cases with 3 to 5 vertices, 91 to 96% with 6, 86 to 94% with 8, about 80%
+with 12, 70% with 16 and 44% with 24; the others miss a median of 1 to 10 pixels. With `target_iou` they are not tried.
 """
 
 from __future__ import annotations
@@ -57,7 +62,7 @@ def mask_to_polygons(
 
     def sample(budget: int) -> list[np.ndarray]:
         if sampler == "adaptive":
-            kept = adaptive_points(rings, budget, mask, num_bins, parents)
+            kept = adaptive_points(rings, budget, mask, num_bins, parents, straight=target_iou is None)
             kept = bridge_holes(kept, parents) if holes else kept
         else:
             kept = uniform_points(rings, budget) if sampler == "uniform" else curvature_points(rings, budget, dense)

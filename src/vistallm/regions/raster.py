@@ -14,6 +14,7 @@ from numba import njit
 from vistallm.regions.outline import MIN_VERTICES
 
 _SUBPIXELS = 5  # the rule's fifths of a pixel; column c is crossed between fifths 5c+2 and 5c+3, around its centre
+FINEST_STEP = 1 / _SUBPIXELS  # pixels: finer vertices draw nothing else
 _SWEEPS = 2
 
 
@@ -91,7 +92,7 @@ def polish_rings(
     step: float,
     pad: np.ndarray,
     prune: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Round vertices to a grid and polish them.
 
     Args:
@@ -104,7 +105,7 @@ def polish_rings(
         prune: drop vertices that no pixel needs.
 
     Returns:
-        The vertices, (k', 2) float64 inside the image, and their counts.
+        The vertices, (k', 2) float64 inside the image, their counts, and how many pixels are wrong.
     """
     size = np.array([mask.shape[1], mask.shape[0]])
     low, high = np.empty(2, np.int64), np.empty(2, np.int64)
@@ -113,18 +114,18 @@ def polish_rings(
         for k in range(len(vertices)):
             inside = min(max(vertices[k, a], 0.0), size[a])
             vertices[k, a] = np.rint((inside + pad[a]) / step) * step - pad[a] - low[a]
-    errors = _error_raster(mask[low[1] : high[1], low[0] : high[0]], vertices, counts)
+    errors = error_raster(mask[low[1] : high[1], low[0] : high[0]], vertices, counts)
     if errors.any() or prune:
-        counts = _polish(errors, vertices, counts, step, prune)
+        counts = polish(errors, vertices, counts, step, prune)
     vertices = vertices[: counts.sum()]
     for k in range(len(vertices)):
         for a in range(2):
             vertices[k, a] = min(max(vertices[k, a] + low[a], 0.0), size[a])
-    return vertices, counts
+    return vertices, counts, int(np.count_nonzero(errors))
 
 
 @njit(cache=True, error_model="numpy")
-def _error_raster(mask: np.ndarray, vertices: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def error_raster(mask: np.ndarray, vertices: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(h, w) uint8 of 0 and 1: pixels where the even-odd drawing of all rings differs from the mask."""
     height, width = mask.shape
     flips = np.zeros((height + 1, width), np.uint8)
@@ -187,7 +188,7 @@ def _change(errors: np.ndarray, ring: np.ndarray, i: int, size: int, x: float, y
 
 
 @njit(cache=True, error_model="numpy")
-def _polish(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray, step: float, prune: bool) -> np.ndarray:
+def polish(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray, step: float, prune: bool) -> np.ndarray:
     """Lower the wrong pixels in place; returns the new counts, vertices are compacted to the front."""
     counts = counts.copy()
     start = kept_start = 0
@@ -238,6 +239,45 @@ def _nudge(errors: np.ndarray, ring: np.ndarray, i: int, step: float) -> bool:
         _change(errors, ring, i, len(ring), best_x, best_y, True)
         ring[i, 0], ring[i, 1] = best_x, best_y
     return best < 0
+
+
+@njit(cache=True, error_model="numpy")
+def settle(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray, step: float) -> int:
+    """Move vertices by up to two steps along x and y, in place, while fewer pixels are wrong; returns how many are."""
+    wrong = int(np.count_nonzero(errors))
+    for _ in range(6):
+        before, start = wrong, 0
+        for size in counts:
+            ring = vertices[start : start + size]
+            start += size
+            for i in range(size):
+                if wrong and _any_error(errors, ring[i - 1], ring[i], ring[(i + 1) % size], 2 * step):
+                    best, best_x, best_y = 0, ring[i, 0], ring[i, 1]
+                    for move in range(25):
+                        x, y = ring[i, 0] + (move % 5 - 2) * step, ring[i, 1] + (move // 5 - 2) * step
+                        change = _change(errors, ring, i, size, x, y, False)
+                        if change < best:
+                            best, best_x, best_y = change, x, y
+                    if best < 0:
+                        _change(errors, ring, i, size, best_x, best_y, True)
+                        ring[i, 0], ring[i, 1] = best_x, best_y
+                        wrong += best
+        if wrong == before:
+            break
+    return wrong
+
+
+@njit(cache=True, error_model="numpy")
+def snap_whole(errors: np.ndarray, vertices: np.ndarray, counts: np.ndarray) -> None:
+    """Round each vertex to whole pixels, in place, where the drawing stays the same."""
+    start = 0
+    for size in counts:
+        ring = vertices[start : start + size]
+        start += size
+        for i in range(size):
+            x, y = np.rint(ring[i, 0]), np.rint(ring[i, 1])
+            if _change(errors, ring, i, size, x, y, False) == 0:
+                ring[i, 0], ring[i, 1] = x, y
 
 
 @njit(cache=True, error_model="numpy")

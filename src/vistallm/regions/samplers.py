@@ -13,11 +13,14 @@ from numba import njit
 
 from vistallm.regions.fit import fit_rings
 from vistallm.regions.outline import MIN_VERTICES, edge_samples
-from vistallm.regions.raster import polish_rings
+from vistallm.regions.raster import FINEST_STEP, polish_rings
+from vistallm.regions.straight import straight_rings
 
 _OVERSAMPLE = 1.5  # the first removal stops at this many times the budget; 1 loses .001 to .002 IoU, 2 gains nothing
 _SAMPLES_PER_POINT = 8  # outline samples per point of the budget; more gains nothing and costs time
 _THIN_FACTOR = 2
+_STRAIGHT_BELOW = 0.1  # wrong pixels per corner of the outline: masks drawn from few edges have .02 to .08
+_STRAIGHT_ABOVE = 96  # corners of an outline already redrawn exactly: fewer vertices may do
 
 
 def uniform_points(rings: list[np.ndarray], points: int) -> list[np.ndarray]:
@@ -51,6 +54,8 @@ def adaptive_points(
     mask: np.ndarray,
     num_bins: int | None = None,
     parents: list[int] | None = None,
+    *,
+    straight: bool = False,
 ) -> list[np.ndarray]:
     """Fit polygons to a mask: remove points by area, fit what stays by least squares, polish on the pixels.
 
@@ -59,8 +64,9 @@ def adaptive_points(
         points: the most vertices of all rings together, at least 3; small rings go before large ones lose shape.
         mask: (H, W) uint8, non-zero = inside, C order.
         num_bins: if set, vertices lie on this many bins of the padded square (frame.py), so that quantising them later
-            changes nothing; else on quarter pixels.
+            changes nothing; else on fifths of a pixel.
         parents: for each ring the ring whose hole it is, or -1; a hole costs two points more (`bridge_holes`).
+        straight: where few pixels are wrong, try whether lines do better (`straight_rings`).
 
     Returns:
         Rings of (n, 2) float64, n >= 3, pixels, inside the image, in the order of `rings`; n = 0 where the budget
@@ -68,7 +74,7 @@ def adaptive_points(
     """
     height, width = mask.shape
     side = max(height, width)
-    step = side / (num_bins - 1) if num_bins else 0.25
+    step = side / (num_bins - 1) if num_bins else FINEST_STEP
     pad = np.array([(side - width) // 2, (side - height) // 2] if num_bins else [0, 0])
     corners, counts = np.concatenate(rings), np.array([len(ring) for ring in rings])
     extra = np.array([0 if parent < 0 else 2 for parent in parents or [-1] * len(rings)])
@@ -82,7 +88,12 @@ def adaptive_points(
             keep, counts = remove_by_area(vertices, counts, extra, budget)
             vertices, first = vertices[keep], first[keep]
             fit_rings(samples, sample_counts, first, vertices, counts)
-    vertices, counts = polish_rings(mask, corners, vertices, counts, step, pad, not exact)
+    vertices, counts, wrong = polish_rings(mask, corners, vertices, counts, step, pad, not exact)
+    hope = wrong <= _STRAIGHT_BELOW * len(corners) and (wrong > 0 or len(corners) > _STRAIGHT_ABOVE)
+    if straight and not exact and hope:
+        found = straight_rings(rings, points - extra.sum(), mask, (step, pad), (wrong, len(vertices)))
+        if found is not None:
+            return found
     ends = np.cumsum(counts)
     return [vertices[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
