@@ -1,45 +1,100 @@
-"""Write a run as a small folder that `ckpt=`, eval.py and tools/predict.py load: weights alone, in bfloat16 by default.
+"""Write a run as a folder that describes itself: what VistaLLM.from_pretrained, `ckpt=`, eval.py and predict.py load.
 
-    python tools/export.py runs/quickstart/stage2 my-model [--dtype bfloat16|float32]
+    python tools/export.py RUN OUT [--dtype bfloat16|float32] [--keep-lora] [--language-model]
 
-The folder has a run's layout (config.yaml, vocabulary/, checkpoints/step-<n>.ckpt) without optimizer, loops and logs.
+OUT holds manifest.json (versions, hashes, largest logit differences), config.yaml, vocabulary/, decoder/ and the
+weights in safetensors. LoRA is merged in float32 before the cast; OUT/adapter is the adapter as plain peft loads it.
+--keep-lora does not merge; --language-model adds the language model alone as a plain transformers folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import re
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from vistallm.train.checkpoint import find_checkpoint, read_state
+from vistallm.model.pretrained import load_pretrained, save_pretrained
+from vistallm.model.vistallm import VistaLLM
+from vistallm.schema import IGNORE_INDEX, Batch
+from vistallm.train.checkpoint import load_run
 
 
-def export(run: str, out: Path, dtype: torch.dtype) -> Path:
-    """Write the newest checkpoint of `run` to the new folder `out` and return the file; ValueError when it exists."""
-    run_dir, checkpoint = find_checkpoint(run)
+@torch.inference_mode()
+def probe_logits(model: VistaLLM) -> Tensor:
+    """Logits (1, T, V) float32 of a fixed prompt over a fixed noise image."""
+    noise = torch.Generator().manual_seed(0)
+    size, queries = model.encoder.image_size, model.tokenizer.query_tokens.shape[1]
+    words = torch.randint(5, model.vocabulary.first_new, (1, 24), generator=noise)
+    ids = torch.cat([torch.full((1, queries), model.vocabulary.image_id), words], 1)
+    instruction = torch.randint(5, model.vocabulary.instruction_first_new, (1, 8), generator=noise)
+    batch = Batch(
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORE_INDEX),
+        attention_mask=torch.ones_like(ids),
+        instruction_ids=instruction,
+        instruction_mask=torch.ones_like(instruction),
+        images=torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=noise),
+        image_owner=torch.zeros(1, dtype=torch.long),
+        ids=["probe"],
+        tasks=["vqa"],
+        sequences=[],
+    )
+    return model.decoder(inputs_embeds=model.input_embeddings(batch)).logits.float()
+
+
+def export(
+    run: str, out: Path, dtype: torch.dtype, merge: bool = True, language_model: bool = False
+) -> dict[str, float]:
+    """Write the newest checkpoint of `run` to the new folder `out`; the largest logit difference by cause.
+
+    Raises:
+        ValueError: `out` exists already, or the run can't be loaded.
+    """
     if out.exists():
         raise ValueError(f"{out}: exists already; expected the name of a new folder")
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in read_state(checkpoint).items()}
-    (out / "checkpoints").mkdir(parents=True)
-    shutil.copy(run_dir / "config.yaml", out / "config.yaml")
-    shutil.copytree(run_dir / "vocabulary", out / "vocabulary")
-    path = out / "checkpoints" / checkpoint.name
-    torch.save({"state_dict": state}, path)
-    return path
+    model, config, checkpoint = load_run(run, dtype=torch.float32)
+    before, differences = probe_logits(model), dict[str, float]()
+    out.mkdir(parents=True)
+    lora = config.train.decoder == "lora"
+    if lora:
+        model.decoder.save_pretrained(out / "adapter")
+    if lora and merge:
+        model.decoder = model.decoder.merge_and_unload()
+        config.train.decoder = "full"
+    merged = probe_logits(model)
+    differences["merge"] = (merged - before).abs().max().item()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    differences["dtype"] = (probe_logits(model) - merged).abs().max().item()
+    if language_model:
+        plain = model.base_decoder().to(dtype)
+        plain.save_pretrained(out / "language_model")
+        model.vocabulary.text.save_pretrained(out / "language_model")
+        plain.float()
+    step = re.search(r"step-(\d+)", checkpoint.name)
+    facts = {"step": int(step[1]) if step else None, "merged": lora and merge}
+    save_pretrained(model, config, out, dtype, **facts, largest_logit_difference=differences)
+    return differences
 
 
 def main(argv: list[str]) -> None:
-    """Export and say where and how large."""
+    """Export, load the result again, and say how far its logits are from the run's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder or checkpoint file")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--keep-lora", action="store_true", help="do not merge LoRA into the weights")
+    parser.add_argument("--language-model", action="store_true", help="also write OUT/language_model for transformers")
     arguments = parser.parse_args(argv)
-    path = export(arguments.run, arguments.out, getattr(torch, arguments.dtype))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    dtype = getattr(torch, arguments.dtype)
+    differences = export(arguments.run, arguments.out, dtype, not arguments.keep_lora, arguments.language_model)
+    load_pretrained(arguments.out)
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    print(f"{arguments.out}: {size / 1e6:.1f} MB; largest logit difference: {differences}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,16 +23,24 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def build_decoder(
-    config: DecoderConfig, text_tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    config: DecoderConfig,
+    text_tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    shape: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """Build the language model with one embedding row per token of `text_tokenizer` (transformers causal LM)."""
-    if config.weights is not None:
+    """Build the language model with one embedding row per token of `text_tokenizer` (transformers causal LM).
+
+    Its weights are those of `config.weights`, or random: for a `shape`, and for a small Llama of the config's sizes.
+    """
+    if shape is not None:
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention)
+    elif config.weights is not None:
         with loading("model.decoder.weights", config.weights):
-            decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            decoder = AutoModelForCausalLM.from_pretrained(
                 config.weights, dtype=dtype, attn_implementation=config.attention
             )
     else:
-        shape = LlamaConfig(
+        llama = LlamaConfig(
             vocab_size=len(text_tokenizer),
             hidden_size=config.hidden_size,
             num_hidden_layers=config.layers,
@@ -43,8 +52,8 @@ def build_decoder(
             eos_token_id=text_tokenizer.eos_token_id,
             pad_token_id=text_tokenizer.pad_token_id,
         )
-        shape._attn_implementation = config.attention
-        decoder = LlamaForCausalLM(shape)
+        llama._attn_implementation = config.attention
+        decoder = LlamaForCausalLM(llama)
     decoder.resize_token_embeddings(len(text_tokenizer), mean_resizing=False)
     rows = len(embedding_weight(decoder))
     assert rows == len(text_tokenizer) == decoder.config.vocab_size, "tokenizer, embedding and config sizes must agree"
@@ -71,6 +80,8 @@ def initialise_new_rows(weight: Tensor, first_new: int, bin_ids: list[int], bin_
     The code is a random rotation of sines and cosines from half a period to num_bins / 4 periods over the image, so
     near coordinates start with near rows. As large as an old row is, its amplitude falls with the frequency.
     """
+    if weight.is_meta:  # a model whose weights are loaded later
+        return
     old = weight[:first_new].float()
     mean, scale = old.mean(0), (old - old.mean(0)).norm(dim=1).mean()
     weight[first_new:] = mean.to(weight.dtype)

@@ -31,8 +31,8 @@ class ImageEncoder(nn.Module):
         is_file = config.weights is not None and Path(config.weights).suffix == ".safetensors"
         pretrained = None if is_file else config.weights
         logging.getLogger().addFilter(_is_not_about_random_weights)
-        device = torch.get_default_device()  # open_clip would choose the CPU; "meta" builds shapes alone
-        model = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size, device=device)
+        # No device: open_clip would move the model to the CPU, also one whose weights take no memory yet.
+        model = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size, device=None)
         self.visual = model.visual
         logging.getLogger().removeFilter(_is_not_about_random_weights)
         if is_file:
@@ -40,9 +40,9 @@ class ImageEncoder(nn.Module):
         self.layer, self.image_size = config.layer, size
         self.register_buffer("mean", 255 * torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
-        with torch.no_grad():
-            probe = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        self.patches, self.width = probe.shape[1:]
+        trunk = getattr(self.visual, "trunk", None)
+        stem = self.visual.conv1 if trunk is None else trunk.patch_embed.proj  # open_clip's own, or timm's
+        self.patches, self.width = (size // stem.kernel_size[0]) ** 2, stem.out_channels
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode (N, 3, S, S) uint8 RGB images to patch tokens (N, P, D), row by row from the top left."""

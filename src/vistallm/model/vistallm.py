@@ -6,11 +6,13 @@ encoder (frozen) -> instruction-guided tokenizer (one run per image) -> image sl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import Vocabulary
@@ -41,11 +43,21 @@ class VistaLLM(nn.Module):
     bin_ids: Tensor  # (num_bins,) int64, ids of the coordinate tokens
     decoder: Any  # transformers' PreTrainedModel, or peft's wrapper of it
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        dtype: torch.dtype = torch.float32,
+        decoder_config: PreTrainedConfig | None = None,
+    ) -> None:
+        """Build the three parts and load the pretrained weights that the config names.
+
+        `decoder_config` builds the language model of that shape instead, without weights (they are loaded later).
+        """
         super().__init__()
         self.vocabulary, self.bin_sigma = vocabulary, config.train.bin_sigma
         self.encoder = ImageEncoder(config.model.encoder)
-        decoder: Any = build_decoder(config.model.decoder, vocabulary.text, dtype)
+        decoder: Any = build_decoder(config.model.decoder, vocabulary.text, dtype, decoder_config)
         first_new, bin_ids = vocabulary.first_new, vocabulary.bin_ids
         self.register_buffer("bin_ids", torch.tensor(bin_ids, dtype=torch.long), persistent=False)
         for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
@@ -120,10 +132,33 @@ class VistaLLM(nn.Module):
             **arguments,
         )
 
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> VistaLLM:
+        """Load a folder written by tools/export.py, in evaluation mode; ValueError when it is not whole."""
+        from vistallm.model.pretrained import load_pretrained
+
+        return load_pretrained(folder)
+
+    def base_decoder(self) -> Any:
+        """The transformers model, also under LoRA."""
+        return self.decoder.get_base_model() if hasattr(self.decoder, "get_base_model") else self.decoder
+
     def language_model(self) -> nn.Module:
         """The decoder without its LM head, also under LoRA."""
-        base = self.decoder.get_base_model() if hasattr(self.decoder, "get_base_model") else self.decoder
-        return base.model
+        return self.base_decoder().model
+
+    @property
+    def decoder_config(self) -> PreTrainedConfig:
+        """The transformers configuration of the language model."""
+        return self.base_decoder().config
+
+    def tied_weights(self) -> dict[str, str]:
+        """Names of weights that are another's tensor -> that other's name (a tied LM head -> the embedding)."""
+        if not self.decoder_config.tie_word_embeddings:
+            return {}
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        pairs = ((name, name.replace("lm_head.", "model.embed_tokens.")) for name in names if "lm_head." in name)
+        return {head: table for head, table in pairs if table in names}
 
     def _is_bin(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, self.bin_ids)

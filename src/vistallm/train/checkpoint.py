@@ -7,9 +7,12 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import load as load_sharded
 
 from vistallm.config import Config, config_from_file
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.pretrained import MANIFEST, build_empty, check_keys, default_dtype, fill, read_pretrained
 from vistallm.model.vistallm import VistaLLM
 
 _STEP = re.compile(r"step-(\d+)\.ckpt$")
@@ -22,14 +25,21 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(path: str) -> tuple[Path, Path]:
-    """Resolve `ckpt=` (a run folder or a checkpoint file in one) to (run folder, checkpoint); raises ValueError."""
+    """Resolve `ckpt=` (an exported model, a run folder or a checkpoint in one) to (folder, checkpoint).
+
+    The checkpoint of an exported model is its manifest.json. Raises ValueError when nothing of the kind is there.
+    """
     given = Path(path)
-    if given.is_dir():
+    if (given / MANIFEST).is_file():
+        return given, given / MANIFEST
+    if given.is_dir() and not _STEP.search(given.name):
         found = newest_checkpoint(given)
         if found is None:
-            raise ValueError(f"ckpt={path}: expected a run folder with checkpoints/step-<n>.ckpt, found no checkpoint")
+            raise ValueError(
+                f"ckpt={path}: expected a run folder with checkpoints/step-<n>.ckpt, or {MANIFEST}; found no checkpoint"
+            )
         return given, found
-    if not given.is_file():
+    if not given.exists():
         raise ValueError(f"ckpt={path}: expected a run folder or a checkpoint file, found nothing there")
     return given.parent.parent, given
 
@@ -57,9 +67,17 @@ def resume_path(config: Config) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """Return the model weights of a Lightning checkpoint by VistaLLM's own names; raises ValueError if unreadable."""
+    """Return the model weights of a checkpoint by VistaLLM's own names; raises ValueError if unreadable.
+
+    Args:
+        path: a Lightning checkpoint (one file, or the folder that a sharded run writes), or an exported manifest.json.
+    """
+    if path.name == MANIFEST:
+        return read_pretrained(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        if path.is_dir():
+            return _read_sharded(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except Exception as error:
         raise ValueError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
@@ -67,42 +85,44 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return {key.removeprefix("model."): value for key, value in state.items()}
 
 
-def load_weights(model: VistaLLM, path: Path) -> None:
-    """Load the model weights of a checkpoint.
+def _read_sharded(path: Path) -> dict[str, torch.Tensor]:
+    """Read the model weights, and only those, of a checkpoint that every rank has written a part of."""
+    reader = FileSystemReader(path)
+    found = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(facts.size, dtype=facts.properties.dtype)
+        for key, facts in found.items()
+        if key.startswith("state_dict.") and isinstance(facts, TensorStorageMetadata)
+    }
+    load_sharded(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix("state_dict.model."): value for key, value in state.items()}
 
-    Raises:
-        ValueError: keys are missing or unexpected, or shapes differ (a checkpoint of another model); one line.
-    """
+
+def load_weights(model: VistaLLM, path: Path) -> None:
+    """Load the model weights of a checkpoint; raises ValueError for one of another model, one line."""
     state = read_state(path)
-    own = model.state_dict()
-    shapes = [
-        f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
-    if shapes or missing or unexpected:
-        first = (shapes or [f"missing {k}" for k in missing] or [f"unexpected {k}" for k in unexpected])[0]
-        raise ValueError(
-            f"{path}: a checkpoint of another model ({len(shapes)} shapes differ, {len(missing)} keys missing, "
-            f"{len(unexpected)} unexpected; first: {first}); use the model= and coordinate settings it was trained with"
-        )
+    for name, other in model.tied_weights().items():
+        if other in state:
+            state.setdefault(name, state[other])
+    check_keys(model.state_dict(), state, path)
     model.load_state_dict(state)
 
 
-def load_run(path: str, config: Config | None = None) -> tuple[VistaLLM, Config, Path]:
-    """Build the model of a run from its own config and vocabulary and load its weights, in evaluation mode.
+def load_run(
+    path: str, config: Config | None = None, dtype: torch.dtype | None = None
+) -> tuple[VistaLLM, Config, Path]:
+    """Build the model of a run or an exported folder with its own vocabulary and weights, in evaluation mode.
 
     Args:
-        path: run folder or checkpoint file.
-        config: use this configuration instead of the run's own.
+        path: exported model, run folder or checkpoint.
+        config: use this configuration instead of the folder's own.
+        dtype: of the weights; None = bfloat16 with a GPU at hand, else float32.
 
     Returns:
         model, config, checkpoint path.
     """
-    run_dir, checkpoint = find_checkpoint(path)
-    config = config or config_from_file(run_dir / "config.yaml")
-    config.model.encoder.weights = config.model.tokenizer.weights = None  # the checkpoint holds them
-    model = VistaLLM(config, Vocabulary.load(run_dir / "vocabulary"))
-    load_weights(model, checkpoint)
+    folder, checkpoint = find_checkpoint(path)
+    config = config or config_from_file(folder / "config.yaml")
+    model = build_empty(config, Vocabulary.load(folder / "vocabulary"), folder)
+    fill(model, read_state(checkpoint), checkpoint, dtype or default_dtype())
     return model.eval(), config, checkpoint

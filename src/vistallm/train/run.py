@@ -46,6 +46,7 @@ def train(config: Config) -> Path:
     if trainer.is_global_zero:
         save_config(config, run_dir / "config.yaml")
         module.model.vocabulary.save(run_dir / "vocabulary")
+        module.model.decoder_config.save_pretrained(run_dir / "decoder")
     if resume is not None:
         print(f"resuming from {resume}")
     try:
@@ -53,7 +54,8 @@ def train(config: Config) -> Path:
     except ValueError as error:
         # torch wraps what a loader's worker raises into the text of its traceback; the message is at its end.
         raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
-    stopped = any(isinstance(callback, StopAtSignal) and callback.stopped for callback in trainer.callbacks)
+    watch = trainer.callbacks  # type: ignore[attr-defined]
+    stopped = any(isinstance(callback, StopAtSignal) and callback.stopped for callback in watch)
     if stopped and trainer.global_step < module.steps:
         raise Preempted(f"stopped by a signal at step {trainer.global_step}; start it again to go on ({run_dir})")
     if trainer.is_global_zero:
