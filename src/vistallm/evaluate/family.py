@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from vistallm.metrics import answers
 from vistallm.metrics.functional import Sums
 from vistallm.schema import Prediction
@@ -40,7 +42,7 @@ class Family:
 
 def each(measure_one: Callable[[Prediction], Any]) -> Callable[[Sequence[Prediction]], list[Any]]:
     """Return the `measure` of a family whose samples are measured one by one."""
-    return lambda predictions: [measure_one(prediction) for prediction in predictions]
+    return lambda predictions: [measure_one(p) for p in tqdm(predictions, "scoring", leave=False, disable=None)]
 
 
 def share(sums: Sums) -> float | None:
