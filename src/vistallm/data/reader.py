@@ -152,14 +152,14 @@ def decode_image(
         size: as in `decode_sample`.
         max_pixels: as in `decode_sample`.
     """
-    header = _header(data)
-    if header is None or header[1:] != expected:
-        got = "no image" if header is None else f"{header[1]}x{header[2]}"
-        raise SampleReject("bad-image", f"{where}: expected {expected[0]}x{expected[1]} pixels, got {got}")
     if expected[0] * expected[1] > max_pixels:
         raise SampleReject(
             "too-many-pixels", f"{where}: {expected[0]}x{expected[1]} pixels, data.max_pixels is {max_pixels}"
         )
+    header = _header(data)
+    if header is None or header[1:] != expected:
+        got = "no image" if header is None else f"{header[1]}x{header[2]}"
+        raise SampleReject("bad-image", f"{where}: expected {expected[0]}x{expected[1]} pixels, got {got}")
     scale = reduction(expected, size) if header[0] == "JPEG" and size is not None else 1
     flags = _REDUCED[scale] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,24 +40,30 @@ class MetricsFile(Callback):
     """Appends the module's report to metrics.csv and hands it to the loggers.
 
     `seconds` is the wall time of the step and `wait` the part of it spent waiting for the loader, both in seconds;
-    `samples` and `tokens` are this rank's. On resume, rows after the checkpoint's step are dropped.
+    `samples`, `tokens` and `rejects` are this rank's; `skipped` is 1 where the gradient was not finite. On resume, rows
+    after the checkpoint's step are dropped.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._clock = self._ready = 0.0
         self._step = 0
+        self._waiting: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the rows up to the step that the run resumes from, then start the clock of the first step."""
         # Not in on_fit_start: Lightning restores the step count after it.
         self._step = trainer.global_step
         if trainer.is_global_zero:
-            kept = [row for row in read_metrics(self.path) if int(row["step"]) <= self._step]
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
+            rows = read_metrics(self.path)
+            kept = [row for row in rows if int(row["step"]) <= self._step]
+            if len(kept) < len(rows) or (rows and list(rows[0]) != COLUMNS):
+                rewritten = self.path.with_suffix(".tmp")
+                with rewritten.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS)
+                    writer.writeheader()
+                    writer.writerows(kept)
+                rewritten.replace(self.path)  # whole or not at all: a kill here must not lose the curve
         self._clock = time.perf_counter()
 
     def on_train_batch_start(
@@ -94,10 +102,26 @@ class MetricsFile(Callback):
     def _write(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
             return
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+        self._append(row)
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """Append a row; on a full disk it waits in memory for the next one, and training goes on."""
+        self._waiting.append(row)
+        end = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if end == 0:
+                    writer.writeheader()
+                writer.writerows(self._waiting)
+            self._waiting.clear()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, end)  # no half row
+            if len(self._waiting) == 1:
+                print(f"{self.path}: {error}; rows wait in memory until there is room", flush=True)
 
 
 class FinalCheckpoint(Callback):
@@ -120,6 +144,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    if reader.fieldnames and list(reader.fieldnames) != COLUMNS:
+    # Columns may have been added since (a task, a fact): missing ones are empty, unknown ones are another program's.
+    if reader.fieldnames and not set(reader.fieldnames) <= set(COLUMNS):
         raise ValueError(f"{path}: columns of another version; move the run folder away or choose another run_dir=")
     return rows

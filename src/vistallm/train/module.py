@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,6 +16,8 @@ from vistallm.model.vistallm import Output, VistaLLM
 from vistallm.schema import IGNORE_INDEX, Batch
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
 from vistallm.train.strategy import shard
+
+BAD_STEPS = 3  # in a row, with a gradient that is not finite, stop the run
 
 
 class VistaModule(L.LightningModule):
@@ -28,6 +33,8 @@ class VistaModule(L.LightningModule):
         self.model, self.config, self.steps = model, config, steps
         self.report: dict[str, float] = {}
         self._sums: dict[str, float] = {}
+        self._ids: list[str] = []
+        self._bad_steps = 0
 
     def configure_model(self) -> None:
         """Shard the model when the strategy brings a device mesh (FSDP2)."""
@@ -72,10 +79,34 @@ class VistaModule(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self._close_step(optimizer, float(norm))
+        self._guard(parameters, float(norm))
+
+    def _guard(self, parameters: list[torch.nn.Parameter], norm: float) -> None:
+        """Skip the step when the gradient is not finite, and stop the run at the third such step in a row.
+
+        The norm is over all ranks, so they decide alike; each writes the ids of its own samples.
+        """
+        ids, self._ids = self._ids, []
+        if math.isfinite(norm):
+            self._bad_steps = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # the optimizer leaves such parameters and their moments as they are
+        self._bad_steps += 1
+        path = Path(str(self.config.run_dir)) / "nonfinite.jsonl"
+        facts = {"step": self.global_step + 1, "rank": self.global_rank, "loss": self.report["loss"], "ids": ids}
+        with path.open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+        if self._bad_steps >= BAD_STEPS:
+            raise ValueError(
+                f"step {facts['step']}: the gradient was not finite {BAD_STEPS} times in a row; the samples are in "
+                f"{path}; lower train.lr, train with precision=fp32, or go back to an earlier checkpoint (resume=PATH)"
+            )
 
     def _add(self, batch: Batch, output: Output) -> None:
         """Add a micro-batch to the running sums of this optimizer step."""
         sums = self._sums
+        self._ids += batch.ids
         cells = batch.input_ids.numel()
         row_loss = torch.zeros(len(batch)).index_add_(0, output.row.cpu(), output.token_loss.float().cpu())
         row_size = torch.zeros(len(batch)).index_add_(0, output.row.cpu(), torch.ones(len(output.row)))
@@ -106,6 +137,7 @@ class VistaModule(L.LightningModule):
             "samples": sums["samples"],
             "tokens": sums["tokens"],
             "rejects": sums["rejects"],
+            "skipped": float(not math.isfinite(norm)),
             "padding": 1 - sums["tokens"] / sums["cells"],
             **{f"loss/{task}": sums[f"loss/{task}"] / size for task, size in tasks.items()},
         }
