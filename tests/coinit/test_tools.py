@@ -1,5 +1,6 @@
-"""The commands: build_coinit.py and view_samples.py, run as a user runs them."""
+"""The commands: build_coinit.py, view_samples.py and bench_builders.py, as a user runs them."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,20 @@ def run(tool, *arguments):
     )
 
 
+@pytest.fixture
+def build_coinit(capsys):
+    """Callable: words -> (exit code, stdout, stderr) of build_coinit.py, run in this process."""
+    spec = importlib.util.spec_from_file_location("build_coinit", TOOLS / "build_coinit.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def call(*words):
+        code = tool.main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     out = tmp_path_factory.mktemp("tools") / "mini"
@@ -25,17 +40,19 @@ def shards(tmp_path_factory):
     return out
 
 
-def test_check_counts_and_finds_faults(shards):
-    done = run("build_coinit.py", "check", shards)
-    assert done.returncode == 0
-    assert "no fault" in done.stdout
-    assert "attcoseg" in done.stdout
+def test_check_counts_and_finds_faults(shards, build_coinit):
+    code, text, _ = build_coinit("check", shards, "--workers", 1)
+    assert code == 0
+    assert "no fault" in text
+    assert "attcoseg" in text
     stray = shards / "extra-000000.tar"
     stray.touch()
-    done = run("build_coinit.py", "check", shards)
+    code, text, _ = build_coinit("check", shards, "--workers", 1)
     stray.unlink()
-    assert done.returncode == 1
-    assert "FAULT extra-000000.tar: not in index.json" in done.stdout
+    assert code == 1
+    assert "FAULT unlisted-shard: 1\n" in text
+    assert "extra-000000.tar: not in index.json" in text
+    assert "1 fault(s) in" in text
 
 
 @pytest.mark.parametrize(
@@ -45,14 +62,18 @@ def test_check_counts_and_finds_faults(shards):
         (["mini"], "expected --out"),
         (["check"], "expected a folder"),
         (["check", "no-such-folder"], "which is not there"),
+        (["eval-images", "no-such-folder"], "and --out FILE"),
+        (["jsonl", "--out", "x"], "expected --root DIR and --split NAME"),
+        (["jsonl", "--out", "x", "--root", "no-such-folder", "--split", "train"], "check --root and --split"),
+        (["jsonl", "--out", "x", "--root", ".", "--split", "train", "--part", "1of2"], "expected i/n such as 0/8"),
     ],
 )
-def test_user_faults_are_one_line(arguments, message):
-    done = run("build_coinit.py", *arguments)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_user_faults_are_one_line(arguments, message, build_coinit):
+    code, _, errors = build_coinit(*arguments)
+    assert code == 1
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
 
 
 def test_viewer_writes_sheet_and_page(shards, tmp_path):
@@ -75,9 +96,39 @@ def test_viewer_faults_are_one_line(shards, tmp_path, flag, value):
     assert done.stderr.count("\n") == 1
 
 
-def test_build_leaves_a_folder_of_other_files_alone(tmp_path):
+def test_build_leaves_a_folder_of_other_files_alone(tmp_path, build_coinit):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    done = run("build_coinit.py", "mini", "--out", tmp_path / "mine")
-    assert done.returncode == 1
-    assert "choose another folder" in done.stderr
+    code, _, errors = build_coinit("mini", "--out", tmp_path / "mine")
+    assert code == 1
+    assert "choose another folder" in errors
+
+
+def test_evaluation_images_are_listed_and_excluded(tmp_path, build_coinit):
+    """Shards of two splits on the same images: refused by check, sound once the list is excluded."""
+    root, data, ids = TOOLS.parent / "examples" / "custom", tmp_path / "data", tmp_path / "ids.txt"
+    (tmp_path / "root").mkdir()
+    lines = (root / "train.jsonl").read_text().splitlines()
+    (tmp_path / "root" / "train.jsonl").write_text("\n".join(lines[:6]))
+    (tmp_path / "root" / "test.jsonl").write_text(lines[1])  # a question on plate.jpg, which lines 1 and 3 show
+    (tmp_path / "root" / "masks").symlink_to(root / "masks")
+    words = ["jsonl", "--root", tmp_path / "root", "--images", root, "--workers", 1]
+    assert build_coinit(*words, "--split", "test", "--out", data / "test")[0] == 0
+    assert build_coinit(*words, "--split", "train", "--out", data / "leaky")[0] == 0
+    code, text, _ = build_coinit("check", data / "leaky", data / "test", "--workers", 1)
+    assert code == 1
+    assert "FAULT leak: 1\n" in text
+    assert build_coinit("eval-images", data / "leaky", data / "test", "--out", ids)[0] == 0
+    assert ids.read_text() == "jsonl:images/plate.jpg\n"
+    assert build_coinit("check", data / "leaky", "--exclude", ids)[0] == 1
+    code, text, _ = build_coinit(*words, "--split", "train", "--out", data / "clean", "--exclude", ids)
+    assert "train has 4 samples" in text
+    assert "rejected excluded                2" in text
+    assert build_coinit("check", data / "clean", data / "test", "--exclude", ids, "--workers", 1)[0] == 0
+
+
+def test_benchmark_prints_rates_and_baselines(tmp_path):
+    done = run("bench_builders.py", "--samples", 14, "--photos", 3, "--rounds", 1, "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "samples/s on one core, of 15;" in done.stdout
+    assert done.stdout.count("file copy") == 2
