@@ -117,8 +117,12 @@ def draw_row(sample: Sample, width: int = TILE) -> np.ndarray:
 
 def sample_texts(sample: Sample, template: int) -> tuple[str, str, str]:
     """Heading, instruction and answer; placeholders are shortened to [0,2], an empty one to []."""
-    texts = [re.sub(r"\{regions:([\d,]*)(:\w+)?\}", r"[\1]", text) for text in render(sample, template)]
-    return f"{sample.task}  {sample.id}" + ("  held out" if sample.meta.get("held_out") else ""), texts[0], texts[1]
+    instruction, answer = map(_short, render(sample, template))
+    return f"{sample.task}  {sample.id}" + ("  held out" if sample.meta.get("held_out") else ""), instruction, answer
+
+
+def _short(text: str) -> str:
+    return re.sub(r"\{regions:([\d,]*)(:\w+)?\}", r"[\1]", text)
 
 
 def png_sheet(samples: list[Sample], template: int, columns: int = 4) -> np.ndarray:
@@ -211,7 +215,9 @@ def figure(sample: Sample, builder) -> str:  # noqa: ANN001
         number = f"Image {index + 1}" if len(sample.pixels) > 1 else ""
         pictures.append(f'<div><img src="data:image/jpeg;base64,{data}" alt="">{number}</div>')
     heading, instruction, answer = sample_texts(sample, builder.template)
-    rounds = "".join(f"<p>{_words(q)}</p><p><b>{_words(a)}</b></p>" for q, a in sample.fields.get("rounds", ()))
+    rounds = "".join(
+        f"<p>{_words(_short(q))}</p><p><b>{_words(_short(a))}</b></p>" for q, a in sample.fields.get("rounds", ())
+    )
     texts = f"{rounds}<p>{_words(instruction)}</p><p><b>{_words(answer)}</b></p>"
     return (
         f'<figure><h2>{html.escape(heading)}</h2><div class="images">{"".join(pictures)}</div>{texts}{tokens}</figure>'

@@ -9,6 +9,7 @@ named with `--set layout=FILE`, or its keys one by one (`--set image_glob=...`),
     foreground  ">127": above that in any channel; "64,0,0": that colour; in the file also a rule for each class
     image_id    what tells images apart: "{class}/{stem}" or "{stem}"
 
+Build each set into its own folder: the benchmarks read DATA/coseg-pascal, -icoseg and -msrc, the mixture DATA/coseg.
 `--set classes=a,b` takes some classes only. A unit is one group of images of a class. Split `train`: one group of two
 to four images for every image, drawn by the seed. Any other split, for evaluation: each class in groups of four in
 order of name, with every image once (the last two groups are smaller where one image would be left over).
@@ -24,6 +25,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 
+from vistallm.coinit.leaks import is_training
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.records import RecordSource, read_settings
 from vistallm.regions.masks import mask_to_rle
@@ -80,7 +82,7 @@ def _groups(paths: list[Path], name: str, options: SourceOptions) -> Iterator[li
     """Groups of the images of one class; a lone image makes one group of itself, which is then rejected."""
     if len(paths) < 2:
         yield paths
-    elif options.split == "train":
+    elif is_training(options.split):
         rng = np.random.default_rng([options.seed, *name.encode()])
         for first in range(len(paths)):
             others = rng.permutation([i for i in range(len(paths)) if i != first])
