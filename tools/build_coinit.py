@@ -55,6 +55,8 @@ def run_check(arguments: argparse.Namespace) -> int:
         print(f"{folder}, {split}: {counts.total()} samples")
         for task, number in sorted(counts.items()):
             print(f"  {task:<10}{number:>9}")
+    for note in report.notes:
+        print(f"note: {note}")
     for kind, texts in report.faults.items():
         print(f"FAULT {kind}: {report.totals[kind]}")
         print("".join(f"  {text}\n" for text in texts), end="")

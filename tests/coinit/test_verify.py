@@ -8,8 +8,9 @@ import pytest
 
 from vistallm.coinit.leaks import evaluation_images, read_ids
 from vistallm.coinit.mini import MiniRecipe, build_mini, make_sample
+from vistallm.coinit.mojibake import broken_text
 from vistallm.coinit.shards import read_index, write_index, write_shard
-from vistallm.coinit.verify import FIRST, SampleChecker, broken_text, verify
+from vistallm.coinit.verify import FIRST, SampleChecker, verify
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
 
@@ -52,6 +53,16 @@ def damage_cut(root):
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def damage_garbage(root):
+    (root / "val-000000.tar").write_bytes(b"no tar at all " * 1000)
+
+
+def damage_types(root):
+    sample, images = make_sample(MiniRecipe(), "val", "gres", 7)
+    sample.fields["targets"], sample.meta["image_ids"] = 5, 7
+    write(root, "val", [(sample, images)])
+
+
 def damage_stray(root):
     (root / "other-000000.tar").write_bytes(b"")
 
@@ -76,6 +87,8 @@ def damage_count(root):
         (damage_hash, "bytes", 1, "bytes differ"),
         (damage_missing, "missing-shard", 1, "no such file"),
         (damage_cut, "record", 1, "val-000000"),
+        (damage_garbage, "record", 1, "not checked"),
+        (damage_types, "record", 1, "TypeError"),
         (damage_stray, "unlisted-shard", 1, "not in index.json"),
         (damage_duplicate, "duplicate-id", 2, "the same id"),
         (damage_duplicate_across, "duplicate-id", 1, "val-000000.tar"),
@@ -120,6 +133,17 @@ def test_leaks_are_seen_across_folders(tmp_path):
     assert "testA-000000.tar" in report.faults["leak"][0]
     assert verify([tmp_path / "a"], frozenset({"vg:2", "coco:5"})).totals["leak"] == 2
     assert evaluation_images([tmp_path / "a", tmp_path / "b"]) == {"coco:5"}
+
+
+def test_the_same_file_under_another_id_is_noted(tmp_path):
+    sample, images = make_sample(MiniRecipe(), "train", "rec", 3)
+    write(tmp_path, "train", [(sample, images), make_sample(MiniRecipe(), "train", "rec", 4)])
+    other, _ = make_sample(MiniRecipe(), "train", "rec", 3)
+    other.id, other.meta["image_ids"] = "other", ["coco:1"]
+    write(tmp_path, "val", [(other, images)])
+    report = verify([tmp_path], workers=2)
+    assert not report.totals
+    assert ["1 image file(s)" in report.notes[0], "2 training sample(s)" in report.notes[1]] == [True, True]
 
 
 def test_id_files(tmp_path):
@@ -188,6 +212,10 @@ def change_letters(sample, files):
     sample.answer = "It\x92s {regions:0}."
 
 
+def change_ids(sample, files):
+    sample.meta["image_ids"] = ["coco:1", "coco:2"]
+
+
 def change_marker(sample, files):
     sample.answer = "The mask is <m_st> {regions:0}."
 
@@ -209,6 +237,7 @@ def change_marker(sample, files):
         (change_slot, "placeholder", "expected {regions:0,2}"),
         (change_round, "placeholder", "the earlier answer: a placeholder names object 9"),
         (change_letters, "mojibake", "read the source's texts as UTF-8"),
+        (change_ids, "image-ids", "expected a list of 1 image ids"),
         (change_marker, "parse-back", "the answer"),
     ],
 )

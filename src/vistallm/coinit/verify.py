@@ -6,11 +6,11 @@ Shards are checked by all cores, one shard at a time each; what is kept per samp
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 import cv2
@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from vistallm.coinit.leaks import is_training, records, sample_images
+from vistallm.coinit.mojibake import broken_text
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.coinit.tasks import TASKS, RegionSlot, earlier_rounds, split_placeholders, write_answer, write_instruction
 from vistallm.coinit.workers import run_forked
@@ -29,17 +30,19 @@ from vistallm.schema import Region, Sample
 _SIDES = ("instruction", "answer")
 FIRST = 5  # faults of each kind that are kept with their text
 Fault = tuple[str, str]  # kind, a short kebab-case word, and what is wrong where
-_BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_FOREIGN = re.compile(r"[^\x00-\x7f]{2,}")
 
 
 @dataclass
 class Report:
-    """Samples per (folder, split) by task, faults counted by kind, and the first FIRST of each kind (empty = sound)."""
+    """Samples per (folder, split) by task, faults counted by kind, and the first FIRST of each kind (empty = sound).
+
+    `notes` say what is worth a look, but may be right.
+    """
 
     counts: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     totals: Counter[str] = field(default_factory=Counter)
     faults: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, kind: str, text: str, number: int = 1) -> None:
         """Count faults of a kind and keep the text of the first."""
@@ -59,6 +62,8 @@ class _Checked:
     faults: Report = field(default_factory=Report)
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     images: set[str] = field(default_factory=set)
+    files: set[int] = field(default_factory=set)  # hashes of image bytes: forked workers share Python's hash seed
+    nameless: int = 0  # samples without image ids
 
 
 def verify(roots: Iterable[Path | str], exclude: frozenset[str] = frozenset(), workers: int | None = None) -> Report:
@@ -111,10 +116,12 @@ def _check_shard(job: tuple[Path, dict[str, Any]]) -> _Checked:
             checked.tasks[sample.task] += 1
             ids.append(id_digest(sample.id))
             checked.images |= sample_images(sample)
+            checked.files.update(map(hash, images))
+            checked.nameless += not sample.meta.get("image_ids")
             for kind, text in checker.faults(sample, images):
                 report.add(kind, f"sample {sample.id}: {text}")
-    except (ValueError, OSError) as error:  # tarfile's errors are OSErrors
-        report.add("record", str(error))
+    except (ValueError, TypeError, AttributeError, OSError, TarError) as error:  # of a record with other types, too
+        report.add("record", f"{error!r}; the rest of the shard was not checked")
     checked.ids = np.array(ids, np.uint64)
     if checked.tasks != Counter(row["tasks"]) or checked.tasks.total() != row["samples"]:
         report.add("count", f"holds {dict(sorted(checked.tasks.items()))}, the index says {row['tasks']}")
@@ -152,11 +159,17 @@ def _find_leaks(checked: list[_Checked], exclude: frozenset[str], report: Report
     for shard in checked:
         if not is_training(shard.split):
             kept.update(dict.fromkeys(shard.images, str(shard.path)))
-    for shard in checked:
-        leaked = sorted(shard.images & kept.keys()) if is_training(shard.split) else []
-        if leaked:
+    training = [shard for shard in checked if is_training(shard.split)]
+    for shard in training:
+        if leaked := sorted(shard.images & kept.keys()):
             text = f"{shard.path}: {len(leaked)} image(s) are for evaluation, first {leaked[0]} of {kept[leaked[0]]}"
             report.add("leak", f"{text}; build the split with --exclude", len(leaked))
+    same = set[int]().union(*(shard.files for shard in training))
+    same &= set[int]().union(*(shard.files for shard in checked if not is_training(shard.split)))
+    if same:
+        report.notes.append(f"{len(same)} image file(s) of evaluation splits are in training shards, byte for byte")
+    if nameless := sum(shard.nameless for shard in training):
+        report.notes.append(f"{nameless} training sample(s) carry no image ids, so that leaks can't be told by them")
 
 
 class SampleChecker:
@@ -172,6 +185,9 @@ class SampleChecker:
         if sample.task not in TASKS:
             yield "task", f"unknown task {sample.task!r}; known: {', '.join(TASKS)}"
             return
+        ids = sample.meta.get("image_ids")
+        if ids is not None and (not isinstance(ids, list) or len(ids) != len(images)):
+            yield "image-ids", f"expected a list of {len(images)} image ids, got {ids}"
         for info, data in zip(sample.images, images, strict=True):
             shape = self._shape(data)
             if shape is None:
@@ -267,16 +283,3 @@ def _region_fault(region: Region, width: int, height: int) -> str | None:
     if list(region.rle.get("size", ())) != [height, width] or not isinstance(region.rle.get("counts"), str):
         return f"rle: expected size {[height, width]} and text counts, got size {region.rle.get('size')}"
     return None if coco_mask.area(region.rle) > 0 else "rle holds no pixel"
-
-
-def broken_text(text: str) -> str | None:
-    """The first piece of a text that was decoded wrongly: lost or control characters, or UTF-8 read as Windows-1252."""
-    if found := _BROKEN.search(text):
-        return found[0]
-    for piece in _FOREIGN.findall(text):
-        try:
-            if piece.encode("cp1252").decode("utf-8") != piece:
-                return piece
-        except UnicodeError:
-            continue
-    return None
