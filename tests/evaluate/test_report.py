@@ -135,7 +135,7 @@ def test_published_row_stands_beside_a_real_benchmark_only(predictions, tmp_path
     chosen = [p for p in predictions if p.task == "res"]
     assert "Published" not in write(tmp_path / "a.html", chosen)[0]
     row = B.PaperRow("VistaLLM-13B", "project page", {"miou": 77.2})
-    real = B.Benchmark("refcoco_val_res", "res", "coinit", "val", "refcoco", "mask", (row,))
+    real = B.Benchmark("refcoco_val_res", "res", "coinit", "val", "refcoco", "mask", "miou", paper=(row,))
     for prediction in chosen:
         prediction.benchmark = real.name
     write_report(tmp_path / "b.html", B.score(chosen, {real.name: real}), chosen)
