@@ -168,12 +168,15 @@ def _collect(job: Job, numbers: list[int]) -> Result:
     if result.done == count:
         with (job.options.out / ROWS / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two parts or splits may get here at once
-            _write_index(job.options.out)
+            if job.split not in _write_index(job.options.out):
+                raise ValueError(
+                    f"{job.options.out}: every sample of {job.split!r} was rejected; see rejects.jsonl for the reasons"
+                )
     return result
 
 
-def _write_index(out: Path) -> None:
-    """index.json and rejects.jsonl from the rows of all splits that are whole."""
+def _write_index(out: Path) -> set[str]:
+    """index.json and rejects.jsonl from the rows of all splits that are whole; returns those that have samples."""
     rows: dict[str, Row] = {}
     recipes: dict[str, str] = {}
     rejects = out / f".rejects.{os.getpid()}.tmp"
@@ -192,8 +195,7 @@ def _write_index(out: Path) -> None:
                 for reason, where in record["rejects"]:
                     line = {"split": split, "reason": reason, "where": where}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if not rows:
-        rejects.unlink()
-        raise ValueError(f"{out}: every sample was rejected; see the rows in {out / ROWS}")
     rejects.replace(out / "rejects.jsonl")
-    write_index(out, rows, source=source, recipe=recipes)
+    if rows:
+        write_index(out, rows, source=source, recipe=recipes)
+    return {row["split"] for row in rows.values()}
