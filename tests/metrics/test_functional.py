@@ -50,7 +50,7 @@ def test_mask_scores_equal_brute_force(seed):
     counts = counts_of(pairs)
     ious = [brute_iou(*pair) for pair in pairs]
     assert F.sample_iou(counts) == pytest.approx(ious, abs=1e-12)
-    assert F.mean_sample_iou(counts) == pytest.approx((sum(ious), len(ious)))
+    assert F.mean_sample_iou(counts) == pytest.approx((sum(ious), len(ious)), rel=1e-9)
     drawn = [(np.zeros_like(t) if p is None else p, t) for p, t in pairs]
     assert F.cumulative_iou(counts) == (sum((p & t).sum() for p, t in drawn), sum((p | t).sum() for p, t in drawn))
     for threshold in (0.5, 0.7, 0.9):
@@ -71,6 +71,16 @@ def test_counts_are_int64_and_survive_large_masks():
     counts = F.mask_counts([full], [full])
     assert counts.intersection.dtype == np.int64
     assert counts.union[0] == 3_600_000_000
+
+
+def test_exact_sums_do_not_depend_on_the_order():
+    values = np.random.default_rng(0).random(20000)
+    assert len({float(np.random.default_rng(s).permutation(values).cumsum()[-1]) for s in range(5)}) > 1
+    parts = [np.random.default_rng(s).permutation(values) for s in range(5)]
+    sums = {F.exact_sum(p[:7]) + F.exact_sum(p[7:9000]) + F.exact_sum(p[9000:]) for p in parts}
+    assert sums == {F.exact_sum(values)}
+    assert F.exact_sum(values) / 20000 == pytest.approx(values.mean(), abs=1.2e-10)
+    assert F.exact_sum([]) == 0
 
 
 def test_no_samples_and_empty_union():

@@ -70,4 +70,4 @@ class AnswerAccuracy(RatioState, Metric):
 
     def update(self, scores: Sequence[float]) -> None:
         """Add N scores."""
-        self.add((float(sum(scores)), len(scores)))
+        self.add((functional.exact_sum(scores), len(scores)))

@@ -1,9 +1,9 @@
 """Pure score functions on masks and boxes: RLEs and boxes in, int64 counts and (numerator, denominator) sums out.
 
 Every score is a ratio of two sums over samples, so a score over any split of the samples into batches or processes is
-the ratio of the added sums. Definitions follow the gRefCOCO evaluation (ReLA, gres_model/evaluation) and, for mask
-co-segmentation, precision and Jaccard per image. An unreadable answer (None) is wrong by every score: it adds its
-target's area to cIoU's union and no mask of its own.
+the ratio of the added sums, to the last bit (`exact_sum`). Definitions follow the gRefCOCO evaluation (ReLA,
+gres_model/evaluation) and, for mask co-segmentation, precision and Jaccard per image. An unreadable answer (None) is
+wrong by every score: it adds its target's area to cIoU's union and no mask of its own.
 
 Frame: pixels of the original image; masks are COCO RLE of the image's own size; boxes are x0, y0, x1, y1.
 """
@@ -90,9 +90,18 @@ def sample_iou(counts: MaskCounts) -> np.ndarray:
     return np.where(counts.union == 0, 1.0, iou) * counts.readable
 
 
+def exact_sum(values: np.ndarray | Sequence[float]) -> float:
+    """Sum N numbers in [0, 1], each rounded to 2**-32: the same to the last bit for any order and any split.
+
+    Float sums depend on their order, so a mean over batches or processes would not be one number. Sums of multiples of
+    2**-32 have no rounding up to two million samples, and a mean moves by less than 1.2e-10.
+    """
+    return float(np.rint(np.asarray(values, np.float64) * 2.0**32).sum() / 2.0**32)
+
+
 def mean_sample_iou(counts: MaskCounts) -> Sums:
     """Mean of per-sample IoU (mIoU). With no-target samples in, it is gRefCOCO's gIoU: a right "none" counts 1."""
-    return float(sample_iou(counts).sum()), len(counts)
+    return exact_sum(sample_iou(counts)), len(counts)
 
 
 def cumulative_iou(counts: MaskCounts) -> Sums:
@@ -119,7 +128,7 @@ def target_accuracy(predicted_empty: np.ndarray, target_empty: np.ndarray, reada
 def pixel_precision(counts: MaskCounts) -> Sums:
     """Mean over images of the share of pixels labelled rightly, object and background alike (Av.P)."""
     wrong = counts.union - counts.intersection
-    return float(((1 - wrong / np.maximum(counts.image_area, 1)) * counts.readable).sum()), len(counts)
+    return exact_sum((1 - wrong / np.maximum(counts.image_area, 1)) * counts.readable), len(counts)
 
 
 def foreground_jaccard(counts: MaskCounts) -> Sums:
@@ -129,7 +138,7 @@ def foreground_jaccard(counts: MaskCounts) -> Sums:
     those alone earns nothing (it would lift the mean of an empty answer), a false mask there counts 0.
     """
     counted = counts.union > 0
-    return float(sample_iou(counts)[counted].sum()), int(counted.sum())
+    return exact_sum(sample_iou(counts)[counted]), int(counted.sum())
 
 
 def box_iou(boxes: np.ndarray, others: np.ndarray, generalized: bool = False) -> np.ndarray:
