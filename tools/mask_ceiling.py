@@ -138,7 +138,8 @@ def main() -> int:
                 rows.append(measure(masks, sampler, points, args.num_bins, options))
                 print(*(rows[-1][c] for c in COLUMNS.split()), flush=True)
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-        print(f"mask_ceiling: {type(error).__name__}: {error}", file=sys.stderr)
+        told = str(error).partition("\n")[0].removeprefix(f"{args.file}: ")  # tarfile says one line per compression
+        print(f"mask_ceiling: {args.file}: {type(error).__name__}: {told}", file=sys.stderr)
         return 1
     if args.json:
         args.json.write_text(json.dumps({"file": args.file.name, "num_bins": args.num_bins, "rows": rows}))
