@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -122,9 +123,28 @@ def test_dry_run_trains_nothing(tiny_config, tmp_path, capsys):
     train(tiny_config(f"run_dir={tmp_path / 'dry'}", "dry_run=true"))
     said = capsys.readouterr().out
     assert "nothing was trained" in said
+    assert re.search(r"\. +rec +\d+ +1 +\d+ +\d+\.\d%", said), said
+    assert "left out (weight 0): .:attcoseg" in said
+    assert "1 ranks x 1 workers, 1 lanes" in said
+    assert re.search(r"\d tokens each .* padding \d+\.\d% of the batches' cells; rejects: none", said, re.DOTALL)
     for part in ("encoder    frozen", "tokenizer  trained", "decoder    full"):
         assert part in said
     assert not list((tmp_path / "dry").rglob("*.ckpt"))
+
+
+def test_dry_run_of_sources_says_what_is_missing_and_how_ranks_share(tiny_config, mini_root, tmp_path, capsys):
+    for source in ("refcoco+", "visual-genome"):
+        (tmp_path / "root" / source).parent.mkdir(exist_ok=True)
+        (tmp_path / "root" / source).symlink_to(mini_root)
+    words = ["data.sources.refcoco+=1", "data.sources.visual-genome=0.5", "data.sources.vcr=1", "data.name=coinit"]
+    words += [f"data.root={tmp_path / 'root'}", f"run_dir={tmp_path / 'dry'}", "trainer.devices=8", "data.workers=3"]
+    train(tiny_config(*words, "dry_run=true"))
+    said = capsys.readouterr().out
+    assert "missing in" in said
+    assert said.count("vcr") >= 3, "a source and a task"
+    assert re.search(r"8 ranks x 3 workers, 24 lanes: (\d+) to (\d+) samples", said)
+    with pytest.raises(ValueError, match="1 of 3 sources are missing: vcr"):
+        train(tiny_config(*words))
 
 
 def test_a_checkpoint_of_another_size_is_one_line(stage_one, train_tiny, tmp_path):

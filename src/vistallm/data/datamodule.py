@@ -114,7 +114,7 @@ class CoinItDataModule(L.LightningDataModule):
         load_compiled()  # once, before the loader's workers fork: each would compile the samplers for itself
         self.config, self.root = config, str(root)
         self.builder = build_sequencer(config, vocabulary)
-        self.folders = require_folders(config.data, self.root)
+        self.folders = require_folders(config.data, self.root, config.dry_run)
         self.mixture = build_mixture(config, self.folders)
         self.batches_done = 0  # over all ranks
         self.lanes = config.data.lanes
@@ -149,7 +149,7 @@ class CoinItDataModule(L.LightningDataModule):
         """Return this rank's loader."""
         workers, trainer = self.config.data.workers, self.trainer
         assert trainer is not None
-        gone = [s.place for f in self.folders for s in f.shards("train") if _is_gone(s.place)]
+        gone = [s.place for f in self.folders for s in f.shards("train") if is_gone(s.place)]
         if gone:
             raise ValueError(f"{self.root}: the index lists {len(gone)} shard(s) that are not there, first {gone[0]}")
         stream = self.stream(trainer.global_rank, trainer.world_size, workers, reject_log(self.config))
@@ -234,5 +234,6 @@ class _Batches(Dataset[Batch]):
         return self.batches[index]
 
 
-def _is_gone(place: str) -> bool:
+def is_gone(place: str) -> bool:
+    """Whether a local file is not there."""
     return not is_remote(place) and not Path(place).is_file()

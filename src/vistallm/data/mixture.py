@@ -60,15 +60,15 @@ def find_folders(data: DataConfig, root: str) -> tuple[list[Folder], list[str]]:
     return folders, missing
 
 
-def require_folders(data: DataConfig, root: str) -> list[Folder]:
-    """Return the source folders; raises ValueError when one is missing, unless `data.missing_sources=skip`."""
+def require_folders(data: DataConfig, root: str, dry: bool = False) -> list[Folder]:
+    """Return the source folders; ValueError when one is missing, unless `data.missing_sources=skip` or in a dry run."""
     folders, missing = find_folders(data, root)
-    if missing and (data.missing_sources != "skip" or not folders):
+    if missing and not (folders and (dry or data.missing_sources == "skip")):
         raise ValueError(
             f"data.root={root}: {len(missing)} of {len(data.sources)} sources are missing: {', '.join(missing)}; build "
             "them with tools/build_coinit.py, give them weight 0, or set data.missing_sources=skip"
         )
-    if missing:
+    if missing and not dry:
         print(f"data.missing_sources=skip: training without {', '.join(missing)}")
     return folders
 

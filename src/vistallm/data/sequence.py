@@ -8,7 +8,7 @@ each answer supervised. What the user says, all rounds joined, also goes to the 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class SequenceBuilder:
     max_instruction: int = 128
     templates: TemplateRange = None
     template: int = 0
+    _openings: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def build(self, sample: Sample, rng: random.Random | None = None) -> Sequence:
         """Build the sequence of a decoded sample; `rng` draws the template, without it number `template` is taken.
@@ -158,7 +159,9 @@ class SequenceBuilder:
         return torch.from_numpy(np.ascontiguousarray(stacked)), frames
 
     def _opening_ids(self, images: int) -> list[int]:
-        """System prompt, `USER:` and the image slots."""
+        """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""
+        if images in self._openings:
+            return list(self._openings[images])
         text = self.vocabulary.text
         start, end = token_ids(text, ["<im_start>", "<im_end>"])
         ids = [] if text.bos_token_id is None else [text.bos_token_id]
@@ -167,7 +170,8 @@ class SequenceBuilder:
             if images > 1:
                 ids += text.encode(f"Image {number}:", add_special_tokens=False)
             ids += [start, *[self.vocabulary.image_id] * self.queries, end]
-        return ids
+        self._openings[images] = ids
+        return list(ids)
 
     def _instruction_ids(self, instruction: str) -> list[int]:
         tokenizer = self.vocabulary.instruction

