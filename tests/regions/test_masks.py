@@ -4,13 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numba.core.dispatcher import Dispatcher
 from pycocotools import mask as coco
 
+from vistallm.regions import fit, outline, raster, samplers, straight
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame
 from vistallm.regions.masks import (
     SAMPLERS,
     canonical_polygons,
+    load_compiled,
     mask_to_polygons,
     mask_to_rle,
     polygons_to_mask,
@@ -220,6 +223,15 @@ def test_a_triangle_of_whole_pixels_comes_back_as_its_own_corners():
     corner = np.array([[50, 20], [250, 100], [90, 180]], np.float32)
     (polygon,) = mask_to_polygons(polygons_to_mask([corner], 200, 300))
     assert polygon.tolist() == corner.tolist()
+
+
+def test_load_compiled_compiles_what_python_calls():
+    load_compiled()
+    compiled = [straight._merge, straight._intersect]
+    for module in (fit, outline, raster, samplers):
+        compiled += [f for name, f in vars(module).items() if isinstance(f, Dispatcher) and not name.startswith("_")]
+    assert len(compiled) > 8
+    assert [f.py_func.__name__ for f in compiled if not f.signatures] == []
 
 
 def test_lines_are_tried_only_without_a_target_iou(monkeypatch):

@@ -89,6 +89,7 @@ def load_compiled() -> None:
     """
     disc = np.hypot(*(np.mgrid[:32, :32] - 15.5)) < 14
     polygons_to_mask(mask_to_polygons(disc, 8, num_bins=101), 32, 32)
+    mask_to_polygons(polygons_to_mask([np.array([[25, 10], [125, 50], [45, 90]])], 100, 150), 8)
 
 
 def box_polygon(points: np.ndarray, budget: int) -> np.ndarray:
