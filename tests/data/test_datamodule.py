@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,3 +44,30 @@ def test_steps_of_an_epoch_follow_the_weights(tiny_config, vocabulary, mini_root
     assert steps("stage=2") == sum(counts[t] for t in ("nlvr2", "coseg", "attcoseg")) // 4
     with pytest.raises(ValueError, match="no training sample of the tasks rec"):
         steps("data.weights.rec=0")
+
+
+def resumed(config, vocabulary, root, state, world, ready=0):
+    """A data module that has taken up `state` on `world` ranks."""
+    data = CoinItDataModule(config, vocabulary, root)
+    progress = SimpleNamespace(total=SimpleNamespace(ready=ready))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(fit_loop=loop, world_size=world, global_rank=0)
+    data.load_state_dict(state)
+    return data
+
+
+def test_resume_on_other_ranks_keeps_the_lanes_or_the_sample_count(tiny_config, vocabulary, mini_root, capsys):
+    config = tiny_config("data.workers=1")
+    state = {"seed": 0, "batch_size": 4, "batches_done": 40, "ready": 10, "lanes": 4}
+    half = resumed(config, vocabulary, mini_root, state, world=2)
+    assert (half.lanes, half.batches_done) == (4, 40)
+    assert capsys.readouterr().out == ""
+    half.trainer.fit_loop.epoch_loop.batch_progress.total.ready = 13  # three batches later on each of two ranks
+    assert half.state_dict()["batches_done"] == 46
+    third = resumed(config, vocabulary, mini_root, state, world=3)
+    assert (third.lanes, third.batches_done) == (3, 40)
+    assert "from the same 160 samples done" in capsys.readouterr().out
+    old = {"seed": 0, "batch_size": 4, "batches_done": 10, "world_size": 4, "workers": 0}
+    assert resumed(config, vocabulary, mini_root, old, world=4).batches_done == 40
+    with pytest.raises(ValueError, match="depends on mixture abc -> "):
+        resumed(config, vocabulary, mini_root, state | {"mixture": "abc"}, world=4)

@@ -62,6 +62,15 @@ def test_resume_in_mid_epoch_continues_bit_for_bit(stage_one, train_tiny, tmp_pa
         assert torch.equal(value, states[1]["state_dict"][key]), key
 
 
+def test_resume_across_an_epoch_edge_with_workers_that_read_ahead(train_tiny, tmp_path):
+    """Epochs of 5 batches: the checkpoint lies before an edge that the workers have already read over."""
+    words = ["data.weights.rec=1", "trainer.max_steps=8", "checkpoint.every_n_steps=4", "checkpoint.keep=5"]
+    words += ["data.workers=2", "data.pool_batches=1"]
+    whole = train_tiny(tmp_path / "whole", *words)
+    path = whole.dir / "checkpoints" / "step-000004.ckpt"
+    assert facts(train_tiny(tmp_path / "rest", *words, f"resume={path}").rows) == facts(whole.rows[4:])
+
+
 def test_resume_from_a_named_checkpoint_into_another_folder(stage_one, train_tiny, tmp_path):
     path = stage_one.dir / "checkpoints" / "step-000003.ckpt"
     resumed = train_tiny(tmp_path / "b", "trainer.max_steps=6", f"resume={path}", "checkpoint.every_n_steps=3")
