@@ -159,6 +159,9 @@ def report(plan: Plan, seconds: dict[str, list[float]], work: Workload, speed: f
 
 def main(argv: list[str]) -> None:
     """Build, run, print."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return
     own: dict[str, Any] = dict(OWN)
     words = [word.partition("=") for word in argv]
     own |= {key: int(value) for key, _, value in words if key in OWN}

@@ -52,6 +52,9 @@ def read_words(argv: list[str]) -> tuple[dict[str, Any], Config]:
 
 def main(argv: list[str]) -> int:
     """Print the plan; 1 when it does not fit."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
     own, config = read_words(argv)
     images = own["images"] or (2.5 if config.stage == 2 else 1.0)
     size = config.data.batch_size
