@@ -46,6 +46,7 @@ class TokenizerConfig:
     dropout: float = 0.1
     sees_instruction: bool = True  # false = the ablation without guidance
     max_instruction_tokens: int = 128
+    norm_eps: float = 1e-5  # of the norm of patch tokens
 
 
 @dataclass
@@ -119,6 +120,7 @@ class TrainConfig:
     gradient_clip: float = 1.0  # global norm
     bin_sigma: float = 0.0  # bins; > 0 spreads a coordinate's target over its neighbours (Gaussian); 0 = cross-entropy
     activation_checkpointing: bool = False
+    frozen_bf16: bool = False  # under precision=bf16, weights that do not train are kept in bfloat16
 
 
 @dataclass
@@ -127,6 +129,7 @@ class CheckpointConfig:
 
     every_n_steps: int = 1000
     keep: int = 2
+    sharded: bool = False  # strategy=fsdp: a folder to which each process writes its part; false = one file
 
 
 @dataclass

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,25 +39,40 @@ def instructblip(folder):
     vision = InstructBlipVisionConfig(
         hidden_size=192, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=42
     )
-    text = LlamaConfig(vocab_size=60, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    text = LlamaConfig(vocab_size=60, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     parts = {"vision_config": vision.to_dict(), "qformer_config": qformer.to_dict(), "text_config": text.to_dict()}
     torch.manual_seed(4)
     made = InstructBlipForConditionalGeneration(InstructBlipConfig(**parts, num_query_tokens=4))
     for parameter in made.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    made.save_pretrained(folder, max_shard_size="100KB")
+    made.eval().save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(NAMES)}, "[UNK]"))
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "qformer_tokenizer")
-    return {key.removeprefix("model."): value for key, value in made.state_dict().items()}
+    return made
 
 
-@pytest.mark.parametrize("buffer", [False, True])
-def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, buffer):
-    theirs = instructblip(tmp_path)
-    if buffer:  # older files hold the position numbers too
-        save_file({"qformer.embeddings.position_ids": torch.arange(512)[None]}, tmp_path / "model-extra.safetensors")
+def as_bin(folder, index):
+    """Turn the checkpoint into the files that InstructBLIP was published in: pickles, and position numbers in them."""
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (folder / "model.safetensors.index.json").unlink()
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path) | {"qformer.embeddings.position_ids": torch.arange(512)[None]}
+        torch.save(state, folder / f"pytorch_{path.stem}.bin")
+        path.unlink()
+    if index:
+        places = {key: f"pytorch_{Path(file).stem}.bin" for key, file in places.items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors, no index", "bin", "bin, no index"])
+def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, layout):
+    theirs = {key.removeprefix("model."): value for key, value in instructblip(tmp_path).state_dict().items()}
+    if layout.startswith("bin"):
+        as_bin(tmp_path, index=layout == "bin")
+    elif "no index" in layout:
+        (tmp_path / "model.safetensors.index.json").unlink()
     config = tiny_config(f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}")
     vocabulary = Vocabulary.build(config.model, build_codec(config))
     assert vocabulary.instruction_first_new == len(NAMES)
@@ -65,6 +81,7 @@ def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, buffe
         if key.startswith("qformer.") and "word_embeddings" not in key:
             assert torch.equal(ours[key], value), key
     assert torch.equal(ours["query_tokens"], theirs["query_tokens"])
+    assert torch.equal(ours["projection.weight"], theirs["language_projection.weight"])
     assert torch.equal(ours["feature_norm.weight"], theirs["vision_model.post_layernorm.weight"])
     words = ours["qformer.embeddings.word_embeddings.weight"]
     assert torch.equal(words[: len(NAMES)], theirs["qformer.embeddings.word_embeddings.weight"])
@@ -72,13 +89,69 @@ def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, buffe
     assert near != far, "new rows hold the coordinate code"
 
 
-def test_another_shape_is_refused(tiny_config, tmp_path):
-    instructblip(tmp_path)
-    config = tiny_config(
-        f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}", "model.tokenizer.layers=3"
-    )
-    with pytest.raises(ValueError, match="keys missing, unexpected or of another shape"):
+@torch.no_grad()
+def test_tokens_are_those_that_transformers_gives_its_language_model(tiny_config, tmp_path):
+    """Encoder features -> norm -> QFormer with instruction -> projection, on one checkpoint."""
+    theirs, seen = instructblip(tmp_path), []
+    words = (f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}")
+    config = tiny_config(*words, "model.tokenizer.norm_eps=1e-6")
+    tokenizer = VistaLLM(config, Vocabulary.build(config.model, build_codec(config))).tokenizer.eval()
+    norm = next(part for name, part in theirs.named_modules() if name.endswith("post_layernorm"))
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = torch.tensor([[2, 4, 5, 3, 0], [2, 5, 4, 4, 3]])
+    mask = (ids != 0).long()
+    pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    expected = theirs.get_image_features(pixels, ids, mask, return_dict=True).pooler_output
+    features = seen[0]
+    assert features.shape == (2, 10, 192)
+    assert expected.shape == (2, 4, 64)
+    torch.testing.assert_close(tokenizer(features, ids, mask), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(tokenizer(features, ids.flip(0), mask.flip(0)), expected, atol=1e-3)
+
+
+FIRST = "qformer.encoder.layer.0.attention.attention.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("layers", r"missing: qformer\.encoder\.layer\.2\.\S+query\.weight, .*layer\.2\.output_query\.LayerNorm\.bias"),
+        ("fewer", r"unexpected: qformer\.encoder\.layer\.1\."),
+        ("width", r"2 of another shape: projection.weight \(64, 32\) in the file, \(32, 32\) here"),
+        ("gone", rf"the index lists it, but it is not there; it holds .*{FIRST}"),
+        ("cut", rf"not readable \(half-downloaded\?\); fetch it again .*it holds .*{FIRST}"),
+        ("cut bin", rf"not readable \(half-downloaded\?\); fetch it again .*it holds .*{FIRST}"),
+        ("index", "expected an index with a weight_map"),
+        ("empty", "found no weights of one"),
+        ("nowhere", "no such folder, and not on the hub"),
+    ],
+)
+def test_damaged_and_other_checkpoints_are_one_line(damage, said, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "given"
+    instructblip(folder)
+    if damage == "cut bin":
+        as_bin(folder, index=True)
+    index = next(folder.glob("*.index.json"))
+    places = json.loads(index.read_text())["weight_map"]
+    path = folder / next(file for key, file in places.items() if key.endswith(FIRST))
+    if damage.startswith("cut"):
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "index":
+        index.write_text(index.read_text()[:-10])
+    elif damage == "empty":
+        index.unlink()
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+    change = {"layers": ["model.tokenizer.layers=3"], "fewer": ["model.tokenizer.layers=1"]}
+    change |= {"width": ["model.decoder.hidden_size=32"], "nowhere": [f"model.tokenizer.weights={tmp_path}/wrong"]}
+    words = [f"model.tokenizer.weights={folder}", f"model.tokenizer.text_tokenizer={folder}"]
+    config = tiny_config(*words, *change.get(damage, []))
+    with pytest.raises(ValueError, match=said) as error:
         VistaLLM(config, Vocabulary.build(config.model, build_codec(config)))
+    assert "\n" not in str(error.value)
 
 
 def test_own_file_matches_word_rows_by_name(tiny_model, vocabulary, tmp_path):

@@ -7,6 +7,9 @@ Shape legend: N images, P patches, D encoder width, I instruction tokens, Q quer
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
@@ -34,7 +37,7 @@ class InstructionGuidedTokenizer(nn.Module):
             initializer_range=config.hidden_size**-0.5,  # BERT's 0.02 leaves the attention of a narrow model flat
         )
         qformer._attn_implementation = "sdpa"
-        self.feature_norm = nn.LayerNorm(encoder_width)  # InstructBLIP's vision post-layernorm
+        self.feature_norm = nn.LayerNorm(encoder_width, eps=config.norm_eps)  # InstructBLIP's vision post-layernorm
         queries = torch.zeros(1, config.queries, config.hidden_size).normal_(std=qformer.initializer_range)
         self.query_tokens = nn.Parameter(queries)
         self.qformer = InstructBlipQFormerModel(qformer)
@@ -43,6 +46,13 @@ class InstructionGuidedTokenizer(nn.Module):
     def forward(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
         """Return image tokens (N, Q, C); `instruction_mask_NI` is 1 on real tokens, ids are right-padded."""
         return self.projection(self.query_states(patch_tokens_NPD, instruction_ids_NI, instruction_mask_NI))
+
+    def unread_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights that `forward` never reads: without instruction, those that serve its words alone."""
+        if not self.sees_instruction:
+            for name, parameter in self.qformer.named_parameters():
+                if re.match(r"embeddings\.\w+_embeddings\.|encoder\.layer\.\d+\.(intermediate|output)\.", name):
+                    yield parameter
 
     def query_states(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
         """Return the queries' last hidden states (N, Q, H), before the projection."""

@@ -1,11 +1,12 @@
 """Pretrained weights of the instruction-guided tokenizer: an InstructBLIP checkpoint, or a file of ours for mini.
 
-In: a path or hub name. Out: the tokenizer's weights set in place, all of them but the projection, or a ValueError.
+In: a path or hub name. Out: the tokenizer's weights set in place, or a ValueError that lists every key at fault.
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,11 +22,14 @@ INSTRUCTBLIP_NAMES = {  # prefix in an InstructBLIP checkpoint (Hugging Face lay
     "qformer.": "qformer.",
     "query_tokens": "query_tokens",
     "vision_model.post_layernorm.": "feature_norm.",
+    "language_projection.": "projection.",
 }
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, vocabulary: Vocabulary) -> None:
-    """Set the weights of `tokenizer` in place, its projection left out.
+    """Set the weights of `tokenizer` in place; a file of ours has no projection, which stays as it is.
 
     Args:
         tokenizer: built with one word row per token of `vocabulary.instruction`.
@@ -34,17 +38,15 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
             tokens that the file does not have start as `initialise_new_rows` says.
 
     Raises:
-        ValueError: the file is missing, or a weight is missing, unexpected or of another shape.
+        ValueError: a file is missing or cut short, or a weight is missing, unexpected or of another shape.
     """
+    own = tokenizer.state_dict()
     if Path(path).suffix == ".safetensors":
         state, tokens = read_own(Path(path))
+        own = {key: value for key, value in own.items() if not key.startswith("projection.")}
     else:
         state, tokens = read_instructblip(path), None
-    own = {k: v for k, v in tokenizer.state_dict().items() if not k.startswith("projection.")}
-    fits = [k for k in own if k in state and (state[k].shape == own[k].shape or k == WORDS)]
-    if len(fits) < len(own) or len(state) > len(own):
-        wrong = sorted((own.keys() ^ state.keys()) | {k for k in own if k in state and k not in fits})
-        raise ValueError(f"{path}: {len(wrong)} keys missing, unexpected or of another shape, first: {wrong[:3]}")
+    _check(own, state, path)
     rows, known = own[WORDS].clone(), vocabulary.instruction.get_vocab()
     names = tokens or vocabulary.instruction.convert_ids_to_tokens(list(range(len(state[WORDS]))))
     pairs = [(known[name], number) for number, name in enumerate(names) if name in known]
@@ -56,6 +58,26 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
     rows[places] = state[WORDS][numbers].to(rows.dtype)
     state[WORDS] = rows
     tokenizer.load_state_dict(state, strict=False)
+
+
+def _check(own: dict[str, Tensor], state: dict[str, Tensor], path: str) -> None:
+    """Raise ValueError with every key that is missing, unexpected or of another shape, on one line."""
+    shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state}
+    faults = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        # The number of words may differ: rows are matched by token.
+        "of another shape": [
+            f"{key} {there} in the file, {here} here"
+            for key, (there, here) in shapes.items()
+            if there[key == WORDS :] != here[key == WORDS :]
+        ],
+    }
+    if any(faults.values()):
+        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in faults.items() if keys)
+        raise ValueError(
+            f"model.tokenizer.weights={path}: not of this model; {said}; see model.tokenizer and the decoder"
+        )
 
 
 def read_own(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -71,27 +93,83 @@ def read_own(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def read_instructblip(path: str) -> dict[str, Tensor]:
-    """Read only the QFormer, query tokens and vision post-layernorm of an InstructBLIP checkpoint, sharded or not."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """Read the QFormer, query tokens, vision post-layernorm and projection of an InstructBLIP checkpoint, in float32.
 
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.index.json"]))
-        except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ValueError(f"model.tokenizer.weights={path}: no such folder, and not on the hub ({error})") from error
-    state: dict[str, Tensor] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: expected an InstructBLIP checkpoint in *.safetensors, found none")
-    for file_path in files:
-        with safe_open(file_path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                bare = key.removeprefix("model.")
-                if bare.endswith(".position_ids"):  # a buffer that older transformers versions saved
-                    continue
-                for prefix, ours in INSTRUCTBLIP_NAMES.items():
-                    if bare.startswith(prefix):
-                        state[ours + bare.removeprefix(prefix)] = file.get_tensor(key).to(torch.float32)
-    return state
+    Of the checkpoint's files, safetensors or bin, only those that hold such weights are opened (or downloaded).
+    """
+    folder = Path(path) if Path(path).is_dir() else _download(path)
+    return {
+        ours: value.to(torch.float32)
+        for file, keys in _files(folder).items()
+        for key, value in _read(folder / file, keys).items()
+        if (ours := _our_name(key))
+    }
+
+
+def _our_name(key: str) -> str | None:
+    """Return the name here of a weight in an InstructBLIP checkpoint; None = not one of ours."""
+    bare = key.removeprefix("model.")
+    if bare.endswith(".position_ids"):  # a buffer that older transformers versions saved
+        return None
+    found = (ours + bare.removeprefix(prefix) for prefix, ours in INSTRUCTBLIP_NAMES.items() if bare.startswith(prefix))
+    return next(found, None)
+
+
+def _index(folder: Path) -> dict[str, list[str]] | None:
+    """Return the files with weights of ours and their keys, by the folder's index; None = it has none."""
+    path = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    needed: dict[str, list[str]] = {}
+    try:
+        for key, file in json.loads(path.read_text())["weight_map"].items():
+            if _our_name(key):
+                needed.setdefault(file, []).append(key)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected an index with a weight_map ({error!r}); fetch the folder again") from error
+    return needed
+
+
+def _files(folder: Path) -> dict[str, list[str]]:
+    """Return the files to read, each with the keys that the index promises; raises ValueError when one is missing."""
+    needed = _index(folder)
+    if needed is None:
+        found = next((files for pattern in WHOLE if (files := sorted(folder.glob(pattern)))), [])
+        needed = {file.name: [] for file in found}
+    if not needed:
+        raise ValueError(
+            f"{folder}: expected an InstructBLIP checkpoint in {' or '.join(WHOLE)}, found no weights of one"
+        )
+    for file, keys in needed.items():
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file}: the index lists it, but it is not there; it holds {', '.join(keys)}")
+    return needed
+
+
+def _read(path: Path, keys: list[str]) -> dict[str, Tensor]:
+    """Return the tensors of ours in one file; of the others nothing is read."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if _our_name(key)}  # noqa: SIM118
+        # Files of before torch 1.6 are no zip files and can't be mapped.
+        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return {key: value for key, value in whole.items() if _our_name(key)}
+    except Exception as error:
+        holds = f"; it holds {', '.join(keys)}" if keys else ""
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: not readable (half-downloaded?); fetch it again ({said}){holds}") from error
+
+
+def _download(name: str) -> Path:
+    """Fetch the files that are needed from the hub; raises ValueError when there is no such repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(INDEXES)))
+        needed = _index(folder)
+        return Path(snapshot_download(name, allow_patterns=list(WHOLE) if needed is None else list(needed)))
+    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model.tokenizer.weights={name}: no such folder, and not on the hub ({said})") from error
