@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from vistallm.config import TrainConfig
+from vistallm.data.collate import collate
+from vistallm.model.vistallm import VistaLLM
 from vistallm.train.module import VistaModule
-from vistallm.train.optim import build_optimizer, keep_frozen_in_eval, set_trainable
+from vistallm.train.optim import build_optimizer, cast_frozen, keep_frozen_in_eval, set_trainable
 from vistallm.train.run import build, build_trainer, quiet
 
 # The feed-forward of the last QFormer layer that serves the text alone (queries have their own): nothing reads it, in
@@ -45,16 +47,38 @@ def test_one_step_moves_exactly_the_trainable_set(tiny_config, mini_root, tmp_pa
 def test_mini_may_train_the_encoder_with_its_own_rate(tiny_model):
     config = TrainConfig(encoder=True, decoder="frozen", lr=1e-3, encoder_lr=1e-5, weight_decay=0.1)
     rows = {name: (state, part, whole) for name, state, part, whole in set_trainable(tiny_model, config)}
-    assert rows["encoder"][1] == rows["encoder"][2] > 0
+    assert 0 < rows["encoder"][1] < rows["encoder"][2], "all but the final norm, which nothing reads"
     assert rows["decoder"][:2] == ("frozen", 0)
     optimizer, _ = build_optimizer(tiny_model, config, 100)
-    encoder = set(map(id, tiny_model.encoder.parameters()))
+    encoder = {id(p) for p in tiny_model.encoder.parameters() if p.requires_grad}
     for group in optimizer.param_groups:
         assert {id(p) in encoder for p in group["params"]} == {group["initial_lr"] == 1e-5}
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(
         p.requires_grad for p in tiny_model.parameters()
     )
+
+
+@pytest.mark.parametrize("words", [[], ["model.encoder.layer=-3", "model.tokenizer.sees_instruction=false"]])
+def test_what_the_forward_never_reads_is_frozen(words, tiny_config, vocabulary, builder, samples):
+    """Every trainable parameter gets a gradient (else ddp would stop), and what gets none is not trainable."""
+    config = tiny_config("train.encoder=true", *words)
+    model = VistaLLM(config, vocabulary)
+    model.requires_grad_(True)
+    batch = collate([builder.build(samples["res"][0])], vocabulary)
+    model(batch).loss.backward()
+    read = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert len(read) < len(list(model.parameters()))
+    set_trainable(model, config.train)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == read
+
+
+def test_cast_frozen_keeps_tied_weights_tied(tiny_model):
+    set_trainable(tiny_model, TrainConfig(decoder="frozen"))
+    cast_frozen(tiny_model)
+    for name, parameter in tiny_model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.startswith("tokenizer.") else torch.bfloat16), name
+    assert tiny_model.decoder.lm_head.weight is tiny_model.decoder.model.embed_tokens.weight
 
 
 def test_schedule(tiny_model):
@@ -90,7 +114,7 @@ def test_dropout_is_off_in_frozen_parts_only(tiny_model):
 @pytest.mark.parametrize("limit", [0.01, 0.0])
 def test_clipping_by_the_global_norm(tiny_config, tiny_model, limit):
     module = VistaModule(tiny_model, tiny_config(f"train.gradient_clip={limit}"), steps=10)
-    module._sums = {"loss": 1.0, "supervised": 1.0, "correct": 0.0, "samples": 1, "tokens": 1, "cells": 1}
+    module._sums = {"loss": 1.0, "supervised": 1.0, "correct": 0.0, "samples": 1, "tokens": 1, "cells": 1, "rejects": 0}
     torch.manual_seed(0)
     for parameter in tiny_model.parameters():
         parameter.grad = torch.randn_like(parameter)

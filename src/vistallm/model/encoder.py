@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from vistallm.config import EncoderConfig
 from vistallm.data.sequence import CLIP_MEAN, CLIP_STD
+
+AFTER_BLOCKS = ("ln_post", "proj", "attn_pool", "norm", "fc_norm", "head")  # names in open_clip's and timm's towers
 
 open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
 
@@ -53,10 +56,22 @@ class ImageEncoder(nn.Module):
         )
         return result["image_intermediates"][0]
 
-    def _block(self) -> int:
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The tower's transformer blocks."""
         trunk = getattr(self.visual, "trunk", None)
-        blocks = trunk.blocks if trunk is not None else self.visual.transformer.resblocks
-        return self.layer % len(blocks)
+        return trunk.blocks if trunk is not None else self.visual.transformer.resblocks
+
+    def unread_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights that `forward` never reads: later blocks, and the tower's final norm and head."""
+        for block in self.blocks[self._block() + 1 :]:
+            yield from block.parameters()
+        for name, parameter in self.visual.named_parameters():
+            if name.removeprefix("trunk.").partition(".")[0] in AFTER_BLOCKS:
+                yield parameter
+
+    def _block(self) -> int:
+        return self.layer % len(self.blocks)
 
 
 def _is_not_about_random_weights(record: logging.LogRecord) -> bool:

@@ -29,17 +29,31 @@ MANIFEST, FORMAT = "manifest.json", 1
 PACKAGES = ("vistallm", "torch", "transformers", "peft", "open_clip_torch", "safetensors")
 
 
-def build_empty(config: Config, vocabulary: Vocabulary, folder: Path) -> VistaLLM:
-    """Build the model of a run folder with weights that take no memory yet: `fill` must follow."""
+def build_empty(config: Config, vocabulary: Vocabulary, folder: Path | None) -> VistaLLM:
+    """Build the model with weights that take no memory yet: `fill` or `shard` must follow.
+
+    `folder`: a run's or an exported one, which knows the language model's shape; None = take it from the config.
+    """
     config = copy.deepcopy(config)
     config.model.encoder.weights = config.model.tokenizer.weights = None
-    shape = folder / "decoder" if (folder / "decoder").is_dir() else config.model.decoder.weights
+    shape: Path | str | None = config.model.decoder.weights
+    if folder is not None and (folder / "decoder").is_dir():
+        shape = folder / "decoder"
     decoder_config = None
     if shape is not None:
         with loading("model.decoder.weights", str(shape)):
             decoder_config = AutoConfig.from_pretrained(shape)
     with init_empty_weights(include_buffers=False):
-        return VistaLLM(config, vocabulary, decoder_config=decoder_config)
+        model = VistaLLM(config, vocabulary, decoder_config=decoder_config)
+    tie(model)
+    return model
+
+
+def tie(model: VistaLLM) -> None:
+    """Make tied weights one parameter again."""
+    for name, other in model.tied_weights().items():
+        owner, _, weight = name.rpartition(".")
+        setattr(model.get_submodule(owner), weight, model.get_parameter(other))
 
 
 def fill(model: VistaLLM, state: dict[str, Tensor], source: Path, dtype: torch.dtype) -> None:
@@ -61,9 +75,7 @@ def fill(model: VistaLLM, state: dict[str, Tensor], source: Path, dtype: torch.d
     check_keys(own, state, source)
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, assign=True)
-    for name, other in tied.items():
-        owner, _, weight = name.rpartition(".")
-        setattr(model.get_submodule(owner), weight, model.get_parameter(other))
+    tie(model)
     for layer in model.modules():
         if isinstance(layer, TrainableTokensLayer):  # its buffer is a copy of rows, and no part of the state
             base: Any = layer.base_layer

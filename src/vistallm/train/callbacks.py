@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from vistallm.coinit.tasks import TASKS
+from vistallm.train.checkpoint import is_whole
 from vistallm.train.module import VistaModule
 
 COLUMNS = [
@@ -133,7 +134,7 @@ class FinalCheckpoint(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save unless the periodic checkpoint of this very step is there."""
         path = self.folder / f"step-{trainer.global_step:06d}.ckpt"
-        if not path.exists():
+        if not is_whole(path):
             trainer.save_checkpoint(path)
 
 

@@ -19,9 +19,15 @@ _STEP = re.compile(r"step-(\d+)\.ckpt$")
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint of the highest step in `run_dir`/checkpoints, or None."""
-    steps = {int(found[1]): path for path in run_dir.glob("checkpoints/*") if (found := _STEP.search(path.name))}
+    """Return the checkpoint of the highest step in `run_dir`/checkpoints, or None; folders cut short do not count."""
+    named = (path for path in run_dir.glob("checkpoints/*") if path.is_file() or is_whole(path))
+    steps = {int(found[1]): path for path in named if (found := _STEP.search(path.name))}
     return steps[max(steps)] if steps else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and written to its end: the last file of a sharded run's folder is meta.pt."""
+    return zipfile.is_zipfile(path / "meta.pt" if path.is_dir() else path)
 
 
 def find_checkpoint(path: str) -> tuple[Path, Path]:
@@ -61,8 +67,13 @@ def resume_path(config: Config) -> Path | None:
             found = newest
         case path:
             found = find_checkpoint(path)[1]
-    if found is not None and found.is_file() and not zipfile.is_zipfile(found):
+    if found is not None and not is_whole(found):
         raise ValueError(f"{found}: not a readable checkpoint (cut short?); delete it to resume from the one before")
+    if found is not None and found.is_dir() and config.strategy != "fsdp":
+        raise ValueError(
+            f"{found}: the processes of a sharded run have written a part each; resume it with strategy=fsdp on any "
+            "number of them, or start a new run from its weights with ckpt="
+        )
     return found
 
 

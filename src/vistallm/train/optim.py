@@ -6,7 +6,9 @@ In: a VistaLLM and the train config. Out: parameters frozen or trainable, optimi
 from __future__ import annotations
 
 import math
+from itertools import chain
 
+import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +27,9 @@ def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, 
     model.tokenizer.requires_grad_(config.tokenizer)
     if config.decoder != "lora":  # peft has set the adapters trainable and all else frozen
         model.decoder.requires_grad_(config.decoder == "full")
+    # Without a gradient they would stop ddp, which waits for one of each trainable parameter.
+    for parameter in chain(model.encoder.unread_parameters(), model.tokenizer.unread_parameters()):
+        parameter.requires_grad_(False)
     said = {
         "encoder": "trained" if config.encoder else "frozen",
         "tokenizer": "trained" if config.tokenizer else "frozen",
@@ -37,6 +42,12 @@ def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, 
             (name, state, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
         )
     return rows
+
+
+def cast_frozen(model: VistaLLM) -> None:
+    """Keep frozen weights in bfloat16 and trained ones in float32, for training under autocast; before sharding."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
 
 
 def keep_frozen_in_eval(model: VistaLLM) -> None:
@@ -71,7 +82,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[
 
 
 def learning_rate(name: str, config: TrainConfig) -> float:
-    """Return a parameter's peak learning rate; the projection is always new, so it learns as the decoder does."""
+    """Return a parameter's peak learning rate; the projection writes for the decoder and learns as it does."""
     own = None
     if name.startswith("encoder."):
         own = config.encoder_lr

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from vistallm.config import Config, save_config
 from vistallm.data.census import describe_layout, describe_mixture, describe_tokens, take_census
 from vistallm.data.datamodule import CoinItDataModule, build_codec, training_root
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.pretrained import build_empty
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
 from vistallm.train.checkpoint import find_checkpoint, load_weights, resume_path
 from vistallm.train.module import VistaModule
-from vistallm.train.optim import set_trainable
+from vistallm.train.optim import cast_frozen, set_trainable
 from vistallm.train.preempt import Preempted, StopAtSignal
 from vistallm.train.strategy import build_strategy, resolve_precision
 
@@ -101,14 +104,33 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
         )
     data = CoinItDataModule(config, vocabulary, root)
     steps = _steps(config, data)
-    model = VistaLLM(config, vocabulary)
-    if start:
-        load_weights(model, start[1])
-    rows = set_trainable(model, config.train)
+    model, rows = build_model(config, vocabulary, start)
     print(f"stage {config.stage}, {config.model.name}: {steps} steps" + (f" from {start[1]}" if start else ""))
     for name, state, trainable, total in rows:
         print(f"  {name:<10} {state:<8} {trainable:>13,} of {total:>13,} parameters train")
     return VistaModule(model, config, steps), data
+
+
+def build_model(
+    config: Config, vocabulary: Vocabulary, start: tuple[Path, Path] | None
+) -> tuple[VistaLLM, list[tuple[str, str, int, int]]]:
+    """Build the model, freeze what does not train, and cast it; the rows are `set_trainable`'s.
+
+    Under fsdp only the first process of a node (of the run, where the launcher tells ranks) reads weights: the others
+    get empty models, which `shard` fills. So a node holds one copy of them in host memory.
+    """
+    frozen_half = config.train.frozen_bf16 and resolve_precision(config) == "bf16-mixed"
+    if config.strategy == "fsdp" and rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        model = build_empty(config, vocabulary, start[0] if start else None)
+    else:
+        half = frozen_half and config.train.decoder != "full"
+        model = VistaLLM(config, vocabulary, torch.bfloat16 if half else torch.float32)
+        if start:
+            load_weights(model, start[1])
+    rows = set_trainable(model, config.train)
+    if frozen_half:
+        cast_frozen(model)
+    return model, rows
 
 
 def build_trainer(config: Config, run_dir: Path) -> L.Trainer:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vistallm.config import Config
 from vistallm.model.vistallm import VistaLLM
@@ -28,12 +30,13 @@ class ShardedDataParallel(ModelParallelStrategy):
 
 def build_strategy(config: Config) -> str | Strategy:
     """Return the Lightning strategy: auto and single let Lightning decide, ddp, or fsdp (FSDP2)."""
+    if config.checkpoint.sharded and config.strategy != "fsdp":
+        raise ValueError(f"checkpoint.sharded=true: expected strategy=fsdp, got {config.strategy}")
     match config.strategy:
         case "ddp":
             return "ddp"
         case "fsdp":
-            # One whole file per checkpoint, as with the other strategies: eval.py and stage 2 read it on one device.
-            return ShardedDataParallel(save_distributed_checkpoint=False)
+            return ShardedDataParallel(save_distributed_checkpoint=config.checkpoint.sharded)
         case _:
             return "auto"
 
@@ -58,16 +61,30 @@ def has_fast_bf16() -> bool:
 
 
 def shard(model: VistaLLM, mesh: Any, dtype: torch.dtype) -> None:
-    """Apply FSDP2 in place: one unit per decoder layer, encoder block and QFormer layer, gradients reduced in fp32."""
+    """Apply FSDP2 in place: one unit per decoder layer, encoder block and QFormer layer, gradients reduced in fp32.
+
+    Every process ends with its part of rank 0's weights and with rank 0's buffers; the models of the others may be
+    empty (`build_empty`). Trainable parameters of one unit must have one dtype; frozen ones may have another.
+    """
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    # Detached: fully_shard moves the parameters themselves to the device.
+    whole = {name: p.detach() for name, p in model.named_parameters()} if dist.get_rank() == 0 else {}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in repeated_layers(model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    if empty:
+        model.to_empty(device=mesh.device_type)
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            assert isinstance(part, DTensor)
+            full = whole.pop(name) if whole else torch.empty(part.shape, dtype=part.dtype)
+            part.copy_(distribute_tensor(full.to(mesh.device_type), mesh, part.placements))  # scatters from rank 0
+        for buffer in model.buffers():  # also those that are no part of the state
+            dist.broadcast(buffer, 0)
 
 
 def repeated_layers(model: VistaLLM) -> list[nn.Module]:
     """The repeated blocks of the three parts: units of sharding and of activation checkpointing."""
-    visual = model.encoder.visual
-    blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
-    parts: Iterable[Any] = (blocks, model.tokenizer.qformer.encoder.layer, model.language_model().layers)
+    parts: Iterable[Any] = (model.encoder.blocks, model.tokenizer.qformer.encoder.layer, model.language_model().layers)
     return [layer for part in parts for layer in part]
