@@ -1,5 +1,6 @@
 """The report page: complete, self-contained, safe against what a model may write, and the same twice."""
 
+import dataclasses
 import doctest
 import re
 from html.parser import HTMLParser
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from vistallm.coinit.tasks import TASKS
+from vistallm.evaluate import analysis, gallery, plots
 from vistallm.evaluate import benchmarks as B
-from vistallm.evaluate import gallery, plots
+from vistallm.evaluate.confidence import set_confidence
 from vistallm.evaluate.report import TITLES, write_report
 from vistallm.regions.codec import RegionCodec
 
@@ -142,6 +144,72 @@ def test_published_row_stands_beside_a_real_benchmark_only(predictions, tmp_path
     page = (tmp_path / "b.html").read_text()
     assert "77.2 (VistaLLM-13B)" in page
     assert "refcoco_val_res" in page
+
+
+def test_published_rows_of_all_systems_stand_in_a_table_of_their_own(predictions, tmp_path):
+    chosen = [p for p in predictions if p.task == "res"]
+    rows = [("VistaLLM-7B", {"miou": 74.5}), ("LISA", {"ciou": 74.1}), ("<b>odd", {"ciou": 1.0, "unknown": 2.0})]
+    mine = BENCHMARKS["mini_res"]
+    paper = tuple(B.PaperRow(model, "a source", scores) for model, scores in rows)
+    real = dataclasses.replace(mine, name="refcoco_val_res", paper=paper)
+    for prediction in chosen:
+        prediction.benchmark = real.name
+    scores = B.score(chosen, {real.name: real}, RegionCodec(num_bins=101, points=12))
+    write_report(tmp_path / "report.html", scores, chosen)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    parse(page)
+    table = page[page.index('<table class="published">') : page.index("</table>", page.index('class="published"'))]
+    texts = [re.sub(r"<[^>]+>", " ", row).split() for row in table.split("<tr")[2:]]
+    ceiling = scores[real.name].ceiling
+    assert texts[0][-2:] == ["100.0", "100.0"]
+    assert texts[1][-2:] == [f"{100 * ceiling[name]:.1f}" for name in ("miou", "ciou")]
+    assert [row[-1] for row in texts[2:]] == ["74.5", "74.1", "1.0"]
+    assert "unknown" not in table
+
+
+def test_speed_confidence_and_outcomes(predictions, tmp_path):
+    chosen = [p for p in predictions if p.task in ("gres", "rec", "vqa")]
+    for number, prediction in enumerate(chosen):
+        regions = prediction.parsed.regions
+        set_confidence(prediction.parsed, [0.2 + number / 50] * len(regions), 0.9 if regions else 0.2)
+    missed = next(p for p in chosen if p.task == "gres" and p.parsed.regions)
+    missed.parsed.regions = []
+    run = {"samples per second": 12.34, "seconds per image": 0.0512, "device": "CPU, 2 threads"}
+    page, _ = write(tmp_path / "report.html", chosen, run=run)
+    parse(page)
+    for text in (
+        "<dd>12.3</dd>",
+        "<dd>0.0512</dd>",
+        "Rejection, GRES",
+        "REC, ECE",
+        "target not seen 10%",
+        ">Confidence<",
+    ):
+        assert text in page, text
+    plain, _ = write(tmp_path / "plain.html", [p for p in predictions if p.task == "vqa"])
+    assert "id=confidence" not in plain
+    assert "tiles" not in plain.split("</style>")[1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "empty", "regions", "score", "expected"),
+    [
+        ("masks", True, 0, 1.0, "right"),
+        ("masks", True, 1, 0.0, "imagined"),
+        ("masks", False, 0, 0.0, "missed"),
+        ("masks", False, 1, 0.0, "elsewhere"),
+        ("masks", False, 1, 0.3, "inexact"),
+        ("boxes", False, 1, 0.8, "inexact"),
+        ("box", False, 1, 0.6, "right"),
+        ("vqa", False, 0, 0.3, "wrong"),
+        ("vqa", False, None, 0.0, "unreadable"),
+    ],
+)
+def test_outcome(predictions, metric, empty, regions, score, expected):
+    one = next(p for p in predictions if p.task == "rec")
+    one.target["empty"], one.score = empty, score
+    one.parsed = None if regions is None else dataclasses.replace(one.parsed, regions=one.parsed.regions[:regions])
+    assert analysis.outcome(one, metric) == expected
 
 
 def test_gallery_picks_worst_median_and_best(predictions):

@@ -134,11 +134,12 @@ def calibrate(predictions: Sequence[Prediction], metric: str) -> Calibration | N
 
 
 def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
-    """Scores of a benchmark with no-target samples when answers of a presence below t also count as "no target".
+    """Scores of a benchmark with no-target samples when its least present answers count as "no target" too.
 
     Returns:
-        "N-acc", "T-acc" and "score" (mean of the samples' scores: gIoU for masks) against t = 0, 0.01, ..., 1, each
-        (101,) float64; at 0 they are the scores as answered. None without presences or without both sorts of samples.
+        "N-acc", "T-acc" and "score" (mean of the samples' scores: gIoU for masks) against the share of the answers with
+        regions that is rejected, lowest presence first (then confidence), each (101,) float64; at 0 they are the scores
+        as answered. None without presences or without both sorts of samples.
     """
     answers = [p.parsed for p in predictions]
     empty = np.array([bool(p.target.get("empty")) for p in predictions])
@@ -147,12 +148,16 @@ def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.nda
     read = np.array([one is not None for one in answers])
     none = np.array([one is not None and not one.regions for one in answers])
     presence = np.array([1.0 if one is None or one.presence is None else one.presence for one in answers])
+    sure = np.array([answer_confidence(p) or 0.0 for p in predictions])
     score = np.array([p.score or 0.0 for p in predictions])
-    thresholds = np.linspace(0, 1, 101)
-    rejected = read & (none | (presence < thresholds[:, None]))
+    said = np.flatnonzero(read & ~none)
+    rank = np.full(len(predictions), len(predictions))
+    rank[said[np.lexsort((sure[said], presence[said]))]] = np.arange(len(said))
+    shares = np.linspace(0, 1, 101)
+    rejected = read & (none | (rank < np.rint(shares * len(said))[:, None]))
     lines = {
         "N-acc": rejected[:, empty].mean(1),
         "T-acc": (read & ~rejected)[:, ~empty].mean(1),
         "score": np.where(rejected & ~none, empty, score).mean(1),
     }
-    return {name: (thresholds, line) for name, line in lines.items()}
+    return {name: (shares, line) for name, line in lines.items()}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
+from vistallm.evaluate.confidence import answer_confidence
 from vistallm.evaluate.targets import image_masks, target_regions
 from vistallm.regions.masks import rle_to_mask
 from vistallm.regions.outline import as_mask, outline_rings
@@ -85,6 +86,8 @@ def card(prediction: Prediction, group: str, images: Sequence[np.ndarray] | None
     failure = f'<dt>Unreadable</dt><dd class="bad">{html.escape(prediction.failure or "unknown")}</dd>' * (
         prediction.parsed is None
     )
+    if (sure := answer_confidence(prediction)) is not None:
+        words += f"<dt>Confidence</dt><dd>{100 * sure:.0f}%</dd>"
     score = prediction.score or 0.0
     return (
         f'<article class="card" data-task="{html.escape(prediction.benchmark)}" data-score="{score:.4f}" '

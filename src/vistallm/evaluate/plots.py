@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 INK, SOFT, GRID = "#1d2330", "#6a7280", "#e4e7ec"
-LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c")
+LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c", "#1098ad", "#5c677d")
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, both (n,) float64
 
 _STYLE: Any = {
@@ -56,23 +56,31 @@ def curve(columns: Mapping[str, np.ndarray], name: str, points: int = 120) -> Cu
 
 
 def line_plot(
-    curves: Mapping[str, Curve], x_label: str, y_label: str, *, log_y: bool = False, unit_square: bool = False
+    curves: Mapping[str, Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    log_y: bool = False,
+    square: bool = False,
+    diagonal: bool = False,
 ) -> str:
-    """Draw named curves; with `unit_square` both axes run from 0 to 1."""
+    """Draw named curves; `square`: both axes run from 0 to 1; `diagonal`: points, beside the line y = x."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         axes = figure.add_subplot()
+        if diagonal:
+            axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
         for colour, (name, (x, y)) in zip(LINES * 4, curves.items(), strict=False):
-            axes.plot(x, y, color=colour, linewidth=1.6, label=name)
+            axes.plot(x, y, color=colour, linewidth=1.6, label=name, marker="o" if diagonal else None, markersize=3.5)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if log_y and all((y > 0).all() for _, y in curves.values()):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
-        if unit_square:
+        if square:
             axes.set(xlim=(0, 1), ylim=(0, 1.02))
-        if len(curves) > 1:
+        if len(curves) > 1 or diagonal:
             axes.legend(fontsize=8, handlelength=1.4)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from vistallm.coinit.tasks import TASKS
+from vistallm.evaluate import analysis
 from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
-from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
+from vistallm.evaluate.families import SCORE_NAMES
 from vistallm.evaluate.gallery import gallery
-from vistallm.evaluate.plots import Curve, curve, line_plot, precision_curve, read_columns, sparkline
+from vistallm.evaluate.plots import Curve, curve, line_plot, read_columns, sparkline
 from vistallm.schema import Prediction
 
 TITLES = {
@@ -77,6 +78,7 @@ def write_report(
     order = sorted(scores.values(), key=lambda one: kinds.index(TASKS[one.task].kind))
     titles = {one.name: _title(one) for one in order}
     groups = {one.name: [p for p in predictions if p.benchmark == one.name] for one in order}
+    short = {one.name: _short(one) for one in order}
     heads, headlines = _headlines(order)
     page = string.Template(_asset("report.html")).substitute(
         title=html.escape(title),
@@ -90,8 +92,12 @@ def write_report(
         task_options="".join(
             f'<option value="{html.escape(name)}">{html.escape(titles[name])}</option>' for name in groups
         ),
-        cards=gallery(groups, images, {one.name: _short(one) for one in order}),
-        analysis=_precision(order, groups) + _failures(order),
+        cards=gallery(groups, images, short),
+        outcomes=analysis.outcomes(order, groups, titles),
+        analysis=analysis.precision(order, groups, short) + analysis.failures(order, short),
+        confidence=analysis.confidence(order, groups, short),
+        published=_published(order),
+        speed=_speed(run or {}),
         training=_training(history or {}),
         facts="".join(f"<div><dt>{html.escape(k)}</dt><dd>{_fact(v)}</dd></div>" for k, v in (run or {}).items()),
         config=html.escape(config),
@@ -117,7 +123,9 @@ def _percent(value: float | None) -> str:
 
 
 def _fact(value: Any) -> str:
-    return f"{value:,.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else html.escape(str(value))
+    if not isinstance(value, float):
+        return html.escape(str(value))
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _summary(order: Sequence[BenchmarkScores]) -> str:
@@ -153,7 +161,9 @@ def _result(one: BenchmarkScores) -> str:
 
 def _columns(one: BenchmarkScores) -> dict[str, str]:
     name = one.headline
-    paper = "; ".join(f"{row['scores'][name]:.1f} ({row['model']})" for row in one.paper if name in row["scores"])
+    paper = "; ".join(
+        f"{row['scores'][name]:.1f} ({row['model']})" for row in _paper_rows(one) if name in row["scores"]
+    )
     return {
         "Ceiling": _percent((one.ceiling or {}).get(name)),
         "Known pairs": _percent(_split(one, "seen", name)),
@@ -162,6 +172,53 @@ def _columns(one: BenchmarkScores) -> dict[str, str]:
         "Samples": f"{one.n:,}",
         "Unreadable": f"{100 * one.unreadable:.1f}%",
     }
+
+
+def _paper_rows(one: BenchmarkScores) -> list[dict[str, Any]]:
+    """The rows of the system that this code follows; other systems stand in the table of published results."""
+    return [row for row in one.paper if str(row["model"]).startswith("VistaLLM")]
+
+
+def _published(order: Sequence[BenchmarkScores]) -> str:
+    """The section that sets our scores beside published ones: a table per benchmark, only columns that others fill."""
+    tables = []
+    for one in order:
+        names = [name for name in one.scores if any(name in row["scores"] for row in one.paper)]
+        if not names:
+            continue
+        heads = "".join(f"<th>{html.escape(SCORE_NAMES[name])}</th>" for name in names)
+        ours = "".join(f"<td>{_percent(one.scores[name]) or '–'}</td>" for name in names)
+        rows = [f'<tr class="ours"><td>this run<small>{one.n:,} samples</small></td>{ours}</tr>']
+        if one.ceiling and any(one.ceiling.get(name) is not None for name in names):
+            ceilings = "".join(f"<td>{_percent(one.ceiling.get(name))}</td>" for name in names)
+            rows.append(f'<tr class="limit"><td>mask ceiling<small>perfect polygons</small></td>{ceilings}</tr>')
+        for row in sorted(one.paper, key=lambda row: row not in _paper_rows(one)):
+            values = (row["scores"].get(name) for name in names)
+            cells = "".join("<td></td>" if value is None else f"<td>{value:.1f}</td>" for value in values)
+            source = f"{html.escape(str(row['model']))}<small>{html.escape(str(row['source']))}</small>"
+            rows.append(f"<tr><td>{source}</td>{cells}</tr>")
+        tables.append(
+            f'<table class="published"><caption>{html.escape(_title(one))}</caption><thead><tr><th>System</th>{heads}'
+            f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        )
+    note = (
+        "Per cent. Compare a score only with the same score: VistaLLM's masks on RefCOCO are scored by mIoU, most "
+        "other systems' by cIoU. Blank: no source at hand gives it."
+    )
+    return (
+        f"<section id=published><h2>Beside published results</h2><p class=note>{note}</p>"
+        f"<div class=tables>{''.join(tables)}</div></section>"
+        if tables
+        else ""
+    )
+
+
+def _speed(run: Mapping[str, Any]) -> str:
+    """The figures of speed as tiles; nothing where predictions were only scored."""
+    names = ("samples per second", "tokens per second", "seconds per image", "seconds of generation")
+    tiles = "".join(f"<div><dd>{_fact(run[name])}</dd><dt>{name}</dt></div>" for name in names if name in run)
+    device = f"<p class=note>Generation on {html.escape(str(run['device']))}.</p>" if "device" in run else ""
+    return f'<dl class="tiles">{tiles}</dl>{device}' if tiles else ""
 
 
 def _split(one: BenchmarkScores, split: str, name: str) -> float | None:
@@ -177,44 +234,6 @@ def _all_scores(one: BenchmarkScores) -> str:
     return f"<tbody>{''.join(rows)}</tbody>"
 
 
-def _figure(caption: str, body: str) -> str:
-    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{body}</figure>"
-
-
-def _precision(order: Sequence[BenchmarkScores], groups: Mapping[str, Sequence[Prediction]]) -> str:
-    """Pr@ as a curve over all thresholds, of the mask tasks; samples without a target have no IoU and are left out."""
-    curves = {}
-    for one in order:
-        if FAMILIES[one.metric].masks and (
-            found := [p.score or 0.0 for p in groups[one.name] if p.target.get("regions")]
-        ):
-            curves[_short(one)] = precision_curve(found)
-    if not curves:
-        return ""
-    plot = line_plot(curves, "IoU threshold", "share of samples at or above", unit_square=True)
-    return _figure("Precision at every IoU threshold", plot)
-
-
-def _failures(order: Sequence[BenchmarkScores]) -> str:
-    reasons: dict[str, dict[str, int]] = {}
-    for one in order:
-        for reason, number in one.failures.items():
-            reasons.setdefault(reason, {})[_short(one)] = number
-    if not reasons:
-        return _figure("Unreadable answers", "<p class=note>None: every answer could be read.</p>")
-    ranked = sorted(reasons.items(), key=lambda item: -sum(item[1].values()))
-    most = sum(ranked[0][1].values())
-    rows = []
-    for reason, tasks in ranked:
-        total, detail = sum(tasks.values()), ", ".join(f"{task} {number}" for task, number in tasks.items())
-        rows.append(
-            f"<tr><td>{html.escape(reason)}<small>{html.escape(detail)}</small></td><td>{total}</td>"
-            f'<td><span class="bar"><i style="width:{100 * total / most:.0f}%"></i></span></td></tr>'
-        )
-    body = "".join(rows)
-    return _figure("Unreadable answers by reason", f'<table class="counts"><tbody>{body}</tbody></table>')
-
-
 def _training(history: Mapping[str, Path]) -> str:
     parts = []
     for label, path in history.items():
@@ -223,9 +242,9 @@ def _training(history: Mapping[str, Path]) -> str:
             continue
         losses: dict[str, Curve | None] = {"training": curve(columns, "loss"), "validation": curve(columns, "val_loss")}
         drawn = {name: line for name, line in losses.items() if line is not None}
-        plots = _figure("Loss", line_plot(drawn, "step", "loss per token", log_y=True)) if drawn else ""
+        plots = analysis.figure("Loss", line_plot(drawn, "step", "loss per token", log_y=True)) if drawn else ""
         if (rate := curve(columns, "lr")) is not None:
-            plots += _figure("Learning rate", line_plot({"learning rate": rate}, "step", "learning rate"))
+            plots += analysis.figure("Learning rate", line_plot({"learning rate": rate}, "step", "learning rate"))
         parts.append(
             f"<h3>{html.escape(label)}</h3>{_pace(columns)}<div class=plots>{plots}</div>{_task_losses(columns)}"
         )
