@@ -9,19 +9,21 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, cast
 
 import cv2
 import numpy as np
 from PIL import Image
+from webdataset.tariterators import tar_file_iterator
 
-from vistallm.data.remote import Files, is_remote
+from vistallm.data.remote import Files
 from vistallm.data.sequence import SampleReject
 from vistallm.schema import Sample
 
 _NAME = re.compile(r"[^./\\][^/\\]*\.[A-Za-z0-9.]+")  # <key>.<extension>, no folder
 MAX_PIXELS = 50_000_000  # of one image
 SMALL = 320  # pixels of the longer side under which an image is decoded in full: it is quick, and its result exact
+BROKEN = (tarfile.TarError, EOFError, OSError)  # what reading a damaged tar raises
 HEADROOM = 1.25  # a JPEG is decoded at reduced scale while it stays so much larger than the target
 
 
@@ -63,40 +65,52 @@ def read_raw(
     Raises:
         ValueError: a remote shard can't be read.
     """
-    place, files = str(place), files or Files()
-    mode: Literal["r|", "r:"] = "r|" if is_remote(place) and files.cache is None else "r:"
+    place = str(place)
     try:
-        with files.open(place, size) as file, tarfile.open(fileobj=file, mode=mode) as tar:
-            yield from _group(tar, place, keep)
-    except (tarfile.TarError, EOFError, OSError) as error:
+        with (files or Files()).open(place, size) as file:
+            yield from _group(file, place, keep)
+    except BROKEN as error:
         text = f"{place}: not a readable tar file to its end ({error}); run `python tools/build_coinit.py check` on it"
         yield RawSample(place, "", fault=SampleReject("broken-shard", text))
 
 
-def _group(tar: tarfile.TarFile, place: str, keep: Callable[[str], bool]) -> Iterator[RawSample]:
+def _group(file: BinaryIO, place: str, keep: Callable[[str], bool]) -> Iterator[RawSample]:
     sample: RawSample | None = None
-    wanted = True
-    for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member that it has met
-        if not member.isreg() or not _NAME.fullmatch(member.name):
-            text = f"member {member.name!r}: expected a file <key>.<extension> without folders; left out"
-            yield RawSample(place, member.name, fault=SampleReject("bad-member", text))
+    wanted = True  # set by a sample's JSON, which comes first, and asked before its images are read
+
+    def of_wanted(name: str) -> bool:
+        return wanted or sample is None or name.partition(".")[0] != sample.key
+
+    broken: Exception | None = None
+    for member in _members(file, of_wanted):
+        if isinstance(member, Exception):
+            broken = member  # the sample before it is whole, and goes first
+            break
+        key, _, name = member["fname"].partition(".")
+        if not _NAME.fullmatch(member["fname"]):
+            text = f"member {member['fname']!r}: expected a file <key>.<extension> without folders; left out"
+            yield RawSample(place, member["fname"], fault=SampleReject("bad-member", text))
             continue
-        key, _, name = member.name.partition(".")
         if sample is None or key != sample.key:
             if sample is not None and wanted:
                 yield sample
             sample, wanted = RawSample(place, key), True
-        if wanted:
-            data = tar.extractfile(member)
-            assert data is not None
-            content = data.read()
-            if name == "json":
-                wanted = _read_record(sample, content, keep)
-            else:
-                sample.files[name] = content
+        if name == "json":
+            wanted = _read_record(sample, member["data"], keep)
+        else:
+            sample.files[name] = member["data"]
     if sample is not None and wanted:
         yield sample
+    if broken is not None:
+        raise broken
+
+
+def _members(file: BinaryIO, select: Callable[[str], bool]) -> Iterator[dict[str, Any] | Exception]:
+    """Name ("fname") and content ("data") of the selected files of a tar; an error that ends it comes last."""
+    try:
+        yield from tar_file_iterator(cast(Any, file), skip_meta=None, select_files=select)
+    except BROKEN as error:
+        yield error
 
 
 def _read_record(sample: RawSample, content: bytes, keep: Callable[[str], bool]) -> bool:
