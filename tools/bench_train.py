@@ -25,7 +25,7 @@ from vistallm.data.datamodule import build_codec
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import IGNORE_INDEX, Batch
-from vistallm.train.optim import build_optimizer, keep_frozen_in_eval, set_trainable
+from vistallm.train.optim import build_optimizer, cast_frozen, keep_frozen_in_eval, set_trainable
 from vistallm.train.plan import GIB, VICUNA_ROWS, Plan, Workload, make_plan
 from vistallm.train.strategy import resolve_precision
 
@@ -70,6 +70,8 @@ def build(config: Config, device: torch.device) -> tuple[VistaLLM, Vocabulary]:
     with torch.device(device):
         model = VistaLLM(config, vocabulary)
     set_trainable(model, config.train)
+    if config.train.frozen_bf16 and resolve_precision(config) == "bf16-mixed":
+        cast_frozen(model)
     model.train()
     keep_frozen_in_eval(model)
     return model, vocabulary
