@@ -97,9 +97,7 @@ class DataConfig:
     max_pixels: int = 50_000_000  # of one image; larger ones are counted rejects, never decoded
     cache: str | None = None  # folder that keeps copies of remote shards; null = read them as streams
     max_reject_share: float = 0.01  # of the samples read; above it the run stops
-    weights: dict[str, float] = field(
-        default_factory=dict
-    )  # task -> how often its samples are met per epoch; absent = 0
+    weights: dict[str, float] = field(default_factory=dict)  # task -> how often met per epoch; absent = 0
     val_batches: int = 20  # batches of one validation pass
 
 
@@ -202,7 +200,6 @@ def load_config(argv: list[str]) -> Config:
             known one, values of the wrong type or outside their choices, unknown group files.
     """
     overrides = _split_words(argv)
-    schema = OmegaConf.structured(Config)
     layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], list[str]()
     stage = overrides.get("stage", str(layers[0].get("stage", 1)))
     for group in GROUPS:
@@ -217,7 +214,7 @@ def load_config(argv: list[str]) -> Config:
         layers.append(_for_stage(_read_yaml(path), stage))
     base: dict[Any, Any] = {key: value for key, value in layers[0].items() if key not in GROUPS}
     merged = OmegaConf.merge(base, *layers[1:], {"stage": int(stage) if stage.isdigit() else stage})
-    return _checked(schema, merged, problems + _override(merged, overrides))
+    return _checked(OmegaConf.structured(Config), merged, problems + _override(merged, overrides))
 
 
 def config_from_file(path: Path) -> Config:
