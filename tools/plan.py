@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from vistallm.config import Config, load_config
-from vistallm.train.plan import GIB, GPUS, Plan, Workload, make_plan
+from vistallm.train.plan import EFFICIENCY, GIB, GPUS, Plan, Workload, make_plan
 
 # samples: CoinIt (paper). tokens: 32 slots and 4 marks per image; system prompt, instruction and answer are a guess.
 OWN: dict[str, Any] = {
@@ -26,7 +26,7 @@ OWN: dict[str, Any] = {
     "supervised": 64,
     "images": 0.0,
     "instruction": 32,
-    "efficiency": 0.4,
+    "efficiency": EFFICIENCY,
 }
 FIXED_TOKENS = 136
 

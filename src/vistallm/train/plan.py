@@ -29,6 +29,7 @@ from vistallm.regions.codec import RegionCodec
 
 GIB = 2**30
 VICUNA_ROWS, BERT_ROWS = 32000, 30523  # of the pretrained vocabularies (InstructBLIP's BERT has one token more)
+EFFICIENCY = 0.4  # share of the peak that training reaches: a guess until tools/bench_train.py has measured it
 RUNTIME = 1.5 * GIB  # CUDA context, kernels and the allocator's gaps: a usual figure, not computed
 
 

@@ -28,6 +28,7 @@ from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
 from vistallm.train.checkpoint import find_checkpoint, load_weights, resume_path
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
+from vistallm.train.plan import EFFICIENCY, GPUS, Workload, make_plan
 from vistallm.train.preempt import Preempted, StopAtSignal
 from vistallm.train.strategy import build_strategy, resolve_precision
 
@@ -74,6 +75,15 @@ def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
     print("\n".join(describe_tokens(census)))
     samples = steps * config.data.batch_size * _world_size(config)
     samples *= int(config.trainer.get("accumulate_grad_batches", 1))
+    size, cells = config.data.batch_size, census.tokens / (1 - census.padding)
+    means = (size * census.images, cells, census.supervised, census.instruction)
+    plan = make_plan(config, Workload(size, *(max(1, round(mean)) for mean in means)), _world_size(config))
+    seconds = samples / size / _world_size(config) * plan.operations / EFFICIENCY
+    hours = ", ".join(f"{seconds / gpu.peak / 3600:,.3g} on {name}" for name, gpu in GPUS.items())
+    print(
+        f"  cost model: {plan.operations / 1e12:,.2f} T operations a micro-batch, {EFFICIENCY:.0%} of the peak; hours "
+        f"with {_world_size(config)} GPU(s): {hours} (tools/plan.py says what fits)"
+    )
     print(
         f"dry run: {steps:,} steps, {samples:,} samples, {samples * census.tokens:,.0f} tokens from {data.root}; "
         "nothing was trained"
