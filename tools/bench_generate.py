@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import statistics
@@ -59,9 +60,12 @@ class Clock:
         return timed
 
 
+has_accelerator = functools.cache(torch.cuda.is_available)  # asking takes longer than a step of the grammar
+
+
 def now() -> float:
     """Seconds, once the accelerator has done what it was given."""
-    if torch.cuda.is_available():
+    if has_accelerator():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -168,7 +172,7 @@ def main(argv: list[str]) -> None:
     model, config, _ = load_run(arguments.ckpt)
     config = copy.deepcopy(config)
     config.decode.max_new_tokens = arguments.new_tokens or config.decode.max_new_tokens
-    answerer = Answerer(model.to("cuda" if torch.cuda.is_available() else "cpu"), config)
+    answerer = Answerer(model.to("cuda" if has_accelerator() else "cpu"), config)
     if answerer.table is None:
         raise ValueError(
             f"--ckpt {arguments.ckpt}: the grammar needs coords=tokens, this run has coords={config.coords}"

@@ -23,7 +23,7 @@ from transformers import LogitsProcessor
 
 from vistallm.coinit.tasks import find_task, write_answer
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.evaluate.token_table import SEPARATORS, SPOKEN, STARTS, STOPS, Token, TokenTable
+from vistallm.evaluate.token_table import SAYS, SEPARATORS, STARTS, STOPS, Token, TokenTable
 from vistallm.schema import Sample
 
 KINDS = {None: 0, "mask": 1, "box": 2, "point": 3}
@@ -32,6 +32,8 @@ MIN_MASK_NUMBERS = 6  # three vertices
 MAX_OBJECTS = 16  # in one region group
 CLOSING = 4  # tokens kept free for what follows an object: a last number, a closing marker, the full stop, the end
 PREFIX = 3  # tokens of `image k:`
+EACH_KIND = np.arange(1, 4)[:, None]
+NO_ROW = np.zeros(0, bool)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class RegionGrammar(LogitsProcessor):
         self.asked = np.array([KINDS[rule.kind] for rule in rules])
         self.images = np.array([rule.images for rule in rules])
         self.single, self.words = (np.array([getattr(r, name) for r in rules], bool) for name in ("single", "words"))
+        self.chosen = np.array([bool(rule.choices) for rule in rules])
+        self.asks, self.several = self.asked > 0, self.images > 1
         # group: kind of the open group, 0 outside; kind: of all groups so far; part, numbers: bins of the current part
         # and object; objects: closed ones of the group; last: the two bins before; image: of the last group.
         self.group, self.kind, self.part, self.numbers, self.objects, self.image, self.number = (
@@ -122,111 +126,140 @@ class RegionGrammar(LogitsProcessor):
         # prefix: how much of `image k:` has just been written (0 to 3), number: its k; bare: an empty pair without it;
         # numbered: k has to come, now.
         self.prefix = np.zeros(len(rules), np.int64)
-        self.closed, self.bare, self.said, self.answer, self.numbered = (np.zeros(len(rules), bool) for _ in range(5))
+        self.closed, self.bare, self.said, self.answer = (np.zeros(len(rules), bool) for _ in range(4))
+        self.numbered = NO_ROW
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask `scores` (B, V) given the generated ids (B, T); the prompt must not be among them."""
         written = input_ids.cpu().numpy()
         for step in range(self.seen, written.shape[1]):
-            self._read(written[:, step])
+            if not self.chosen.all():
+                self._read(written[:, step])
             if self.choices is not None:
                 self.choices.read(written[:, step])
         self.seen = written.shape[1]
+        if self.choices is None:
+            allowed = self._allowed()
+        else:
+            node = torch.from_numpy(self.choices.node)
+            allowed = self.choices.allowed[node]
+            if not self.chosen.all():
+                allowed = torch.where(node[:, None] > 0, allowed, self._allowed())
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+    def _allowed(self) -> Tensor:
+        """Return the tokens that may come next, (B, V) bool; rows that choose among answers are not looked at."""
         permitted, lowest = self._permitted(self.limit - self.seen)
-        classes = self.table.torch_classes
-        allowed = torch.from_numpy(permitted).index_select(1, classes)
-        if lowest.any():
+        allowed = torch.from_numpy(permitted).T.index_select(1, self.table.torch_classes)
+        if lowest is not None:
             ordered = np.arange(len(self.table.bin_ids)) >= lowest[:, None]
             allowed[:, self.table.bin_ids] &= torch.from_numpy(ordered)
         for row in np.flatnonzero(self.numbered):
             known = (self.table.place > 0) & (self.table.place <= self.images[row])
             allowed[row] &= torch.from_numpy(known & (self.table.classes == Token.DIGIT))
-        if self.choices is not None:
-            node = torch.from_numpy(self.choices.node)
-            allowed = torch.where(node[:, None] > 0, self.choices.allowed[node], allowed)
-        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+        return allowed
 
     def _read(self, tokens: np.ndarray) -> None:
         """Move every row's state on by one token (B,) int64."""
         token, place = self.table.classes[tokens], self.table.place[tokens]
-        is_bin, starts = token == Token.BIN, (token >= STARTS[0]) & (token <= STARTS[-1])
-        separates = (token >= SEPARATORS[0]) & (token <= SEPARATORS[-1])
-        stops = (token >= STOPS[0]) & (token <= STOPS[-1])
-        new_object = starts | separates
-        self.last = np.where(is_bin, np.stack([self.last[1], place]), self.last)
-        self.part = np.where(new_object | (token == Token.PART), 0, self.part + is_bin)
-        self.numbers = np.where(new_object, 0, self.numbers + is_bin)
-        self.objects = np.where(starts, 0, self.objects + separates)
+        if token.max() >= Token.BIN:
+            self._read_regions(token, place)
+        if token.min() < Token.BIN or self.prefix.any():
+            self._read_words(tokens, token, place)
+
+    def _read_regions(self, token: np.ndarray, place: np.ndarray) -> None:
+        is_bin, marks = token == Token.BIN, token >= STARTS[0]
+        self.last[0], self.last[1] = np.where(is_bin, self.last[1], self.last[0]), np.where(is_bin, place, self.last[1])
+        self.part += is_bin
+        self.numbers += is_bin
+        self.part[(token == Token.PART) | marks] = 0
+        if not marks.any():
+            return
+        starts, stops = marks & (token <= STARTS[-1]), token >= STOPS[0]
+        self.numbers[marks] = 0
+        self.objects[starts] = 0
+        self.objects += marks & ~starts & ~stops
         ready = self.prefix == PREFIX
         self.bare = np.where(starts, ~ready & (self.images > 1), self.bare)
         self.image = np.where(starts & ready, self.number, self.image)
         self.group = np.where(starts, token - STARTS[0] + 1, np.where(stops, 0, self.group))
         self.kind = np.where(starts, self.group, self.kind)
         self.closed |= stops
-        self._read_words(tokens, token, place, starts)
 
-    def _read_words(self, tokens: np.ndarray, token: np.ndarray, place: np.ndarray, starts: np.ndarray) -> None:
+    def _read_words(self, tokens: np.ndarray, token: np.ndarray, place: np.ndarray) -> None:
         """How much of `image k:` stands at the end, and whether there are words beside it and after "answer is"."""
-        digit, before = token == Token.DIGIT, self.prefix
-        more = digit & (before == 2) & self.table.joined[tokens]
-        first = digit & (before == 1)
-        steps = [token == Token.IMAGE, first | more, (token == Token.COLON) & (before == 2)]
-        self.prefix = np.where((token == Token.BLANK) & (before != 2), before, np.select(steps, [1, 2, 3], 0))
-        value = np.where(more, self.number * self.table.shift[tokens] + place, place)
-        self.number = np.where(first | more, value, self.number)
-        # A broken-off `image k` is words like any other; the codec takes a whole one as part of the group behind it.
-        content = np.isin(token, (Token.CONTENT, Token.DIGIT, Token.ANSWER, Token.IS)) | (before > 0)
-        self.said |= content & (self.prefix == 0) & ~starts
-        self.said &= ~((token == Token.IS) & self.answer)  # what is read is what follows "answer is"
-        self.answer = token == Token.ANSWER
+        before = self.prefix
+        self.prefix = (token == Token.IMAGE).astype(np.int64)
+        if before.any():
+            digit = token == Token.DIGIT
+            more = digit & (before == 2) & self.table.joined[tokens]
+            first = digit & (before == 1)
+            self.prefix += 2 * (first | more) + 3 * ((token == Token.COLON) & (before == 2))
+            self.prefix = np.where((token == Token.BLANK) & (before != 2), before, self.prefix)
+            value = np.where(more, self.number * self.table.shift[tokens] + place, place)
+            self.number = np.where(first | more, value, self.number)
+        if self.words.any():
+            # A broken-off `image k` is words like any other; the codec takes a whole one as part of the group behind.
+            starts = (token >= STARTS[0]) & (token <= STARTS[-1])
+            self.said |= (SAYS[token] | (before > 0)) & (self.prefix == 0) & ~starts
+            self.said &= ~((token == Token.IS) & self.answer)  # what is read is what follows "answer is"
+            self.answer = token == Token.ANSWER
 
-    def _permitted(self, left: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the classes that may come next, (B, classes) bool, and the lowest bin of each row, (B,) int64."""
+    def _permitted(self, left: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the classes that may come next, (classes, B) bool, and the lowest bins, (B,) int64, None for all 0."""
         may = np.zeros((len(Token), len(self.group)), bool)
         outside = self.group == 0
-        self._permit_words(may, outside, left)
-        many = ~self.single & (self.objects + 1 < MAX_OBJECTS) & (left > MIN_MASK_NUMBERS + CLOSING)
-        room = 2 * self.points - self.numbers
+        self.numbered = NO_ROW
+        if outside.any():
+            self._permit_words(may, outside, left)
+            if outside.all():
+                return may, None
         mask, needed = self.group == 1, NUMBERS[self.group]
+        room = 2 * self.points - self.numbers
         whole = mask & (self.part >= MIN_MASK_NUMBERS) & (self.part % 2 == 0)
-        full = ~outside & ~mask & (self.part == needed)
-        may[Token.BIN] = np.where(mask, ~whole | ((room > 0) & (left > CLOSING)), self.part < needed) & ~self.bare
-        may[Token.BIN] &= ~outside
-        may[Token.PART] = whole & (room >= MIN_MASK_NUMBERS) & (left > MIN_MASK_NUMBERS + CLOSING)
-        untouched = (self.numbers == 0) & (self.objects == 0) & ~self.single & ((self.images == 1) | self.bare)
-        for kind in (1, 2, 3):
-            here = self.group == kind
-            may[STOPS[kind - 1]] = here & (whole | full | untouched)
-            may[SEPARATORS[kind - 1]] = here & (whole | full) & many
+        more = ~whole | ((room > 0) & (left > CLOSING))
+        may[Token.BIN] = np.where(mask, more, self.part < needed) & ~self.bare & ~outside
+        untouched = (self.numbers == 0) & (self.objects == 0) & ~self.single & (~self.several | self.bare)
+        ends = whole | (~mask & (self.part == needed))
+        here = self.group == EACH_KIND
+        may[STOPS[0] : STOPS[-1] + 1] = here & (ends | untouched)
+        if left > MIN_MASK_NUMBERS + CLOSING:
+            may[Token.PART] = whole & (room >= MIN_MASK_NUMBERS)
+            may[SEPARATORS[0] : SEPARATORS[-1] + 1] = here & ends & ~self.single & (self.objects + 1 < MAX_OBJECTS)
         lowest = np.where((self.group == 2) & (self.part >= 2), self.last[0], 0)
-        return np.ascontiguousarray(may.T), lowest
+        return may, lowest if lowest.any() else None
 
     def _permit_words(self, may: np.ndarray, outside: np.ndarray, left: int) -> None:
         """Set what may come outside of groups: words, `image k:`, an opening marker, the end."""
-        asked, several = self.asked > 0, self.images > 1
         reserve = 2 * self.points + CLOSING
-        forced = asked & ~self.closed & (left <= reserve + PREFIX + 1)
-        ahead = (self.number > np.where(asked, self.image, 0)) & (self.number <= self.images)
-        ready = (self.prefix == PREFIX) & ahead
-        fits = np.where(forced, True, left > reserve) & ~(self.single & self.closed)
-        bare = ~self.single & ~self.closed & (self.prefix == 0)
-        opens = outside & fits & np.where(several, ready | bare, ready | (self.prefix < PREFIX))
-        for kind in (1, 2, 3):
-            may[STARTS[kind - 1]] = opens & np.where(asked, self.asked == kind, (self.kind == 0) | (self.kind == kind))
-        # Region tasks: a group follows `image k:` at once, and no such words name an image that can't be.
-        due = asked & ready & fits
-        talks = outside & ~forced & ~due
-        may[SPOKEN] = talks
-        may[Token.BLANK] |= outside & due & ~forced
-        dead_end = asked & (self.prefix == 2) & ~(ahead & (fits if left > reserve + 1 else forced))
-        may[Token.COLON] &= ~dead_end
-        step = np.select([self.prefix == 1, (self.prefix == 2) & ahead], [1, 2], 0)
-        for place, token in enumerate((Token.IMAGE, Token.DIGIT, Token.COLON)):
-            may[token] |= outside & forced & several & ~ready & (step == place)
-        self.numbered = outside & forced & several & (self.prefix == 1)
+        forced = self.asks & ~self.closed if left <= reserve + PREFIX + 1 else NO_ROW
+        fits = outside & ~(self.single & self.closed)
+        if left <= reserve:
+            fits &= forced
+        opens, may[: Token.BANNED] = fits & ~(self.several & (self.single | self.closed)), outside
+        ready = ahead = due = np.zeros_like(outside)
+        if self.prefix.any():
+            ahead = (self.number > np.where(self.asks, self.image, 0)) & (self.number <= self.images)
+            ready = (self.prefix == PREFIX) & ahead
+            opens = fits & ready | opens & np.where(self.several, self.prefix == 0, self.prefix < PREFIX)
+            # Region tasks: a group follows `image k:` at once, and no such words name an image that can't be.
+            due = self.asks & ready & fits
+            may[: Token.BANNED] &= ~due
+            may[Token.BLANK] |= due
+            may[Token.COLON] &= ~self.asks | (self.prefix != 2) | (ahead & fits & (left != reserve + 1))
+        kinds = np.where(self.asks, self.asked, self.kind)
+        may[STARTS[0] : STARTS[-1] + 1] = opens & ((kinds == 0) | (kinds == EACH_KIND))
+        if forced.any():
+            may[: Token.BANNED] &= ~forced
+            lost = outside & forced & self.several & ~ready
+            self.numbered = lost & (self.prefix == 1)
+            colon = lost & (self.prefix == 2) & ahead
+            may[Token.IMAGE] |= lost & ~self.numbered & ~colon
+            may[Token.DIGIT] |= self.numbered
+            may[Token.COLON] |= colon
         silent = self.words & ~self.said & (self.prefix == 0)
         if left <= CLOSING:  # the last chance to say something
-            may[[token for token in SPOKEN if token != Token.CONTENT]] &= ~silent
+            may[1 : Token.BANNED] &= ~silent
         if left <= 2:
             may[Token.IS] = False
-        may[Token.END] = np.where(asked, self.closed, ~silent) & outside & ~due
+        may[Token.END] = np.where(self.asks, self.closed, ~silent) & outside & ~due

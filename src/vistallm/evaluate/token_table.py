@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, token_ids
 
+# Words come first, then what no answer holds, the end, and the region tokens: the grammar compares by this order.
 Token = IntEnum(
     "Token",
     "CONTENT PUNCTUATION BLANK IMAGE DIGIT COLON ANSWER IS BANNED END BIN PART "
@@ -19,7 +20,7 @@ Token = IntEnum(
     start=0,
 )
 STARTS, SEPARATORS, STOPS = ([Token[f"{name}_{letter}"] for letter in "MBP"] for name in ("START", "SEPARATOR", "STOP"))
-SPOKEN = [Token.CONTENT, Token.PUNCTUATION, Token.BLANK, Token.IMAGE, Token.DIGIT, Token.COLON, Token.ANSWER, Token.IS]
+SAYS = np.isin(np.arange(len(Token)), (Token.CONTENT, Token.DIGIT, Token.ANSWER, Token.IS))  # by class: real words
 
 
 @dataclass(frozen=True)
