@@ -17,8 +17,9 @@ model.tokenizer.layers=2 model.tokenizer.heads=2 model.tokenizer.intermediate_si
 model.tokenizer.cross_attention_every=1 model.tokenizer.dropout=0.0 model.decoder.hidden_size=64
 model.decoder.layers=2 model.decoder.heads=2 model.decoder.intermediate_size=128 model.decoder.tie_embeddings=true
 num_bins=33 points=6 mask_sampler=uniform data.name=mini data.batch_size=4 data.workers=0 data.pool_batches=2
-data.shuffle_buffer=20 data.max_length=512 data.templates=mini data.val_batches=1 decode.max_new_tokens=8 decode.batch_size=4
-decode.limit=1 log.tensorboard=false precision=fp32 train.lr=1e-3 train.warmup=0.0 train.bin_sigma=0.0
+data.shuffle_buffer=20 data.max_length=512 data.templates=mini data.val_batches=1 decode.max_new_tokens=8
+decode.batch_size=4 decode.limit=1 log.tensorboard=false precision=fp32 train.lr=1e-3 train.warmup=0.0
+train.bin_sigma=0.0
 """.split()  # noqa: SIM905
 
 

@@ -6,7 +6,7 @@ import string
 import pytest
 
 from vistallm.data.datamodule import build_codec
-from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary
+from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, encode
 
 
 @pytest.mark.parametrize("tokenizer", ["text", "instruction"])
@@ -78,3 +78,19 @@ def test_text_coordinates_add_no_region_token(tiny_config):
 def test_a_folder_that_is_no_vocabulary(tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary\.json"):
         Vocabulary.load(tmp_path)
+
+
+def test_encode_is_the_wrappers_without_its_overhead(vocabulary):
+    texts = [
+        "Segment the red circle.",
+        "The mask is <m_st><bin_1><bin_2><m_ed>.",
+        "",
+        "(A) Yes, 3 of 4!  zyx",
+        "Image 2:",
+    ]
+    for tokenizer in (vocabulary.text, vocabulary.instruction):
+        for text in texts:
+            assert encode(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False)
+    vocabulary.instruction.backend_tokenizer.enable_truncation(2)
+    again = Vocabulary(**vars(vocabulary))
+    assert len(encode(again.instruction, texts[0])) > 2, "a file may ask for truncation"

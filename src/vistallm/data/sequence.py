@@ -21,7 +21,7 @@ from vistallm.coinit.tasks import (
     write_answer,
     write_instruction,
 )
-from vistallm.data.vocabulary import Vocabulary, token_ids
+from vistallm.data.vocabulary import Vocabulary, encode, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame, square_resize
 from vistallm.schema import IGNORE_INDEX, Sample, Sequence
@@ -113,12 +113,12 @@ class SequenceBuilder:
         for number, instruction in enumerate(instructions):
             prompt = [] if number else self._opening_ids(len(sample.images))
             said = f"USER: {instruction} ASSISTANT:" if number else f"{instruction} ASSISTANT:"
-            prompt += text.encode(said, add_special_tokens=False)
+            prompt += encode(text, said)
             ids += prompt
             labels += [IGNORE_INDEX] * len(prompt)
             if number == len(answers):
                 break
-            answer = [*text.encode(answers[number], add_special_tokens=False), text.eos_token_id]
+            answer = [*encode(text, answers[number]), text.eos_token_id]
             if len(answer) < 2:
                 raise SampleReject(
                     "empty-answer", f"{sample.id}: the answer {answers[number]!r} has no token to supervise"
@@ -165,15 +165,15 @@ class SequenceBuilder:
         text = self.vocabulary.text
         start, end = token_ids(text, ["<im_start>", "<im_end>"])
         ids = [] if text.bos_token_id is None else [text.bos_token_id]
-        ids += text.encode(f"{self.system_prompt} USER:".strip(), add_special_tokens=False)
+        ids += encode(text, f"{self.system_prompt} USER:".strip())
         for number in range(1, images + 1):
             if images > 1:
-                ids += text.encode(f"Image {number}:", add_special_tokens=False)
+                ids += encode(text, f"Image {number}:")
             ids += [start, *[self.vocabulary.image_id] * self.queries, end]
         self._openings[images] = ids
         return list(ids)
 
     def _instruction_ids(self, instruction: str) -> list[int]:
         tokenizer = self.vocabulary.instruction
-        ids = tokenizer.encode(instruction, add_special_tokens=False)[: self.max_instruction - 2]
+        ids = encode(tokenizer, instruction)[: self.max_instruction - 2]
         return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]

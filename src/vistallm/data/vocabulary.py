@@ -41,6 +41,14 @@ class Vocabulary:
     region_tokens: list[str]
     bin_values: np.ndarray
 
+    def __post_init__(self) -> None:
+        """A tokenizer.json may ask for truncation and padding, which `encode` must not do."""
+        for tokenizer in (self.text, self.instruction):
+            fast = getattr(tokenizer, "backend_tokenizer", None)
+            if fast is not None:
+                fast.no_truncation()
+                fast.no_padding()
+
     @classmethod
     def build(cls, model: ModelConfig, codec: RegionCodec) -> Vocabulary:
         """Load (or, for a model from scratch, make) both tokenizers and add the image and region tokens."""
@@ -95,6 +103,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     assert isinstance(ids, list)
     return ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text, nothing added before or after.
+
+    Straight to the Rust tokenizer where there is one: the wrapper's own work is most of the time of a short text.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return tokenizer.encode(text, add_special_tokens=False)
+    return fast.encode(text, add_special_tokens=False).ids
 
 
 @contextlib.contextmanager
