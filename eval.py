@@ -123,7 +123,9 @@ def generate(
     elif absent:
         print(f"{len(absent)} benchmark(s) have no data in {root} and are left out: {', '.join(absent)}")
     if len(absent) == len(chosen):
-        raise ValueError("no benchmark to run:\n" + "\n".join(f"{name}: {why}" for name, why in absent.items()))
+        raise ValueError(
+            f"no benchmark to run, found none of {len(absent)}: {'; '.join(dict.fromkeys(absent.values()))}"
+        )
     model, _, _ = load_run(str(config.ckpt), config)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     start, predictions = time.perf_counter(), list[Prediction]()

@@ -84,6 +84,12 @@ def test_merged_lora_is_a_full_model_and_the_adapter_is_plain_pefts(lora_run, tm
         torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
+def test_a_config_of_other_sizes_is_refused(tmp_path, tiny_config, vocabulary):
+    write_run(tmp_path / "run", tiny_config(), vocabulary)
+    with pytest.raises(ValueError, match=r"another model .*model.decoder.layers=1, it has 2"):
+        load_run(str(tmp_path / "run"), tiny_config("model.decoder.layers=1"))
+
+
 def test_kept_lora_loads_as_lora(lora_run, tmp_path):
     run, model = lora_run
     TOOL["export"](str(run), tmp_path / "out", torch.float32, merge=False)

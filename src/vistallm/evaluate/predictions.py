@@ -37,7 +37,7 @@ def read_predictions(path: Path, faults: dict[str, str] | None = None) -> list[P
                 before = predictions[-1].benchmark if predictions else "(unknown)"
                 faults.setdefault(named[1] if named else before, said)
     if not predictions:
-        raise ValueError("\n".join([f"{path}: expected one prediction per line, found none", *(faults or {}).values()]))
+        raise ValueError("; ".join([f"{path}: expected one prediction per line, found none", *(faults or {}).values()]))
     return predictions
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.vocabulary import Vocabulary, loading
@@ -43,10 +43,26 @@ def build_empty(config: Config, vocabulary: Vocabulary, folder: Path | None) -> 
     if shape is not None:
         with loading("model.decoder.weights", str(shape)):
             decoder_config = AutoConfig.from_pretrained(shape)
+        if config.model.decoder.weights is None:
+            _check_shape(decoder_config, config, Path(shape))
     with init_empty_weights(include_buffers=False):
         model = VistaLLM(config, vocabulary, decoder_config=decoder_config)
     tie(model)
     return model
+
+
+def _check_shape(found: PreTrainedConfig, config: Config, source: Path) -> None:
+    """Raise ValueError when the config asks for a language model of other sizes than the folder's."""
+    asked = config.model.decoder
+    sizes = {
+        "hidden_size": (asked.hidden_size, found.hidden_size),
+        "layers": (asked.layers, found.num_hidden_layers),
+        "heads": (asked.heads, found.num_attention_heads),
+        "intermediate_size": (asked.intermediate_size, found.intermediate_size),
+    }
+    wrong = [f"model.decoder.{key}={a}, it has {b}" for key, (a, b) in sizes.items() if a != b]
+    if wrong:
+        raise ValueError(f"{source}: of another model than the config asks for ({'; '.join(wrong)})")
 
 
 def tie(model: VistaLLM) -> None:
@@ -109,7 +125,10 @@ def save_pretrained(model: VistaLLM, config: Config, folder: Path, dtype: torch.
     config = copy.deepcopy(config)
     config.run_dir = config.ckpt = config.data.root = None
     config.model.encoder.weights = config.model.tokenizer.weights = config.model.tokenizer.text_tokenizer = None
-    config.model.decoder.weights = None
+    own, shape = config.model.decoder, model.decoder_config
+    own.weights = None
+    own.hidden_size, own.intermediate_size = shape.hidden_size, shape.intermediate_size
+    own.layers, own.heads = shape.num_hidden_layers, shape.num_attention_heads
     save_config(config, folder / "config.yaml")
     model.vocabulary.save(folder / "vocabulary")
     model.decoder_config.save_pretrained(folder / "decoder")
