@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from vistallm.schema import REGION_KINDS, Sample
+from vistallm.schema import REGION_KINDS, Region, Sample
 
 _SLOT = re.compile(r"\{regions:(\d+(?:,\d+)*)?(?::(mask|box|point))?\}")
 _FIELD = re.compile(r"\{(?!regions:)([a-z_0-9]+)\}")
@@ -164,6 +164,20 @@ def render(
     See `write_instruction` and `write_answer` for arguments and errors.
     """
     return write_instruction(sample, template, rng, templates), write_answer(sample)
+
+
+def find_region(sample: Sample, number: int, kind: str | None) -> Region:
+    """The region of object `number` that a placeholder names; ValueError when the sample has none of that kind.
+
+    A region may hold more than its own kind: a candidate of `v7w_point` is a point with its box.
+    """
+    same = [region for region in sample.regions if region.object == number]
+    fitting = [r for r in same if kind in (None, r.kind)] or [r for r in same if kind and getattr(r, kind, None)]
+    if not fitting:
+        have = ", ".join(f"{r.object} ({r.kind})" for r in sample.regions) or "none"
+        named = f"object {number} as {kind}" if kind else f"object {number}"
+        raise ValueError(f"a placeholder names {named}: there is no such {kind or 'region'}, the regions are {have}")
+    return fitting[0]
 
 
 def write_instruction(

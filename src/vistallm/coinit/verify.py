@@ -21,7 +21,15 @@ from tqdm import tqdm
 from vistallm.coinit.leaks import is_training, records, sample_images
 from vistallm.coinit.mojibake import broken_text
 from vistallm.coinit.shards import read_index, read_shard
-from vistallm.coinit.tasks import TASKS, RegionSlot, earlier_rounds, split_placeholders, write_answer, write_instruction
+from vistallm.coinit.tasks import (
+    TASKS,
+    RegionSlot,
+    earlier_rounds,
+    find_region,
+    split_placeholders,
+    write_answer,
+    write_instruction,
+)
 from vistallm.coinit.workers import run_forked
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.frame import Frame
@@ -254,21 +262,11 @@ class SampleChecker:
             if not isinstance(part, RegionSlot):
                 written.append(part)
                 continue
-            found = [_find_region(sample, number, part.kind) for number in part.objects]
+            found = [find_region(sample, number, part.kind) for number in part.objects]
             found.sort(key=lambda region: region.image)
             written.append(self.codec.encode(found, frames, part.kind or found[0].kind))
             regions += found
         return "".join(written), regions
-
-
-def _find_region(sample: Sample, number: int, kind: str | None) -> Region:
-    """The region that a placeholder names; one may hold more than its own kind (a candidate's point with its box)."""
-    same = [region for region in sample.regions if region.object == number]
-    fitting = [r for r in same if kind in (None, r.kind)] or [r for r in same if kind and getattr(r, kind, None)]
-    if not fitting:
-        have = ", ".join(f"{r.object} ({r.kind})" for r in sample.regions) or "none"
-        raise ValueError(f"a placeholder names object {number}{f' as {kind}' if kind else ''}, the regions are {have}")
-    return fitting[0]
 
 
 def _region_fault(region: Region, width: int, height: int) -> str | None:

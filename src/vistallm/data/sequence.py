@@ -17,6 +17,7 @@ from vistallm.coinit.tasks import (
     TASKS,
     TemplateRange,
     earlier_rounds,
+    find_region,
     split_placeholders,
     write_answer,
     write_instruction,
@@ -136,17 +137,7 @@ class SequenceBuilder:
             if isinstance(part, str):
                 written.append(part)
                 continue
-            chosen = []
-            for number in part.objects:
-                same = [r for r in sample.regions if r.object == number]
-                found = [r for r in same if part.kind in (None, r.kind)]
-                # A region may hold more than its kind: a candidate of `v7w_point` is a point with its box.
-                found = found or [r for r in same if part.kind in ("box", "point") and getattr(r, part.kind)]
-                if not found:
-                    raise ValueError(
-                        f"placeholder names object {number}, but the sample has no such {part.kind or 'region'}"
-                    )
-                chosen.append(found[0])
+            chosen = [find_region(sample, number, part.kind) for number in part.objects]
             written.append(self.codec.encode(chosen, frames, part.kind or chosen[0].kind))
         return "".join(written)
 

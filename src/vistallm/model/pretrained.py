@@ -84,11 +84,7 @@ def fill(model: VistaLLM, state: dict[str, Tensor], source: Path, dtype: torch.d
     Raises:
         ValueError: keys are missing or unexpected, or shapes differ; one line.
     """
-    own, tied = model.state_dict(), model.tied_weights()
-    for name, other in tied.items():
-        if name not in state and other in state:
-            state[name] = state[other]
-    check_keys(own, state, source)
+    check_state(model, state, source)
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, assign=True)
     tie(model)
@@ -97,6 +93,14 @@ def fill(model: VistaLLM, state: dict[str, Tensor], source: Path, dtype: torch.d
             base: Any = layer.base_layer
             for adapter, rows in layer.token_indices.items():
                 layer.trainable_tokens_original[adapter] = base.weight.data[rows].clone()
+
+
+def check_state(model: VistaLLM, state: dict[str, Tensor], source: Path) -> None:
+    """Add to `state` what a file leaves out of tied weights; ValueError unless it then is all of the model's."""
+    for name, other in model.tied_weights().items():
+        if other in state:
+            state.setdefault(name, state[other])
+    check_keys(model.state_dict(), state, source)
 
 
 def check_keys(own: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import load as load_sharded
 
 from vistallm.config import Config, config_from_file
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.pretrained import MANIFEST, build_empty, check_keys, default_dtype, fill, read_pretrained
+from vistallm.model.pretrained import MANIFEST, build_empty, check_state, default_dtype, fill, read_pretrained
 from vistallm.model.vistallm import VistaLLM
 
 _STEP = re.compile(r"step-(\d+)\.ckpt$")
@@ -112,10 +112,7 @@ def _read_sharded(path: Path) -> dict[str, torch.Tensor]:
 def load_weights(model: VistaLLM, path: Path) -> None:
     """Load the model weights of a checkpoint; raises ValueError for one of another model, one line."""
     state = read_state(path)
-    for name, other in model.tied_weights().items():
-        if other in state:
-            state.setdefault(name, state[other])
-    check_keys(model.state_dict(), state, path)
+    check_state(model, state, path)
     model.load_state_dict(state)
 
 

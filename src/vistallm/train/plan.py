@@ -162,8 +162,6 @@ def _parts(
 ) -> list[Part]:
     """Run each part alone, its inputs with a gradient where one has to pass to an earlier part."""
     train = config.train
-    visual = encoder.visual
-    blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
     images = torch.zeros(work.images, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
     patch_tokens = torch.zeros(work.images, encoder.patches, encoder.width, requires_grad=train.encoder)
     ids = torch.zeros(work.images, work.instruction, dtype=torch.long)
@@ -174,7 +172,7 @@ def _parts(
     layers, written = tokenizer.qformer.encoder.layer, work.samples * work.tokens
     read = work.images * (config.model.tokenizer.queries + work.instruction)
     return [
-        _measure("encoder", encoder, blocks, lambda: encoder(images), work.images * encoder.patches),
+        _measure("encoder", encoder, encoder.blocks, lambda: encoder(images), work.images * encoder.patches),
         _measure("tokenizer", tokenizer, layers, lambda: tokenizer(patch_tokens, ids, mask), read),
         _measure("decoder", decoder, llama.model.layers, lambda: _answer_loss(decoder, llama, inputs, work), written),
     ]
