@@ -22,7 +22,7 @@ from vistallm.coinit.tasks import find_task
 from vistallm.evaluate.export import EXPORTS
 from vistallm.evaluate.families import FAMILIES, GROUPS, Family, NamedScores
 from vistallm.evaluate.family import group_mean
-from vistallm.evaluate.predictions import as_filed
+from vistallm.evaluate.predictions import as_filed, by_benchmark
 from vistallm.evaluate.targets import fact, target_regions
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.frame import Frame
@@ -174,10 +174,7 @@ def score(
     Raises:
         ValueError: for an unknown benchmark, an id that occurs twice in one, or a missing or malformed target.
     """
-    groups: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        groups.setdefault(prediction.benchmark, []).append(prediction)
-    scores = {}
+    groups, scores = by_benchmark(predictions), {}
     for name in [*(name for name in benchmarks if name in groups), *sorted(set(groups) - set(benchmarks))]:
         if name in (faults or {}):
             continue

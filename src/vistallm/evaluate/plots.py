@@ -6,11 +6,12 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import matplotlib.figure
 import numpy as np
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 INK, SOFT, GRID = "#1d2330", "#6a7280", "#e4e7ec"
 LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c", "#1098ad", "#5c677d")
@@ -32,6 +33,14 @@ _STYLE: Any = {
     "ytick.color": SOFT,
     "legend.frameon": False,
 }
+
+
+class Figure(NamedTuple):
+    """A plot of the report; `note` is a sentence under its caption."""
+
+    caption: str
+    svg: Markup
+    note: str = ""
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -63,10 +72,10 @@ def line_plot(
     log_y: bool = False,
     square: bool = False,
     diagonal: bool = False,
-) -> str:
+) -> Markup:
     """Draw named curves; `square`: both axes run from 0 to 1; `diagonal`: points, beside the line y = x."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(4.4, 2.9), layout="constrained")
         axes = figure.add_subplot()
         if diagonal:
             axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
@@ -85,15 +94,15 @@ def line_plot(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    return Markup(svg[svg.index("<svg") :])
 
 
-def sparkline(values: np.ndarray, width: int = 120, height: int = 30) -> str:
+def sparkline(values: np.ndarray, width: int = 120, height: int = 30) -> Markup:
     """Draw (n,) values as one small line without axes; its floor is 0."""
     x = np.linspace(1, width - 1, len(values))
     y = height - 2 - (height - 4) * values / max(float(values.max()), 1e-12)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return (
+    return Markup(
         f'<svg class="spark" viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">'
         f'<polyline points="{points}"/></svg>'
     )

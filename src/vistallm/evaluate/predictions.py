@@ -48,6 +48,14 @@ def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
             lines.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
 
 
+def by_benchmark(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
+    """Group predictions by their benchmark, both in the order of the file."""
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(prediction.benchmark, []).append(prediction)
+    return groups
+
+
 def as_filed(prediction: Prediction) -> Prediction:
     """Round regions as the file does, to a thousandth of a pixel: the file then scores exactly as the run behind it."""
     if prediction.parsed is None:
