@@ -103,3 +103,8 @@ def test_save_and_load_are_inverse(tmp_path):
 def test_config_of_a_run_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="found no such file"):
         config_from_file(tmp_path / "config.yaml")
+
+
+def test_a_mapping_replaces_the_one_of_the_group_file(configs):
+    assert load_config(["data.weights.rec=3"]).data.weights == {"rec": 3, "res": 2}
+    assert load_config(["data.weights={rec: 3}"]).data.weights == {"rec": 3}

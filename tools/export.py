@@ -27,7 +27,7 @@ from vistallm.train.checkpoint import load_run
 def probe_logits(model: VistaLLM) -> Tensor:
     """Logits (1, T, V) float32 of a fixed prompt over a fixed noise image."""
     noise = torch.Generator().manual_seed(0)
-    size, queries = model.encoder.image_size, model.tokenizer.query_tokens.shape[1]
+    size, queries = model.encoder.image_size, model.tokenizer.tokens
     words = torch.randint(5, model.vocabulary.first_new, (1, 24), generator=noise)
     ids = torch.cat([torch.full((1, queries), model.vocabulary.image_id), words], 1)
     instruction = torch.randint(5, model.vocabulary.instruction_first_new, (1, 8), generator=noise)

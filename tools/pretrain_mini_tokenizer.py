@@ -38,6 +38,7 @@ from vistallm.data.reader import decode_sample, read_raw
 from vistallm.data.sequence import SequenceBuilder
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.attention import training_attention
+from vistallm.model.tokenizer import InstructionGuidedTokenizer
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.masks import rle_box, rle_to_mask
 from vistallm.schema import Batch, Sample, Sequence
@@ -192,6 +193,7 @@ def main() -> None:
     model = VistaLLM(config, vocabulary)
     model.encoder.requires_grad_(False)
     heads = Heads(config.model.tokenizer.hidden_size, config.num_bins)
+    assert isinstance(model.tokenizer, InstructionGuidedTokenizer)
     parts = {k: p for k, p in model.tokenizer.named_parameters() if not k.startswith("projection.")}
     parameters = [*parts.values(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)

@@ -35,9 +35,10 @@ class EncoderConfig:
 class TokenizerConfig:
     """The instruction-guided image tokenizer (QFormer)."""
 
+    kind: str = "qformer"  # qformer | patches (the ablation without a tokenizer: every patch token, projected)
     weights: str | None = None  # folder of an InstructBLIP checkpoint; null = random initialisation
     text_tokenizer: str | None = None  # BERT tokenizer of the QFormer; null = built from the task table
-    queries: int = 32  # tokens per image
+    queries: int = 32  # tokens per image; fewer than the weights' file holds = its first ones
     hidden_size: int = 768
     layers: int = 12
     heads: int = 12
@@ -84,6 +85,7 @@ class DataConfig:
     root: str | None = None  # shard folder, or folder of source folders; local, http(s)://, s3:// or pipe:COMMAND {}
     sources: dict[str, float] = field(default_factory=dict)  # source folder -> how often its samples are met per epoch
     missing_sources: str = "stop"  # stop | skip
+    fraction: float = 1.0  # of each source's samples of a task, the first ones; the rest is never met
     temperature: float = 1.0  # T: a source's share s of an epoch becomes s^(1/T); 1 = as weighted
     max_per_task: dict[str, int] = field(default_factory=dict)  # task -> most samples per epoch, over all sources
     templates: int | str | None = None  # drawn for a task: the first n, mini (those of the mini world), null = all
@@ -118,6 +120,8 @@ class TrainConfig:
     gradient_clip: float = 1.0  # global norm
     bin_sigma: float = 0.0  # bins; > 0 spreads a coordinate's target over its neighbours (Gaussian); 0 = cross-entropy
     activation_checkpointing: bool = False
+    cpu_offload: bool = False  # strategy=fsdp: weights, gradients and optimizer state wait in host memory
+    compile: str | None = None  # backend of torch.compile for the repeated layers (inductor); null = not compiled
     frozen_bf16: bool = False  # under precision=bf16, weights that do not train are kept in bfloat16
 
 
@@ -179,13 +183,13 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)  # Lightning Trainer arguments
 
 
-# Mappings whose keys the schema does not fix.
-OPEN_KEYS = ("trainer", "data.weights", "data.sources", "data.max_per_task")
+OPEN_KEYS = ("trainer", "data.weights", "data.sources", "data.max_per_task")  # mappings of any keys
 CHOICES = {
     "stage": (1, 2),
     "strategy": ("auto", "single", "ddp", "fsdp"),
     "precision": ("auto", "fp32", "bf16"),
     "coords": ("tokens", "text"),
+    "model.tokenizer.kind": ("qformer", "patches"),
     "mask_sampler": ("uniform", "curvature", "adaptive"),
     "data.missing_sources": ("stop", "skip"),
     "train.decoder": ("full", "lora", "frozen"),
@@ -195,9 +199,7 @@ CHOICES = {
 def load_config(argv: list[str]) -> Config:
     """Build the configuration from `key=value` words such as `["stage=2", "model=mini", "train.lr=1e-4"]`.
 
-    Raises:
-        ValueError: all problems at once, one per line: words that are no `key=value`, unknown keys with the nearest
-            known one, values of the wrong type or outside their choices, unknown group files.
+    A ValueError says all problems at once, one per line, and names the nearest known key of an unknown one.
     """
     overrides = _split_words(argv)
     layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], list[str]()
@@ -212,8 +214,8 @@ def load_config(argv: list[str]) -> Config:
             problems.append(f"{group}={chosen}: no such {group}; choose one of {names}")
             continue
         layers.append(_for_stage(_read_yaml(path), stage))
-    base: dict[Any, Any] = {key: value for key, value in layers[0].items() if key not in GROUPS}
-    merged = OmegaConf.merge(base, *layers[1:], {"stage": int(stage) if stage.isdigit() else stage})
+    layers[0] = DictConfig({key: value for key, value in layers[0].items() if key not in GROUPS})
+    merged = OmegaConf.merge(*layers, {"stage": int(stage) if stage.isdigit() else stage})
     return _checked(OmegaConf.structured(Config), merged, problems + _override(merged, overrides))
 
 
@@ -226,7 +228,7 @@ def config_from_file(path: Path) -> Config:
 
 def apply_overrides(config: Config, argv: list[str]) -> Config:
     """Return `config` with `key=value` words on top."""
-    merged = DictConfig(OmegaConf.to_container(OmegaConf.structured(config)))
+    merged: Any = DictConfig(OmegaConf.to_container(OmegaConf.structured(config)))
     return _checked(OmegaConf.structured(Config), merged, _override(merged, _split_words(argv)))
 
 
@@ -251,16 +253,17 @@ def _override(merged: Any, words: dict[str, str]) -> list[str]:
     problems = []
     for key, value in words.items():
         try:
-            OmegaConf.update(merged, key, OmegaConf.create(f"v: {value}").v if value else None, merge=True)
+            read = OmegaConf.create(f"v: {value}").v if value else None  # data.weights={rec: 1} leaves no other task
+            OmegaConf.update(merged, key, read, merge=key not in OPEN_KEYS)
         except (OmegaConfBaseException, YAMLError) as error:
             problems.append(f"{key}={value}: {' '.join(str(error).split())}; quote special characters as YAML does")
     return problems
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not isinstance(content := OmegaConf.load(path), DictConfig):
-        raise ValueError(f"{path}: expected a mapping of keys, got a list")
-    return content
+    if isinstance(content := OmegaConf.load(path), DictConfig):
+        return content
+    raise ValueError(f"{path}: expected a mapping of keys, got a list")
 
 
 def _for_stage(group: DictConfig, stage: str) -> DictConfig:
@@ -270,12 +273,9 @@ def _for_stage(group: DictConfig, stage: str) -> DictConfig:
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in map(str, node):
-        name = f"{prefix}{key}"
-        value = node._get_node(key)
-        if isinstance(value, DictConfig) and name not in OPEN_KEYS and not value._is_none():
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name
+        name, value = f"{prefix}{key}", cast(Any, node._get_node(key))
+        nested = isinstance(value, DictConfig) and name not in OPEN_KEYS and not value._is_none()
+        yield from _leaves(value, f"{name}.") if nested else [name]
 
 
 def _checked(schema: DictConfig, merged: Any, problems: list[str]) -> Config:

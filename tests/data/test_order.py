@@ -110,3 +110,16 @@ def test_the_fingerprint_follows_shards_and_weights():
     assert one == Mixture(SHARDS, ONCE | {("b", "rec"): 1.0}).fingerprint(), "a column without samples"
     assert one != Mixture(SHARDS[1:], ONCE).fingerprint()
     assert one != Mixture(SHARDS, ONCE | {("b", "vqa"): 2.0}).fingerprint()
+
+
+def test_a_fraction_keeps_the_first_samples_of_every_column():
+    mixture = Mixture(SHARDS, ONCE, 0.25)
+    counts = {column: -(-n // 4) for column, n in Mixture(SHARDS, ONCE).samples(0).items()}
+    assert mixture.samples(0) == mixture.samples(3) == counts
+    met = [set(of_lane(Epoch(mixture, 0, epoch), 0, 1)) for epoch in (0, 3)]
+    kept = [{(shard, task, n) for shard, task, n, _ in names} for names in met]
+    assert kept[0] == kept[1], "the same samples in every epoch"
+    assert {shard for shard, task, _ in kept[0] if task == "vqa"} == set(range(20, 26))
+    assert mixture.fingerprint() != Mixture(SHARDS, ONCE).fingerprint()
+    with pytest.raises(ValueError, match=r"data\.fraction=0: expected a share above 0"):
+        Mixture(SHARDS, ONCE, 0)

@@ -14,7 +14,10 @@ from transformers import (
 
 from vistallm.config import TokenizerConfig
 from vistallm.data.collate import collate
+from vistallm.data.datamodule import build_sequencer, split_shards
+from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.model.tokenizer import InstructionGuidedTokenizer
+from vistallm.model.vistallm import VistaLLM
 
 SHAPE = TokenizerConfig(
     queries=4, hidden_size=32, layers=4, heads=2, intermediate_size=64, cross_attention_every=2, dropout=0.0
@@ -132,3 +135,18 @@ def test_guidance_in_the_whole_model(tiny_model, builder, samples, guided):
     with torch.no_grad():
         one, two = tiny_model.image_tokens(batch)
     assert torch.allclose(one, two, atol=1e-6) != guided
+
+
+def test_patches_go_straight_to_the_decoder(tiny_config, vocabulary, mini_root):
+    """Without a tokenizer: the patch tokens, projected, in as many slots; the instruction changes nothing."""
+    config = tiny_config("model.tokenizer.kind=patches", "model.tokenizer.queries=16")
+    model = VistaLLM(config, vocabulary)
+    builder = build_sequencer(config, vocabulary)
+    rows = list(evaluation_sequences(split_shards(mini_root, "val", "rec"), builder, "rec", RejectLog(None, 0.0), 2))
+    batch = collate(rows, vocabulary)
+    expected = model.tokenizer.projection(model.tokenizer.feature_norm(model.encoder(batch.images)))
+    torch.testing.assert_close(model.image_tokens(batch), expected)
+    assert model.input_embeddings(batch)[0].isclose(expected[0, 7]).all(-1).any(), "a slot holds the eighth patch"
+    assert model(batch).loss.isfinite()
+    with pytest.raises(ValueError, match=r"expected queries=16.*got queries=4.*set model\.tokenizer\.queries=16"):
+        VistaLLM(tiny_config("model.tokenizer.kind=patches"), vocabulary)

@@ -107,7 +107,8 @@ def build_mixture(config: Config, folders: list[Folder]) -> Mixture:
     weights = {column: own[column[0]] * tasks[column[1]] for column in counts}
     weights = _capped(_tempered(weights, counts, data.temperature), counts, data.max_per_task)
     named = {(folder.source, task): 0.0 for folder in folders for task in tasks}  # for the message when none is there
-    return Mixture([shard for folder in folders for shard in folder.shards("train")], named | weights)
+    shards = [shard for folder in folders for shard in folder.shards("train")]
+    return Mixture(shards, named | weights, data.fraction)
 
 
 def _tempered(weights: dict[Column, float], counts: dict[Column, int], temperature: float) -> dict[Column, float]:

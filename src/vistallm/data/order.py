@@ -56,13 +56,16 @@ class Mixture:
     Args:
         shards: all training shards; their order fixes the cycles.
         weights: (source, task) -> how often each sample is met per epoch on average (1 = once, 0.05, 1.6, ...).
+        fraction: the share of every column that is in the cycles, its first samples; the rest is never met.
 
     Raises:
-        ValueError: no shard holds a sample of positive weight.
+        ValueError: no shard holds a sample of positive weight, or `fraction` is not in (0, 1].
     """
 
-    def __init__(self, shards: list[Shard], weights: Mapping[Column, float]) -> None:
-        self.shards = shards
+    def __init__(self, shards: list[Shard], weights: Mapping[Column, float], fraction: float = 1.0) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"data.fraction={fraction}: expected a share above 0 and at most 1")
+        self.shards, self.fraction = shards, fraction
         self.weights = {c: Fraction(w).limit_denominator(1_000_000) for c, w in weights.items() if w > 0}
         self.columns: list[Column] = sorted(
             {(shard.source, task) for shard in shards for task, n in shard.tasks.items() if n} & set(self.weights)
@@ -83,6 +86,8 @@ class Mixture:
         sizes = np.bincount(self._rows[:, 0], self._rows[:, 2], len(self.columns)).astype(np.int64)
         before = np.cumsum(self._rows[:, 2]) - self._rows[:, 2]
         self._offset = before - (np.cumsum(sizes) - sizes)[self._rows[:, 0]]
+        sizes = np.ceil(fraction * sizes).astype(np.int64)
+        self._rows[:, 2] = np.clip(sizes[self._rows[:, 0]] - self._offset, 0, self._rows[:, 2])
         self.sizes = sizes.tolist()
 
     def span(self, column: int, epoch: int) -> tuple[int, int]:
@@ -99,7 +104,8 @@ class Mixture:
         """A short word that changes when the shards or the weights do: the order of the samples then does, too."""
         shards = [(shard.source, Path(shard.place).name, sorted(shard.tasks.items())) for shard in self.shards]
         weights = [(column, str(self.weights[column])) for column in self.columns]
-        return hashlib.sha256(repr((shards, weights)).encode()).hexdigest()[:12]
+        part = () if self.fraction == 1 else (self.fraction,)  # whole data keeps the word of earlier checkpoints
+        return hashlib.sha256(repr((shards, weights, *part)).encode()).hexdigest()[:12]
 
     def total(self, epoch: int) -> int:
         """Samples of an epoch."""

@@ -8,13 +8,14 @@ Shape legend: N images, P patches, D encoder width, I instruction tokens, Q quer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
 from vistallm.config import TokenizerConfig
+from vistallm.model.encoder import ImageEncoder
 
 
 class InstructionGuidedTokenizer(nn.Module):
@@ -22,7 +23,7 @@ class InstructionGuidedTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig, vocabulary: int, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        self.sees_instruction = config.sees_instruction
+        self.sees_instruction, self.tokens = config.sees_instruction, config.queries
         qformer = InstructBlipQFormerConfig(
             vocab_size=vocabulary,
             hidden_size=config.hidden_size,
@@ -47,6 +48,11 @@ class InstructionGuidedTokenizer(nn.Module):
         """Return image tokens (N, Q, C); `instruction_mask_NI` is 1 on real tokens, ids are right-padded."""
         return self.projection(self.query_states(patch_tokens_NPD, instruction_ids_NI, instruction_mask_NI))
 
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """The repeated blocks: units of sharding and of activation checkpointing."""
+        return self.qformer.encoder.layer
+
     def unread_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the weights that `forward` never reads: without instruction, those that serve its words alone."""
         if not self.sees_instruction:
@@ -67,3 +73,39 @@ class InstructionGuidedTokenizer(nn.Module):
             input_ids=ids, attention_mask=mask, query_embeds=queries_NQH, encoder_hidden_states=features_NPD
         )
         return output.last_hidden_state[:, : queries_NQH.shape[1]]
+
+
+class PatchProjection(nn.Module):
+    """The ablation without a tokenizer: every patch token, normed and projected; the instruction is not read."""
+
+    layers: Iterable[nn.Module] = ()
+
+    def __init__(self, config: TokenizerConfig, patches: int, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        if config.queries != patches or config.weights is not None:
+            raise ValueError(
+                f"model.tokenizer.kind=patches: expected queries={patches}, the encoder patches, and no weights; "
+                f"got queries={config.queries} weights={config.weights}; set model.tokenizer.queries={patches} "
+                "model.tokenizer.weights="
+            )
+        self.tokens = patches
+        self.feature_norm = nn.LayerNorm(encoder_width, eps=config.norm_eps)
+        self.projection = nn.Linear(encoder_width, decoder_width)
+
+    def forward(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
+        """Return image tokens (N, P, C)."""
+        return self.projection(self.feature_norm(patch_tokens_NPD))
+
+    def unread_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield nothing: every weight is read."""
+        return iter(())
+
+
+Tokenizer = InstructionGuidedTokenizer | PatchProjection
+
+
+def build_tokenizer(config: TokenizerConfig, vocabulary: int, encoder: ImageEncoder, decoder_width: int) -> Tokenizer:
+    """Build the kind that the configuration names; ValueError where its settings do not fit the encoder."""
+    if config.kind == "patches":
+        return PatchProjection(config, encoder.patches, encoder.width, decoder_width)
+    return InstructionGuidedTokenizer(config, vocabulary, encoder.width, decoder_width)

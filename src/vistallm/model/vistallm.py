@@ -19,7 +19,7 @@ from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.attention import checkpoint_contexts, training_attention
 from vistallm.model.decoder import add_lora, build_decoder, embedding_weight, initialise_new_rows
 from vistallm.model.encoder import ImageEncoder
-from vistallm.model.tokenizer import InstructionGuidedTokenizer
+from vistallm.model.tokenizer import PatchProjection, Tokenizer, build_tokenizer
 from vistallm.model.weights import load_tokenizer_weights
 from vistallm.schema import IGNORE_INDEX, Batch
 
@@ -63,23 +63,26 @@ class VistaLLM(nn.Module):
         for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
             initialise_new_rows(matrix, first_new, bin_ids, torch.as_tensor(vocabulary.bin_values))
         width = decoder.config.hidden_size
-        tokenizer = InstructionGuidedTokenizer(
-            config.model.tokenizer, len(vocabulary.instruction), self.encoder.width, width
-        )
-        if config.model.tokenizer.weights is not None:
+        tokenizer = build_tokenizer(config.model.tokenizer, len(vocabulary.instruction), self.encoder, width)
+        if isinstance(tokenizer, PatchProjection):
+            pass
+        elif config.model.tokenizer.weights is not None:
             load_tokenizer_weights(tokenizer, config.model.tokenizer.weights, vocabulary)
         else:
             bins = torch.as_tensor(vocabulary.bin_values)
             words = embedding_weight(tokenizer.qformer)
             initialise_new_rows(words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer = tokenizer
         if config.train.decoder == "lora":
             decoder = add_lora(decoder, config.model.decoder, list(range(first_new, len(vocabulary.text))))
         self.decoder = decoder
         if config.train.activation_checkpointing:
-            settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-            for part in (self.decoder, self.tokenizer.qformer):
-                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+            settings: dict[str, Any] = {"use_reentrant": False}
+            if config.train.compile is None:  # compiled layers recompute their own kernels and take no contexts
+                settings["context_fn"] = checkpoint_contexts
+            for part in (self.decoder, getattr(tokenizer, "qformer", None)):
+                if part is not None:
+                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     def image_tokens(self, batch: Batch) -> Tensor:
         """Return (N, Q, C) image tokens, one block per image, guided by the instruction of the image's sample."""

@@ -24,7 +24,7 @@ from vistallm.config import Config
 from vistallm.data.vocabulary import IMAGE_TOKENS
 from vistallm.model.decoder import add_lora
 from vistallm.model.encoder import ImageEncoder
-from vistallm.model.tokenizer import InstructionGuidedTokenizer
+from vistallm.model.tokenizer import Tokenizer, build_tokenizer
 from vistallm.regions.codec import RegionCodec
 
 GIB = 2**30
@@ -132,14 +132,14 @@ def make_plan(config: Config, work: Workload, gpus: int = 1) -> Plan:
     return plan
 
 
-def _modules(config: Config) -> tuple[ImageEncoder, InstructionGuidedTokenizer, Any]:
+def _modules(config: Config) -> tuple[ImageEncoder, Tokenizer, Any]:
     """The three parts with their trainable sets, to be built on the meta device."""
     model, train = copy.deepcopy(config.model), config.train
     model.encoder.weights = None
     encoder = ImageEncoder(model.encoder)
     words = len(RegionCodec(coords=config.coords, num_bins=config.num_bins).tokens)
     instruction_rows, rows = BERT_ROWS + words, VICUNA_ROWS + len(IMAGE_TOKENS) + words
-    tokenizer = InstructionGuidedTokenizer(model.tokenizer, instruction_rows, encoder.width, model.decoder.hidden_size)
+    tokenizer = build_tokenizer(model.tokenizer, instruction_rows, encoder, model.decoder.hidden_size)
     decoder = _decoder(config, VICUNA_ROWS, rows)
     return encoder.requires_grad_(train.encoder), tokenizer.requires_grad_(train.tokenizer), decoder
 
@@ -157,9 +157,7 @@ def _make_fake(module: nn.Module) -> None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _parts(
-    config: Config, work: Workload, encoder: ImageEncoder, tokenizer: InstructionGuidedTokenizer, decoder: Any
-) -> list[Part]:
+def _parts(config: Config, work: Workload, encoder: ImageEncoder, tokenizer: Tokenizer, decoder: Any) -> list[Part]:
     """Run each part alone, its inputs with a gradient where one has to pass to an earlier part."""
     train = config.train
     images = torch.zeros(work.images, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
@@ -169,7 +167,7 @@ def _parts(
     earlier = train.encoder or train.tokenizer
     inputs = torch.zeros(work.samples, work.tokens, config.model.decoder.hidden_size, requires_grad=earlier)
     llama = decoder.get_base_model() if train.decoder == "lora" else decoder
-    layers, written = tokenizer.qformer.encoder.layer, work.samples * work.tokens
+    layers, written = tokenizer.layers, work.samples * work.tokens
     read = work.images * (config.model.tokenizer.queries + work.instruction)
     return [
         _measure("encoder", encoder, encoder.blocks, lambda: encoder(images), work.images * encoder.patches),
@@ -202,8 +200,11 @@ def _answer_loss(decoder: Any, llama: Any, inputs: Tensor, work: Workload) -> Te
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
-def _measure(name: str, module: nn.Module, layers: nn.ModuleList, run: Callable[[], Tensor], positions: int) -> Part:
+def _measure(
+    name: str, module: nn.Module, layers: Iterable[nn.Module], run: Callable[[], Tensor], positions: int
+) -> Part:
     """Run a part forward and, where anything needs a gradient, backward; count operations and saved bytes."""
+    layers = list(layers) or [module]
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     saved: dict[int, int] = {}
 
