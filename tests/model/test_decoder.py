@@ -6,12 +6,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import is_flash_attn_2_available
 
-from vistallm.config import load_config
+from vistallm.config import DecoderConfig, load_config
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_codec, build_sequencer
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.decoder import initialise_new_rows
+from vistallm.model.decoder import build_decoder, initialise_new_rows
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.optim import set_trainable
 
@@ -117,3 +118,56 @@ def test_missing_decoder_weights_are_named(tmp_path):
     config.model.decoder.weights = str(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"model\.decoder\.weights.*empty"):
         Vocabulary.build(config.model, build_codec(config))
+
+
+def llama(folder):
+    """A Llama of 3 layers in several files, as Vicuna's are, and its configuration."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96}
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).save_pretrained(folder, max_shard_size="100KB")
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("cut", r"model-00002-of-0000\d\.safetensors: not readable \(half-downloaded\?\); fetch it again"),
+        ("gone", r"can't be loaded; give a whole local folder .*model-00002-of-0000\d\.safetensors"),
+        ("index", r"model\.decoder\.weights=.*can't be loaded"),
+        (
+            {"num_hidden_layers": 5},
+            r"18 keys missing\); fetch it again.*\n  missing: model\.layers\.\{3\.\.4\}\.input_layernorm",
+        ),
+        ({"num_hidden_layers": 2}, r"9 keys unexpected\).*\n  unexpected: model\.layers\.2\.input_layernorm\.weight"),
+        (
+            {"intermediate_size": 80},
+            r"shape: model\.layers\.\{0\.\.2\}\.mlp\.up_proj\.weight \(96, 64\) in the file, \(80, 64\)",
+        ),
+    ],
+)
+def test_nothing_loads_half(damage, said, tmp_path, vocabulary):
+    """transformers fills what is missing with random values and says so in a table; here it is an error."""
+    config = llama(tmp_path)
+    path = sorted(tmp_path.glob("*.safetensors"))[1]
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "index":
+        (tmp_path / "model.safetensors.index.json").write_text("{")
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(config | damage))
+    with pytest.raises(ValueError, match=said):
+        build_decoder(DecoderConfig(weights=str(tmp_path)), vocabulary.text, torch.float32)
+
+
+def test_flash_attention_is_never_required(tmp_path, vocabulary):
+    if is_flash_attn_2_available():
+        pytest.skip("it is installed")
+    llama(tmp_path)
+    for weights in (None, str(tmp_path)):
+        with pytest.raises(ValueError, match=r"flash-attn is not installed.*model\.decoder\.attention=sdpa"):
+            build_decoder(DecoderConfig(weights, attention="flash_attention_2"), vocabulary.text, torch.float32)
+    assert (
+        build_decoder(DecoderConfig(str(tmp_path)), vocabulary.text, torch.float32).config._attn_implementation
+        == "sdpa"
+    )

@@ -66,6 +66,17 @@ def as_bin(folder, index):
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
 
 
+def test_fewer_queries_are_the_first_of_the_file(tiny_config, tmp_path):
+    theirs = {key.removeprefix("model."): value for key, value in instructblip(tmp_path).state_dict().items()}
+    words = [f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}"]
+    config = tiny_config(*words, "model.tokenizer.queries=3")
+    ours = VistaLLM(config, Vocabulary.build(config.model, build_codec(config))).tokenizer.query_tokens
+    assert torch.equal(ours, theirs["query_tokens"][:, :3])
+    config = tiny_config(*words, "model.tokenizer.queries=5")
+    with pytest.raises(ValueError, match=r"query_tokens \(1, 4, 32\) in the file, \(1, 5, 32\) here"):
+        VistaLLM(config, Vocabulary.build(config.model, build_codec(config)))
+
+
 @pytest.mark.parametrize("layout", ["safetensors", "safetensors, no index", "bin", "bin, no index"])
 def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, layout):
     theirs = {key.removeprefix("model."): value for key, value in instructblip(tmp_path).state_dict().items()}
@@ -115,9 +126,15 @@ FIRST = "qformer.encoder.layer.0.attention.attention.query.weight"
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("layers", r"missing: qformer\.encoder\.layer\.2\.\S+query\.weight, .*layer\.2\.output_query\.LayerNorm\.bias"),
+        (
+            "layers",
+            r"missing: qformer\.encoder\.layer\.\{2\.\.3\}\.\S+query\.weight\n(.*\n)*.*output_query\.LayerNorm\.bias",
+        ),
         ("fewer", r"unexpected: qformer\.encoder\.layer\.1\."),
-        ("width", r"2 of another shape: projection.weight \(64, 32\) in the file, \(32, 32\) here"),
+        (
+            "width",
+            r"2 keys of another shape.*\n  of another shape: projection.weight \(64, 32\) in the file, \(32, 32\) here",
+        ),
         ("gone", rf"the index lists it, but it is not there; it holds .*{FIRST}"),
         ("cut", rf"not readable \(half-downloaded\?\); fetch it again .*it holds .*{FIRST}"),
         ("cut bin", rf"not readable \(half-downloaded\?\); fetch it again .*it holds .*{FIRST}"),
@@ -145,13 +162,13 @@ def test_damaged_and_other_checkpoints_are_one_line(damage, said, tiny_config, t
         index.unlink()
         for weights in folder.glob("*.safetensors"):
             weights.unlink()
-    change = {"layers": ["model.tokenizer.layers=3"], "fewer": ["model.tokenizer.layers=1"]}
+    change = {"layers": ["model.tokenizer.layers=4"], "fewer": ["model.tokenizer.layers=1"]}
     change |= {"width": ["model.decoder.hidden_size=32"], "nowhere": [f"model.tokenizer.weights={tmp_path}/wrong"]}
     words = [f"model.tokenizer.weights={folder}", f"model.tokenizer.text_tokenizer={folder}"]
     config = tiny_config(*words, *change.get(damage, []))
     with pytest.raises(ValueError, match=said) as error:
         VistaLLM(config, Vocabulary.build(config.model, build_codec(config)))
-    assert "\n" not in str(error.value)
+    assert all(line.startswith("  ") for line in str(error.value).splitlines()[1:]), "a line, and one for each key"
 
 
 def test_own_file_matches_word_rows_by_name(tiny_model, vocabulary, tmp_path):

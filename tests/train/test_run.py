@@ -156,11 +156,11 @@ def test_dry_run_of_sources_says_what_is_missing_and_how_ranks_share(tiny_config
         train(tiny_config(*words))
 
 
-def test_a_checkpoint_of_another_size_is_one_line(stage_one, train_tiny, tmp_path):
-    with pytest.raises(ValueError, match="a checkpoint of another model") as error:
+def test_a_checkpoint_of_another_size_names_every_key(stage_one, train_tiny, tmp_path):
+    with pytest.raises(ValueError, match="weights of another model") as error:
         train_tiny(tmp_path / "x", f"ckpt={stage_one.dir}", "model.decoder.hidden_size=32", "trainer.max_steps=1")
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="a checkpoint of another model"):
+    assert "of another shape: decoder.model.layers.{0..1}.self_attn.q_proj.weight (64, 64) in the" in str(error.value)
+    with pytest.raises(ValueError, match=r"use the model=.*\n  unexpected: decoder\.model\.layers\.1\.self_attn"):
         train_tiny(tmp_path / "x", f"ckpt={stage_one.dir}", "model.decoder.layers=1", "trainer.max_steps=1")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     (tmp_path / "checkpoints").mkdir()

@@ -118,13 +118,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @contextlib.contextmanager
 def loading(key: str, value: str) -> Iterator[None]:
-    """Turn what transformers raises for missing files into one ValueError that names the config key."""
+    """Turn what transformers or open_clip raises for missing and broken files into a ValueError that names the key."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        said = str(error).strip()
+        reason = " ".join(said.split()) if isinstance(error, RuntimeError) else said.partition("\n")[0]
         raise ValueError(
-            f"{key}={value}: can't be loaded; give a local folder or a reachable hub name ({reason})"
+            f"{key}={value}: can't be loaded; give a whole local folder or a reachable hub name ({reason})"
         ) from error
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,9 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from vistallm.config import DecoderConfig
 from vistallm.data.vocabulary import loading
+from vistallm.model.keys import raise_faults, reading
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -32,13 +37,15 @@ def build_decoder(
 
     Its weights are those of `config.weights`, or random: for a `shape`, and for a small Llama of the config's sizes.
     """
+    if config.attention.startswith("flash_attention_2") and not is_flash_attn_2_available():
+        raise ValueError(
+            f"model.decoder.attention={config.attention}: the package flash-attn is not installed, or there is no GPU "
+            "for it; install it, or use model.decoder.attention=sdpa, which needs none"
+        )
     if shape is not None:
         decoder: PreTrainedModel = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention)
     elif config.weights is not None:
-        with loading("model.decoder.weights", config.weights):
-            decoder = AutoModelForCausalLM.from_pretrained(
-                config.weights, dtype=dtype, attn_implementation=config.attention
-            )
+        decoder = _read(config.weights, dtype, config.attention)
     else:
         llama = LlamaConfig(
             vocab_size=len(text_tokenizer),
@@ -57,6 +64,27 @@ def build_decoder(
     decoder.resize_token_embeddings(len(text_tokenizer), mean_resizing=False)
     rows = len(embedding_weight(decoder))
     assert rows == len(text_tokenizer) == decoder.config.vocab_size, "tokenizer, embedding and config sizes must agree"
+    return decoder
+
+
+def _read(weights: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Load a language model; ValueError when a file is broken or a key is missing, unexpected or of another shape."""
+    for path in sorted(Path(weights).glob("*.safetensors")):
+        with reading(path), safe_open(path, framework="pt"):  # transformers does not name the file
+            pass
+    with loading("model.decoder.weights", weights):
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            weights,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,  # transformers gives what is missing random values, and goes on
+            ignore_mismatched_sizes=True,
+        )
+    decoder, found = read
+    shapes = [f"{key} {tuple(there)} in the file, {tuple(here)} here" for key, there, here in found["mismatched_keys"]]
+    faults = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"], "of another shape": shapes}
+    advice = "fetch it again: its files are not those of its config.json"
+    raise_faults({what: sorted(keys) for what, keys in faults.items()}, f"model.decoder.weights={weights}", advice)
     return decoder
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from vistallm.config import EncoderConfig
 from vistallm.data.sequence import CLIP_MEAN, CLIP_STD
+from vistallm.data.vocabulary import loading
+from vistallm.model.keys import check_keys, reading
 
 AFTER_BLOCKS = ("ln_post", "proj", "attn_pool", "norm", "fc_norm", "head")  # names in open_clip's and timm's towers
 
@@ -35,7 +37,8 @@ class ImageEncoder(nn.Module):
         pretrained = None if is_file else config.weights
         logging.getLogger().addFilter(_is_not_about_random_weights)
         # No device: open_clip would move the model to the CPU, also one whose weights take no memory yet.
-        model = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size, device=None)
+        with loading("model.encoder.weights", str(pretrained)):
+            model = open_clip.create_model(config.name, pretrained=pretrained, force_image_size=size, device=None)
         self.visual = model.visual
         logging.getLogger().removeFilter(_is_not_about_random_weights)
         if is_file:
@@ -87,10 +90,8 @@ def load_visual(visual: nn.Module, path: Path) -> None:
         raise ValueError(
             f"model.encoder.weights={path}: no such file; give a .safetensors file, an open_clip tag or null"
         )
-    state, own = load_file(path), visual.state_dict()
-    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(
-            f"{path}: {len(wrong)} keys missing, unexpected or of another shape, first: {sorted(wrong)[:3]}"
-        )
+    with reading(path):
+        state = load_file(path)
+    own = visual.state_dict()
+    check_keys(own, state, f"model.encoder.weights={path}", "model.encoder.name must be the tower that wrote it")
     visual.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})

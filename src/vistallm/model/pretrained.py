@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.vocabulary import Vocabulary, loading
+from vistallm.model.keys import check_keys
 from vistallm.model.vistallm import VistaLLM
 
 MANIFEST, FORMAT = "manifest.json", 1
@@ -82,7 +83,7 @@ def fill(model: VistaLLM, state: dict[str, Tensor], source: Path, dtype: torch.d
         dtype: of the floating-point weights from now on.
 
     Raises:
-        ValueError: keys are missing or unexpected, or shapes differ; one line.
+        ValueError: keys are missing or unexpected, or shapes differ; all of them are named.
     """
     check_state(model, state, source)
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
@@ -100,24 +101,8 @@ def check_state(model: VistaLLM, state: dict[str, Tensor], source: Path) -> None
     for name, other in model.tied_weights().items():
         if other in state:
             state.setdefault(name, state[other])
-    check_keys(model.state_dict(), state, source)
-
-
-def check_keys(own: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:
-    """Raise ValueError unless `state` has the names and shapes of `own`."""
-    shapes = [
-        f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
-    if shapes or missing or unexpected:
-        first = (shapes or [f"missing {k}" for k in missing] or [f"unexpected {k}" for k in unexpected])[0]
-        raise ValueError(
-            f"{source}: a checkpoint of another model ({len(shapes)} shapes differ, {len(missing)} keys missing, "
-            f"{len(unexpected)} unexpected; first: {first}); use the model=, train.decoder= (full or lora) and "
-            "coordinate settings it was trained with"
-        )
+    advice = "use the model=, train.decoder= (full or lora) and coordinate settings it was trained with"
+    check_keys(model.state_dict(), state, str(source), advice)
 
 
 def save_pretrained(model: VistaLLM, config: Config, folder: Path, dtype: torch.dtype, **facts: Any) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.decoder import initialise_new_rows
+from vistallm.model.keys import check_keys, reading
 from vistallm.model.tokenizer import InstructionGuidedTokenizer
 
 WORDS = "qformer.embeddings.word_embeddings.weight"
@@ -46,7 +47,10 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
         own = {key: value for key, value in own.items() if not key.startswith("projection.")}
     else:
         state, tokens = read_instructblip(path), None
-    _check(own, state, path)
+    if "query_tokens" in state:  # fewer queries than the file's: its first ones
+        state["query_tokens"] = state["query_tokens"][:, : own["query_tokens"].shape[1]]
+    advice = "model.tokenizer.* and the width of the decoder must be the checkpoint's"
+    check_keys(own, state, f"model.tokenizer.weights={path}", advice, free_rows=WORDS)  # rows are matched by token
     rows, known = own[WORDS].clone(), vocabulary.instruction.get_vocab()
     names = tokens or vocabulary.instruction.convert_ids_to_tokens(list(range(len(state[WORDS]))))
     pairs = [(known[name], number) for number, name in enumerate(names) if name in known]
@@ -60,31 +64,11 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
     tokenizer.load_state_dict(state, strict=False)
 
 
-def _check(own: dict[str, Tensor], state: dict[str, Tensor], path: str) -> None:
-    """Raise ValueError with every key that is missing, unexpected or of another shape, on one line."""
-    shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state}
-    faults = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        # The number of words may differ: rows are matched by token.
-        "of another shape": [
-            f"{key} {there} in the file, {here} here"
-            for key, (there, here) in shapes.items()
-            if there[key == WORDS :] != here[key == WORDS :]
-        ],
-    }
-    if any(faults.values()):
-        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in faults.items() if keys)
-        raise ValueError(
-            f"model.tokenizer.weights={path}: not of this model; {said}; see model.tokenizer and the decoder"
-        )
-
-
 def read_own(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Read a file written by tools/pretrain_mini_tokenizer.py: weights in float32, and the names of its word rows."""
     if not path.is_file():
         raise ValueError(f"model.tokenizer.weights={path}: no such file; give an InstructBLIP folder, a file, or null")
-    with safe_open(path, framework="pt") as file:
+    with reading(path), safe_open(path, framework="pt") as file:
         tokens = json.loads((file.metadata() or {}).get("tokens", "null"))
         state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     if tokens is None:
@@ -148,17 +132,13 @@ def _files(folder: Path) -> dict[str, list[str]]:
 
 def _read(path: Path, keys: list[str]) -> dict[str, Tensor]:
     """Return the tensors of ours in one file; of the others nothing is read."""
-    try:
+    with reading(path, keys):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys() if _our_name(key)}  # noqa: SIM118
         # Files of before torch 1.6 are no zip files and can't be mapped.
         whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {key: value for key, value in whole.items() if _our_name(key)}
-    except Exception as error:
-        holds = f"; it holds {', '.join(keys)}" if keys else ""
-        said = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: not readable (half-downloaded?); fetch it again ({said}){holds}") from error
 
 
 def _download(name: str) -> Path:
