@@ -42,20 +42,6 @@ def test_vqa_accuracy_equals_the_loop(references, answer):
     assert A.vqa_accuracy(answer, references) == pytest.approx(np.mean(loop))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Yes.", "yes"),
-        ("No, there is not", "no"),
-        ("There is not one.", "no"),
-        ("There is. No more", "yes"),
-        ("nothing", "yes"),
-    ],
-)
-def test_pope_reading(text, expected):
-    assert A.read_yes_no(text) == expected
-
-
 def test_yes_no_scores_by_hand_and_unreadable_is_wrong():
     scores = A.yes_no_scores(["yes", "yes", "no", "no", None, None], ["yes", "no", "no", "yes", "yes", "no"])
     assert scores == {

@@ -20,8 +20,8 @@ from pycocotools import mask as coco_mask
 
 from vistallm.coinit.tasks import find_task
 from vistallm.evaluate.export import EXPORTS
-from vistallm.evaluate.families import FAMILIES, GROUPS, Family, NamedScores
-from vistallm.evaluate.family import group_mean
+from vistallm.evaluate.families import FAMILIES, GROUPS
+from vistallm.evaluate.family import Family, NamedScores, group_mean
 from vistallm.evaluate.predictions import as_filed, by_benchmark
 from vistallm.evaluate.targets import fact, target_regions
 from vistallm.regions.codec import RegionCodec

@@ -6,15 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vistallm.evaluate.family import Family, NamedScores, each, identity, share
+from vistallm.evaluate.family import Family, NamedScores, each, presence_scores
 from vistallm.evaluate.targets import boxes_of, scored_regions
 from vistallm.metrics import answers, functional
 from vistallm.schema import Prediction
-
-
-def accuracy(facts: list[float]) -> NamedScores:
-    """Return the mean of per-sample scores as the accuracy."""
-    return {"accuracy": answers.ratio(sum(facts), len(facts))}
 
 
 def _rec_fact(prediction: Prediction) -> float:
@@ -28,8 +23,7 @@ def _rec_fact(prediction: Prediction) -> float:
 
 
 def _rec_scores(facts: list[float]) -> NamedScores:
-    hits = sum(iou > 0.5 for iou in facts)
-    return {"p_at_50": answers.ratio(hits, len(facts)), "mean_box_iou": answers.ratio(sum(facts), len(facts))}
+    return {"p_at_50": answers.mean(iou > 0.5 for iou in facts), "mean_box_iou": answers.mean(facts)}
 
 
 @dataclass(frozen=True)
@@ -54,12 +48,10 @@ def _grec_fact(prediction: Prediction) -> _BoxesFact:
 
 
 def _grec_scores(facts: list[_BoxesFact]) -> NamedScores:
-    presence = [np.array([getattr(f, name) for f in facts], bool) for name in ("said_none", "is_none", "readable")]
     return {
-        "f1_precision": answers.ratio(sum(f.f1 == 1 for f in facts), len(facts)),
-        "f1_precision_giou": answers.ratio(sum(f.f1_giou == 1 for f in facts), len(facts)),
-        "n_acc": share(functional.no_target_accuracy(*presence)),
-        "t_acc": share(functional.target_accuracy(*presence)),
+        "f1_precision": answers.mean(f.f1 == 1 for f in facts),
+        "f1_precision_giou": answers.mean(f.f1_giou == 1 for f in facts),
+        **presence_scores(facts),
     }
 
 
@@ -74,8 +66,10 @@ def _phrase_fact(prediction: Prediction) -> tuple[float, float]:
 
 
 def _phrase_scores(facts: list[tuple[float, float]]) -> NamedScores:
-    any_box, merged = (sum(fact[i] >= 0.5 for fact in facts) for i in (0, 1))
-    return {"recall_any": answers.ratio(any_box, len(facts)), "recall_merged": answers.ratio(merged, len(facts))}
+    return {
+        "recall_any": answers.mean(any_box >= 0.5 for any_box, _ in facts),
+        "recall_merged": answers.mean(merged >= 0.5 for _, merged in facts),
+    }
 
 
 def _candidate_fact(prediction: Prediction) -> float:
@@ -90,8 +84,8 @@ def _candidate_fact(prediction: Prediction) -> float:
 
 
 BOX_FAMILIES: dict[str, Family] = {
-    "box": Family(each(_rec_fact), _rec_scores, identity, "p_at_50", means=("p_at_50", "mean_box_iou")),
+    "box": Family(each(_rec_fact), _rec_scores, float, "p_at_50", means=("p_at_50", "mean_box_iou")),
     "boxes": Family(each(_grec_fact), _grec_scores, lambda f: f.f1, "f1_precision"),
     "phrase": Family(each(_phrase_fact), _phrase_scores, lambda f: f[0], "recall_any"),
-    "candidates": Family(each(_candidate_fact), accuracy, identity, "accuracy"),
+    "candidates": Family(each(_candidate_fact), lambda facts: {"accuracy": answers.mean(facts)}, float, "accuracy"),
 }

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from vistallm.evaluate.box_scores import BOX_FAMILIES
-from vistallm.evaluate.family import Family, NamedScores
-from vistallm.evaluate.mask_scores import MASK_FAMILIES, THRESHOLDS
+from vistallm.evaluate.family import Family
+from vistallm.evaluate.mask_scores import MASK_FAMILIES, PRECISIONS
 from vistallm.evaluate.word_scores import WORD_FAMILIES
-
-__all__ = ["FAMILIES", "SCORE_NAMES", "THRESHOLDS", "Family", "NamedScores"]
 
 FAMILIES: dict[str, Family] = {**MASK_FAMILIES, **BOX_FAMILIES, **WORD_FAMILIES}
 _SINGLE = {
     "miou": "Mean IoU (mIoU)",
     "ciou": "Cumulative IoU (cIoU)",
     "giou": "gRefCOCO gIoU",
-    **{f"pr{int(100 * t)}": f"Precision at IoU {t}" for t in THRESHOLDS},
+    **{name: f"Precision at IoU {threshold}" for name, threshold in PRECISIONS.items()},
     "n_acc": "No-target accuracy (N-acc)",
     "t_acc": "Target accuracy (T-acc)",
     "av_p": "Pixel precision (Av.P)",

@@ -10,10 +10,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from vistallm.metrics import answers
-from vistallm.metrics.functional import Sums
+from vistallm.metrics import answers, functional
 from vistallm.schema import Prediction
 
 NamedScores = dict[str, float | None]
@@ -45,14 +45,11 @@ def each(measure_one: Callable[[Prediction], Any]) -> Callable[[Sequence[Predict
     return lambda predictions: [measure_one(p) for p in tqdm(predictions, "scoring", leave=False, disable=None)]
 
 
-def share(sums: Sums) -> float | None:
-    """Return numerator / denominator, None where nothing was counted."""
-    return answers.ratio(*sums)
-
-
-def identity(score: float) -> float:
-    """Return the fact itself: it is the sample's score."""
-    return score
+def presence_scores(facts: Sequence[Any]) -> NamedScores:
+    """N-acc and T-acc of facts that have `said_none`, `is_none` and `readable`."""
+    presence = [np.array([getattr(f, name) for f in facts], bool) for name in ("said_none", "is_none", "readable")]
+    none, target = functional.no_target_accuracy(*presence), functional.target_accuracy(*presence)
+    return {"n_acc": answers.ratio(*none), "t_acc": answers.ratio(*target)}
 
 
 def group_mean(family: Family, facts: Sequence[Any], groups: Sequence[Hashable], suffix: str) -> NamedScores:
@@ -65,5 +62,7 @@ def group_mean(family: Family, facts: Sequence[Any], groups: Sequence[Hashable],
     for one, group in zip(facts, groups, strict=True):
         members.setdefault(group, []).append(one)
     parts = [family.summarise(part) for part in members.values()]
-    found = {name: [value for part in parts if (value := part[name]) is not None] for name in family.means}
-    return {f"{name}_{suffix}": answers.ratio(sum(values), len(values)) for name, values in found.items()}
+    return {
+        f"{name}_{suffix}": answers.mean(value for part in parts if (value := part[name]) is not None)
+        for name in family.means
+    }

@@ -5,18 +5,17 @@ A fact is a MaskFact: pixel counts of the sample's images at their own size, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from vistallm.evaluate.family import Family, NamedScores, each, share
+from vistallm.evaluate.family import Family, NamedScores, each, presence_scores
 from vistallm.evaluate.targets import image_masks, scored_regions
 from vistallm.metrics import answers, functional
 from vistallm.metrics.functional import MaskCounts
 from vistallm.schema import Prediction
 
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+PRECISIONS = {f"pr{int(100 * t)}": t for t in (0.5, 0.6, 0.7, 0.8, 0.9)}  # name of a Pr@ -> its threshold
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,11 @@ class MaskFact:
     is_none: bool
 
     @property
+    def readable(self) -> bool:
+        """Whether the answer could be read."""
+        return bool(self.counts.readable.all())
+
+    @property
     def iou(self) -> float:
         """IoU of a one-image sample by gRefCOCO's rule: without a target, 1 for "none" and 0 for any region."""
         counts = self.counts
@@ -39,16 +43,13 @@ class MaskFact:
         return float((counts.intersection / np.maximum(counts.union, 1) * counts.readable).mean())
 
 
-def _measure(optional: bool) -> Callable[[Prediction], MaskFact]:
-    def measure(prediction: Prediction) -> MaskFact:
-        regions = scored_regions(prediction, optional)
-        truth = image_masks(regions, prediction)
-        if prediction.parsed is None:
-            return MaskFact(functional.mask_counts([None] * len(truth), truth), False, not regions)
-        drawn = image_masks(prediction.parsed.regions, prediction)
-        return MaskFact(functional.mask_counts(drawn, truth), not prediction.parsed.regions, not regions)
-
-    return measure
+def _measure(prediction: Prediction, optional: bool) -> MaskFact:
+    regions = scored_regions(prediction, optional)
+    truth = image_masks(regions, prediction)
+    if prediction.parsed is None:
+        return MaskFact(functional.mask_counts([None] * len(truth), truth), False, not regions)
+    drawn = image_masks(prediction.parsed.regions, prediction)
+    return MaskFact(functional.mask_counts(drawn, truth), not prediction.parsed.regions, not regions)
 
 
 def _joined(facts: list[MaskFact]) -> MaskCounts:
@@ -62,20 +63,16 @@ def _scores(facts: list[MaskFact]) -> NamedScores:
     """mIoU, cIoU and Pr@, the latter over the samples that have a target."""
     iou = np.array([one.iou for one in facts])
     target = iou[[not one.is_none for one in facts]] if facts else iou
-    precision = {f"pr{int(100 * t)}": answers.ratio(int((target >= t).sum()), len(target)) for t in THRESHOLDS}
-    cumulative = share(functional.cumulative_iou(_joined(facts)))
-    return {"miou": answers.ratio(float(iou.sum()), len(iou)), "ciou": cumulative} | precision
+    return {
+        "miou": answers.ratio(float(iou.sum()), len(iou)),
+        "ciou": answers.ratio(*functional.cumulative_iou(_joined(facts))),
+        **{name: answers.ratio(int((target >= t).sum()), len(target)) for name, t in PRECISIONS.items()},
+    }
 
 
 def _general_scores(facts: list[MaskFact]) -> NamedScores:
-    readable = [bool(f.counts.readable.all()) for f in facts]
-    presence = [np.array(p, bool) for p in ([f.said_none for f in facts], [f.is_none for f in facts], readable)]
     scores = _scores(facts)
-    return {"giou": scores.pop("miou"), "ciou": scores.pop("ciou")} | {
-        "n_acc": share(functional.no_target_accuracy(*presence)),
-        "t_acc": share(functional.target_accuracy(*presence)),
-        **scores,
-    }
+    return {"giou": scores.pop("miou"), "ciou": scores.pop("ciou"), **presence_scores(facts), **scores}
 
 
 def _images_right(fact: MaskFact) -> bool:
@@ -86,21 +83,22 @@ def _images_right(fact: MaskFact) -> bool:
 def _coseg_scores(facts: list[MaskFact]) -> NamedScores:
     counts = _joined(facts)
     return {
-        "av_j": share(functional.foreground_jaccard(counts)),
-        "av_p": share(functional.pixel_precision(counts)),
-        "ciou": share(functional.cumulative_iou(counts)),
-        "images_right": answers.ratio(sum(map(_images_right, facts)), len(facts)),
+        "av_j": answers.ratio(*functional.foreground_jaccard(counts)),
+        "av_p": answers.ratio(*functional.pixel_precision(counts)),
+        "ciou": answers.ratio(*functional.cumulative_iou(counts)),
+        "images_right": answers.mean(map(_images_right, facts)),
     }
 
 
 def _coseg_sample(fact: MaskFact) -> float:
-    jaccard = share(functional.foreground_jaccard(fact.counts))
-    return float(fact.counts.readable.all()) if jaccard is None else jaccard
+    jaccard = answers.ratio(*functional.foreground_jaccard(fact.counts))
+    return float(fact.readable) if jaccard is None else jaccard
 
 
-_PRECISIONS = tuple(f"pr{int(100 * t)}" for t in THRESHOLDS)
+_one = each(lambda prediction: _measure(prediction, optional=False))
+_none_or_more = each(lambda prediction: _measure(prediction, optional=True))
 MASK_FAMILIES: dict[str, Family] = {
-    "mask": Family(each(_measure(False)), _scores, lambda f: f.iou, "miou", True, ("miou", *_PRECISIONS)),
-    "masks": Family(each(_measure(True)), _general_scores, lambda f: f.iou, "giou", True),
-    "coseg": Family(each(_measure(True)), _coseg_scores, _coseg_sample, "av_j", True, ("av_j", "av_p")),
+    "mask": Family(_one, _scores, lambda f: f.iou, "miou", True, ("miou", *PRECISIONS)),
+    "masks": Family(_none_or_more, _general_scores, lambda f: f.iou, "giou", True),
+    "coseg": Family(_none_or_more, _coseg_scores, _coseg_sample, "av_j", True, ("av_j", "av_p")),
 }

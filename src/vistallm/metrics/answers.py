@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 
 import numpy as np
@@ -59,12 +59,6 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     return float(np.minimum(1, (matches.sum() - matches) / 3).mean())
 
 
-def read_yes_no(text: str) -> str:
-    """Return "yes" or "no" as POPE's code reads an answer: "no" or "not" among the first sentence's words, else yes."""
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
-
-
 def yes_no_scores(answers: Sequence[str | None], references: Sequence[str]) -> dict[str, float | None]:
     """Return POPE's accuracy, precision, recall, F1 (of "yes") and the share of "yes" among the answers.
 
@@ -97,7 +91,7 @@ def all_right_share(right: Sequence[bool], groups: Sequence[str]) -> float | Non
     members: dict[str, list[bool]] = defaultdict(list)
     for is_right, group in zip(right, groups, strict=True):
         members[group].append(bool(is_right))
-    return ratio(sum(map(all, members.values())), len(members))
+    return mean(map(all, members.values()))
 
 
 def choice_scores(right: Sequence[bool], parts: Sequence[str], groups: Sequence[str]) -> dict[str, float | None]:
@@ -108,13 +102,12 @@ def choice_scores(right: Sequence[bool], parts: Sequence[str], groups: Sequence[
         parts: N times "q_a" or "qa_r": which choice the sample asks for.
         groups: N names of the question that the two choices belong to; Q>AR counts questions that have both.
     """
-    by_part = {part: [ok for ok, p in zip(right, parts, strict=True) if p == part] for part in ("q_a", "qa_r")}
-    both = {group for group, part in zip(groups, parts, strict=True) if part == "qa_r"}
-    both &= {group for group, part in zip(groups, parts, strict=True) if part == "q_a"}
-    paired = [(ok, group) for ok, group in zip(right, groups, strict=True) if group in both]
+    rows = list(zip(right, parts, groups, strict=True))
+    asked = {part: {group for _, p, group in rows if p == part} for part in ("q_a", "qa_r")}
+    paired = [(ok, group) for ok, _, group in rows if group in asked["q_a"] & asked["qa_r"]]
     return {
-        "q_a": ratio(sum(by_part["q_a"]), len(by_part["q_a"])),
-        "qa_r": ratio(sum(by_part["qa_r"]), len(by_part["qa_r"])),
+        "q_a": mean(ok for ok, part, _ in rows if part == "q_a"),
+        "qa_r": mean(ok for ok, part, _ in rows if part == "qa_r"),
         "q_ar": all_right_share([ok for ok, _ in paired], [group for _, group in paired]),
     }
 
@@ -122,3 +115,9 @@ def choice_scores(right: Sequence[bool], parts: Sequence[str], groups: Sequence[
 def ratio(numerator: float, denominator: int) -> float | None:
     """Return numerator / denominator, or None where nothing was counted."""
     return numerator / denominator if denominator else None
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Return the mean, added up in order, or None of no value at all."""
+    values = list(values)
+    return ratio(sum(values), len(values))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torchmetrics import Metric
 
@@ -27,9 +26,8 @@ class BoxAccuracy(RatioState, Metric):
 
     def update(self, predicted: Sequence[Sequence[float] | None], target: Sequence[Sequence[float]]) -> None:
         """Add N boxes (x0, y0, x1, y1), pixels of the original image, with their targets."""
-        pairs = zip(predicted, target, strict=True)
-        boxes = [(None if box is None else np.asarray(box), np.asarray(truth)) for box, truth in pairs]
-        self.add((sum(functional.box_hit(*pair, self.threshold) for pair in boxes), len(boxes)))
+        hits = [functional.box_hit(*pair, self.threshold) for pair in zip(predicted, target, strict=True)]
+        self.add((sum(hits), len(hits)))
 
 
 class GeneralizedBoxPrecision(RatioState, Metric):
@@ -49,12 +47,9 @@ class GeneralizedBoxPrecision(RatioState, Metric):
 
     def update(self, predicted: Sequence[Sequence | None], target: Sequence[Sequence]) -> None:
         """Add N sets of boxes, each (n, 4) with n >= 0, with their N sets of targets."""
-        pairs = [
-            (None if boxes is None else np.asarray(boxes).reshape(-1, 4), np.asarray(truth).reshape(-1, 4))
-            for boxes, truth in zip(predicted, target, strict=True)
-        ]
-        right = sum(functional.matched_f1(*pair, self.threshold, self.generalized) == 1 for pair in pairs)
-        self.add((right, len(pairs)))
+        pairs = zip(predicted, target, strict=True)
+        right = [functional.matched_f1(*pair, self.threshold, self.generalized) == 1 for pair in pairs]
+        self.add((sum(right), len(right)))
 
 
 class AnswerAccuracy(RatioState, Metric):

@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from vistallm.schema import Rle
 
 Sums = tuple[float, int]
+Boxes = np.ndarray | Sequence  # (N, 4), or one box (4,)
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,16 @@ class MaskCounts:
     """Pixel counts of N masks against their targets.
 
     Attributes:
-        intersection, union, predicted_area, target_area, image_area: (N,) int64, pixels.
         readable: (N,) bool, False where the answer could not be read.
+        intersection, union, predicted_area, target_area, image_area: (N,) int64, pixels.
     """
 
+    readable: np.ndarray
     intersection: np.ndarray
     union: np.ndarray
     predicted_area: np.ndarray
     target_area: np.ndarray
     image_area: np.ndarray
-    readable: np.ndarray
-
-    def take(self, index: np.ndarray) -> MaskCounts:
-        """Return the counts of the samples that `index` (integers or bool) selects."""
-        return MaskCounts(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def __len__(self) -> int:
         return len(self.intersection)
@@ -81,7 +78,7 @@ def mask_counts(predicted: Sequence[Rle | None], target: Sequence[Rle]) -> MaskC
         intersection = int(coco_mask.area(coco_mask.merge([mask, truth], intersect=True)))
         row[:] = intersection, area + target_area - intersection, area, target_area, height * width
     readable = np.array([mask is not None for mask in predicted], bool)
-    return MaskCounts(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4], readable)
+    return MaskCounts(readable, *rows.T)
 
 
 def sample_iou(counts: MaskCounts) -> np.ndarray:
@@ -141,7 +138,7 @@ def foreground_jaccard(counts: MaskCounts) -> Sums:
     return exact_sum(sample_iou(counts)[counted]), int(counted.sum())
 
 
-def box_iou(boxes: np.ndarray, others: np.ndarray, generalized: bool = False) -> np.ndarray:
+def box_iou(boxes: Boxes, others: Boxes, generalized: bool = False) -> np.ndarray:
     """Return (N, M) float64 IoU, or generalised IoU in [-1, 1], of boxes (N, 4) and (M, 4).
 
     A box with x1 < x0 or y1 < y0 has no area. Generalised IoU: Rezatofighi et al. 2019.
@@ -161,14 +158,12 @@ def box_iou(boxes: np.ndarray, others: np.ndarray, generalized: bool = False) ->
     return iou - np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
 
 
-def box_hit(predicted: np.ndarray | None, target: np.ndarray, threshold: float = 0.5) -> bool:
+def box_hit(predicted: Boxes | None, target: Boxes, threshold: float = 0.5) -> bool:
     """Return whether one box (4,) has an IoU ABOVE `threshold` with the target (REC's P@0.5); None is a miss."""
     return predicted is not None and bool(box_iou(predicted, target)[0, 0] > threshold)
 
 
-def matched_f1(
-    predicted: np.ndarray | None, target: np.ndarray, threshold: float = 0.5, generalized: bool = False
-) -> float:
+def matched_f1(predicted: Boxes | None, target: Boxes, threshold: float = 0.5, generalized: bool = False) -> float:
     """F1 of a set of boxes against a set of targets, in [0, 1].
 
     Pairs are matched best first while their overlap is at least `threshold`, as gRefCOCO's code does.

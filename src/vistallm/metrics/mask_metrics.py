@@ -88,8 +88,8 @@ class MeanSampleIoU(RatioState, Metric):
         self.add(functional.mean_sample_iou(counts_of(predicted, target)))
 
 
-class GeneralizedIoU(RatioState, Metric):
-    """gRefCOCO's gIoU: mean IoU where a right "no target" counts 1 and a wrong one 0.
+class GeneralizedIoU(MeanSampleIoU):
+    """gRefCOCO's gIoU: `MeanSampleIoU` of samples some of which have no target; a right "none" counts 1, a wrong one 0.
 
     >>> square, empty = ({"size": [2, 2], "counts": counts} for counts in ("04", "4"))
     >>> metric = GeneralizedIoU()
@@ -97,12 +97,6 @@ class GeneralizedIoU(RatioState, Metric):
     >>> round(metric.compute().item(), 4)
     0.3333
     """
-
-    sum_dtype = torch.float64
-
-    def update(self, predicted: Sequence[MaskLike], target: Sequence[Rle]) -> None:
-        """Add N predicted masks with their N targets; an empty target is an RLE without pixels."""
-        self.add(functional.mean_sample_iou(counts_of(predicted, target)))
 
 
 class PrecisionAtIoU(RatioState, Metric):
