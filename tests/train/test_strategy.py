@@ -22,8 +22,8 @@ from vistallm.model.encoder import ImageEncoder
 from vistallm.train.callbacks import read_metrics
 from vistallm.train.checkpoint import is_whole, load_run, newest_checkpoint, read_state, resume_path
 from vistallm.train.optim import build_optimizer
-from vistallm.train.run import build
-from vistallm.train.strategy import build_strategy
+from vistallm.train.run import build, train
+from vistallm.train.strategy import check_layout, resolve_precision
 
 ROOT = Path(__file__).parents[2]
 launch = runpy.run_path(str(ROOT / "tests/train/ranks.py"))["launch"]
@@ -72,7 +72,7 @@ def runs(words, folder):
     """All runs of two processes, in one start of them: name -> run folder."""
     shared = [word.replace("{rank}", "0") for word in words]
     short, pieces = ["trainer.max_steps=2"], ["strategy=fsdp", "checkpoint.sharded=true"]
-    half = ["precision=bf16", "train.frozen_bf16=true"]
+    half, saving = ["precision=bf16", "train.frozen_bf16=true"], "train.activation_checkpointing=true"
     frozen = ["train.encoder=true", "model.encoder.layer=-2", "model.tokenizer.sees_instruction=false"]
     todo = {
         "ddp": [*shared, "strategy=ddp"],
@@ -80,6 +80,9 @@ def runs(words, folder):
         "sharded": [*words, *pieces],
         "again": [*words, *pieces, f"resume={folder}/sharded/checkpoints/step-000004.ckpt"],
         "lora": [*words, *pieces, *LORA, *short, "train.lr=1e-2"],
+        "offload": [*words, *pieces, "train.cpu_offload=true"],
+        "resumed": [*words, *pieces, "train.cpu_offload=true", f"resume={folder}/sharded/checkpoints/step-000004.ckpt"],
+        "compiled": [*words, *pieces, *LORA, *short, "train.lr=1e-2", "train.compile=aot_eager", saving],
         "half": [*words, "strategy=fsdp", *LORA, *half, *short],
     }
     said = launch([[*run, "trainer.devices=2", f"run_dir={folder / name}"] for name, run in todo.items()], 2, folder)
@@ -105,7 +108,7 @@ def compare(run_dir, expected, steps, weights=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "sharded"])
+@pytest.mark.parametrize("name", ["ddp", "sharded", "offload"])
 def test_two_processes_take_the_steps_of_one(name, runs, one_process):
     """Loss of rank 0's batch and norm of the mean gradient at each step, and the weights at the end."""
     compare(getattr(runs, name), one_process, range(1, STEPS + 1))
@@ -152,16 +155,20 @@ def test_a_sharded_checkpoint_cut_short_or_with_another_strategy(runs, words, tm
     config.resume = str(tmp_path / "run/checkpoints/step-000008.ckpt")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         resume_path(config)
-    config.checkpoint.sharded = True
-    with pytest.raises(ValueError, match="expected strategy=fsdp, got ddp"):
-        build_strategy(config)
 
 
 @pytest.mark.slow
-def test_lora_sharded(runs, words, mini_root):
-    """Adapters and new rows train under fsdp as in one process; the base stays as it was."""
+def test_what_was_trained_without_offload_goes_on_with_it(runs, one_process):
+    compare(runs.resumed, one_process, range(5, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_lora_sharded_and_compiled(runs, words, mini_root):
+    """Adapters and new rows train under fsdp as in one process, also when layers that save memory are compiled."""
     expected = reference([*words, *LORA, "train.lr=1e-2"], mini_root, 2)
     compare(runs.lora, expected, [1, 2])
+    compare(runs.compiled, expected, [1, 2])
+    assert read_state(newest_checkpoint(runs.compiled)).keys() == read_state(newest_checkpoint(runs.lora)).keys()
 
 
 @pytest.mark.slow
@@ -197,3 +204,28 @@ def test_started_by_lightning_with_one_file_per_checkpoint(words, tmp_path, one_
         assert newest.is_file()
         newest.unlink()
     assert f"resuming from {tmp_path}/checkpoints/step-000004.ckpt" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["checkpoint.sharded=true", "strategy=ddp"], r"checkpoint\.sharded=true: expected strategy=fsdp, got ddp"),
+        (["train.cpu_offload=true"], r"train\.cpu_offload=true: expected strategy=fsdp, got auto"),
+        (["train.compile=fast"], r"train\.compile=fast: expected one of inductor, aot_eager, eager, or null"),
+    ],
+)
+def test_settings_of_another_strategy_are_refused_before_anything_is_built(words, said):
+    with pytest.raises(ValueError, match=said):
+        train(load_config(words))
+
+
+def test_bf16_needs_hardware_on_a_gpu_and_is_slow_on_a_cpu(monkeypatch, capsys):
+    for precision, word in (("auto", "32-true"), ("bf16", "bf16-mixed")):
+        monkeypatch.setattr("vistallm.train.strategy.has_fast_bf16", lambda: False)
+        assert resolve_precision(load_config([f"precision={precision}"])) == word
+    check_layout(load_config(["precision=bf16", "trainer.accelerator=cpu"]))
+    assert "right, but slower than precision=fp32" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with pytest.raises(ValueError, match=r"Tesla V100 does not compute in bf16; use precision=fp32 or precision=auto"):
+        check_layout(load_config(["precision=bf16"]))

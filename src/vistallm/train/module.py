@@ -15,7 +15,7 @@ from vistallm.config import Config
 from vistallm.model.vistallm import Output, VistaLLM
 from vistallm.schema import IGNORE_INDEX, Batch
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
-from vistallm.train.strategy import resolve_precision, shard
+from vistallm.train.strategy import shard
 
 BAD_STEPS = 3  # in a row, with a gradient that is not finite, stop the run
 
@@ -40,8 +40,7 @@ class VistaModule(L.LightningModule):
         """Shard the model when the strategy brings a device mesh (FSDP2)."""
         mesh = getattr(self, "device_mesh", None)
         if mesh is not None:
-            half = resolve_precision(self.config) == "bf16-mixed"
-            shard(self.model, mesh["data_parallel"], torch.bfloat16 if half else torch.float32)
+            shard(self.model, mesh["data_parallel"], self.config)
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine, stepped per optimizer step."""

@@ -30,7 +30,7 @@ from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
 from vistallm.train.plan import EFFICIENCY, GPUS, Workload, make_plan
 from vistallm.train.preempt import Preempted, StopAtSignal
-from vistallm.train.strategy import build_strategy, resolve_precision
+from vistallm.train.strategy import build_strategy, check_layout, compile_layers, resolve_precision
 
 OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_root_dir", "gradient_clip_val", "plugins")
 
@@ -38,6 +38,7 @@ OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_roo
 def train(config: Config) -> Path:
     """Run one stage and return its run folder; raises ValueError for anything wrong in config, data or checkpoint."""
     check_trainer_keys(config.trainer)
+    check_layout(config)
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     root, run_dir = training_root(config), Path(str(config.run_dir))
@@ -124,7 +125,7 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
 def build_model(
     config: Config, vocabulary: Vocabulary, start: tuple[Path, Path] | None
 ) -> tuple[VistaLLM, list[tuple[str, str, int, int]]]:
-    """Build the model, freeze what does not train, and cast it; the rows are `set_trainable`'s.
+    """Build the model, freeze what does not train, cast and compile it; the rows are `set_trainable`'s.
 
     Under fsdp only the first process of a node (of the run, where the launcher tells ranks) reads weights: the others
     get empty models, which `shard` fills. So a node holds one copy of them in host memory.
@@ -140,6 +141,7 @@ def build_model(
     rows = set_trainable(model, config.train)
     if frozen_half:
         cast_frozen(model)
+    compile_layers(model, config.train.compile)
     return model, rows
 
 

@@ -12,33 +12,58 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vistallm.config import Config
 from vistallm.model.vistallm import VistaLLM
 
+COMPILERS = ("inductor", "aot_eager", "eager")  # backends of torch.compile; the others are to find its faults
+
 
 class ShardedDataParallel(ModelParallelStrategy):
-    """Lightning's FSDP2 strategy with every process of the run in the data dimension of the mesh."""
+    """Lightning's FSDP2 strategy with every process of the run in the data dimension of the mesh.
+
+    cpu_offload: parameters, gradients and optimizer state stay in host memory (`shard` puts them there).
+    """
+
+    def __init__(self, sharded_checkpoints: bool, cpu_offload: bool) -> None:
+        # The gradient norm is then reduced over tensors of the CPU, which NCCL does not take.
+        backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
+        super().__init__(save_distributed_checkpoint=sharded_checkpoints, process_group_backend=backend)
+        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
         """Set the mesh's sizes; "auto" would make the devices of a node tensor-parallel."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    def model_to_device(self) -> None:
+        """Leave the model where `shard` has put it: Lightning would move offloaded weights to the accelerator."""
+        if not self.cpu_offload:
+            super().model_to_device()
+
+
+def check_layout(config: Config) -> None:
+    """Raise ValueError, before anything is built, for settings that this strategy or this machine does not have."""
+    sharded = {"checkpoint.sharded": config.checkpoint.sharded, "train.cpu_offload": config.train.cpu_offload}
+    for key, wanted in sharded.items():
+        if wanted and config.strategy != "fsdp":
+            raise ValueError(f"{key}=true: expected strategy=fsdp, got {config.strategy}")
+    if config.train.compile not in (None, *COMPILERS):
+        raise ValueError(f"train.compile={config.train.compile}: expected one of {', '.join(COMPILERS)}, or null")
+    if config.precision == "bf16" and not has_fast_bf16():
+        if torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
+            raise ValueError(f"precision=bf16: {name} does not compute in bf16; use precision=fp32 or precision=auto")
+        print("precision=bf16: this CPU has no instructions for it: right, but slower than precision=fp32", flush=True)
+
 
 def build_strategy(config: Config) -> str | Strategy:
     """Return the Lightning strategy: auto and single let Lightning decide, ddp, or fsdp (FSDP2)."""
-    if config.checkpoint.sharded and config.strategy != "fsdp":
-        raise ValueError(f"checkpoint.sharded=true: expected strategy=fsdp, got {config.strategy}")
-    match config.strategy:
-        case "ddp":
-            return "ddp"
-        case "fsdp":
-            return ShardedDataParallel(save_distributed_checkpoint=config.checkpoint.sharded)
-        case _:
-            return "auto"
+    if config.strategy == "fsdp":
+        return ShardedDataParallel(config.checkpoint.sharded, config.train.cpu_offload)
+    return "ddp" if config.strategy == "ddp" else "auto"
 
 
 def resolve_precision(config: Config) -> str:
@@ -52,7 +77,7 @@ def resolve_precision(config: Config) -> str:
 def has_fast_bf16() -> bool:
     """Whether the accelerator, or else the CPU (AVX512-BF16 or AMX), multiplies bf16 faster than fp32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has it not
     if read is None:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -60,7 +85,7 @@ def has_fast_bf16() -> bool:
     return bool(facts.get("avx512_bf16") or facts.get("amx_bf16"))
 
 
-def shard(model: VistaLLM, mesh: Any, dtype: torch.dtype) -> None:
+def shard(model: VistaLLM, mesh: Any, config: Config) -> None:
     """Apply FSDP2 in place: one unit per decoder layer, encoder block and QFormer layer, gradients reduced in fp32.
 
     Every process ends with its part of rank 0's weights and with rank 0's buffers; the models of the others may be
@@ -69,22 +94,35 @@ def shard(model: VistaLLM, mesh: Any, dtype: torch.dtype) -> None:
     empty = any(parameter.is_meta for parameter in model.parameters())
     # Detached: fully_shard moves the parameters themselves to the device.
     whole = {name: p.detach() for name, p in model.named_parameters()} if dist.get_rank() == 0 else {}
+    dtype = torch.bfloat16 if resolve_precision(config) == "bf16-mixed" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for unit in repeated_layers(model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    offload = CPUOffloadPolicy(torch.cuda.is_available()) if config.train.cpu_offload else OffloadPolicy()
+    for unit in [*repeated_layers(model), model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
     if empty:
-        model.to_empty(device=mesh.device_type)
+        model.to_empty(device="cpu" if config.train.cpu_offload else mesh.device_type)
     with torch.no_grad():
         for name, part in model.named_parameters():
             assert isinstance(part, DTensor)
             full = whole.pop(name) if whole else torch.empty(part.shape, dtype=part.dtype)
-            part.copy_(distribute_tensor(full.to(mesh.device_type), mesh, part.placements))  # scatters from rank 0
+            sent = distribute_tensor(full.to(mesh.device_type), mesh, part.placements)  # scatters from rank 0
+            part.to_local().copy_(sent.to_local())
         for buffer in model.buffers():  # also those that are no part of the state
+            buffer.data = buffer.data.to(mesh.device_type)
             dist.broadcast(buffer, 0)
+
+
+def compile_layers(model: VistaLLM, backend: str | None) -> None:
+    """Compile each repeated layer in place, so that no key of the state changes; None = leave them as they are.
+
+    After LoRA and activation checkpointing and before `shard`, whose hooks then stay outside of the compiled graphs.
+    Layers of one kind share their graphs.
+    """
+    for layer in repeated_layers(model) if backend else []:
+        layer.compile(backend=backend, dynamic=None)
 
 
 def repeated_layers(model: VistaLLM) -> list[nn.Module]:
     """The repeated blocks of the three parts: units of sharding and of activation checkpointing."""
-    parts: Iterable[Any] = (model.encoder.blocks, model.tokenizer.qformer.encoder.layer, model.language_model().layers)
+    parts: Iterable[Any] = (model.encoder.blocks, model.tokenizer.layers, model.language_model().layers)
     return [layer for part in parts for layer in part]
