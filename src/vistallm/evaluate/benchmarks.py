@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -109,13 +109,10 @@ Scores = dict[str, BenchmarkScores]
 def load_benchmarks(path: Path = BENCHMARKS_FILE) -> dict[str, Benchmark]:
     """Read benchmarks.yaml; raises ValueError naming the entry and the key that is wrong, all at once."""
     entries = cast(dict[str, dict[str, Any]], OmegaConf.to_container(OmegaConf.load(path)))
-    known = {f.name for f in dataclasses.fields(Benchmark)} - {"name"}
     found, problems = {}, []
     for name, entry in entries.items():
         try:
-            if unknown := set(entry) - known:
-                raise ValueError(f"unknown key(s) {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-            found[name] = _read_entry(name, dict(entry))
+            found[name] = _read_entry(name, entry)
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{path.name}, {name}: {'missing key ' if isinstance(error, KeyError) else ''}{error}")
     if problems:
@@ -124,11 +121,14 @@ def load_benchmarks(path: Path = BENCHMARKS_FILE) -> dict[str, Benchmark]:
 
 
 def _read_entry(name: str, entry: dict[str, Any]) -> Benchmark:
+    known = {f.name for f in dataclasses.fields(Benchmark)} - {"name"}
+    if unknown := set(entry) - known:
+        raise ValueError(f"unknown key(s) {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     entry["metric"] = entry.get("metric") or find_task(entry["task"]).metric
-    choices = {"metric": FAMILIES, "average": {None, *GROUPS}, "export": {None, *EXPORTS}}
-    for key, known in choices.items():
-        if entry.get(key) not in known:
-            raise ValueError(f"{key}: expected one of {', '.join(map(str, known))}, got {entry.get(key)!r}")
+    choices = {"metric": FAMILIES, "average": (*GROUPS, None), "export": (*EXPORTS, None)}
+    for key, allowed in choices.items():
+        if entry.get(key) not in allowed:
+            raise ValueError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {entry.get(key)!r}")
     entry["headline"] = entry.get("headline") or FAMILIES[entry["metric"]].headline
     rows = tuple(PaperRow(**row) for row in entry.pop("paper", ()))
     return Benchmark(name, **{"shards": ".", **entry}, paper=rows)
@@ -140,14 +140,11 @@ def select_benchmarks(
     """Return the named benchmarks, or all of a data config; ValueError names the nearest for an unknown name."""
     if names is None:
         return {name: benchmark for name, benchmark in benchmarks.items() if benchmark.data == data}
-    names = list(names)
-    problems = []
+    names, problems = list(names), []
     for name in names:
         if name not in benchmarks:
-            near = difflib.get_close_matches(name, benchmarks, 1)
-            problems.append(
-                f"benchmark {name!r}: no such entry in benchmarks.yaml" + (f"; nearest: {near[0]}" if near else "")
-            )
+            near = "".join(f"; nearest: {other}" for other in difflib.get_close_matches(name, benchmarks, 1))
+            problems.append(f"benchmark {name!r}: no such entry in benchmarks.yaml{near}")
     if problems:
         raise ValueError("\n".join(problems))
     return {name: benchmarks[name] for name in names}
@@ -190,23 +187,19 @@ def score(
 
 def _score_one(benchmark: Benchmark, predictions: list[Prediction], codec: RegionCodec | None) -> BenchmarkScores:
     """Score one benchmark's predictions, sorted by id: sums of floats depend on their order."""
-    twice = [key for key, number in Counter(p.id for p in predictions).items() if number > 1]
+    name, twice = benchmark.name, [key for key, number in Counter(p.id for p in predictions).items() if number > 1]
     if twice:
-        raise ValueError(
-            f"{benchmark.name}: {len(twice)} prediction id(s) occur more than once, for example {twice[0]!r}"
-        )
-    family = benchmark.family
+        raise ValueError(f"{name}: {len(twice)} prediction id(s) occur more than once, for example {twice[0]!r}")
     labelled = [prediction for prediction in predictions if not fact(prediction, "unlabelled", False)]
-    facts = family.measure([as_filed(prediction) for prediction in labelled])
-    for prediction, one in zip(labelled, facts, strict=True):
-        prediction.score = round(float(family.sample_score(one)), 6) if prediction.parsed is not None else 0.0
+    measured = _measure(benchmark, labelled)
+    for prediction, (one, _) in zip(labelled, measured, strict=True):
+        prediction.score = round(float(benchmark.family.sample_score(one)), 6) if prediction.parsed is not None else 0.0
     failures = Counter(p.failure or "unknown" for p in predictions if p.parsed is None)
-    summarise = _summariser(benchmark, [fact(p, benchmark.average) for p in labelled] if benchmark.average else None)
     splits = {}
-    held_out = [fact(p, "held_out") for p in labelled]
-    for name, wanted in (("seen", False), ("held_out", True)):
-        if part := [i for i, flag in enumerate(held_out) if flag is not None and bool(flag) == wanted]:
-            splits[name] = {"n": len(part), "scores": summarise(facts, part)}
+    for split, wanted in (("seen", False), ("held_out", True)):
+        part = [one for one, p in zip(measured, labelled, strict=True) if fact(p, "held_out") == wanted]
+        if part:
+            splits[split] = {"n": len(part), "scores": _summarise(benchmark, part)}
     return BenchmarkScores(
         name=benchmark.name,
         task=benchmark.task,
@@ -215,32 +208,32 @@ def _score_one(benchmark: Benchmark, predictions: list[Prediction], codec: Regio
         n=len(predictions),
         unreadable=sum(failures.values()) / len(predictions),
         failures=dict(failures.most_common()),
-        scores=summarise(facts, range(len(facts))),
+        scores=_summarise(benchmark, measured),
         splits=splits if len(splits) == 2 else {},
-        ceiling=mask_ceiling(labelled, benchmark, codec) if codec is not None and family.masks and labelled else None,
+        ceiling=mask_ceiling(labelled, benchmark, codec) if codec and benchmark.family.masks and labelled else None,
         paper=[dataclasses.asdict(row) for row in benchmark.paper],
         unlabelled=len(predictions) - len(labelled),
     )
 
 
-def _summariser(benchmark: Benchmark, groups: list[Any] | None) -> Callable[[list[Any], Sequence[int]], NamedScores]:
-    """Return the function that scores a subset of the facts, given as their places, with the averages over groups."""
-    family, suffix = benchmark.family, GROUPS[benchmark.average][0] if benchmark.average else ""
+def _measure(benchmark: Benchmark, predictions: list[Prediction]) -> list[tuple[Any, Any]]:
+    """Return (what the family counts, the group it is averaged over or None) of each prediction."""
+    facts = benchmark.family.measure([as_filed(prediction) for prediction in predictions])
+    return list(zip(facts, [fact(p, benchmark.average or "") for p in predictions], strict=True))
 
-    def summarise(facts: list[Any], part: Sequence[int]) -> NamedScores:
-        chosen = [facts[i] for i in part]
-        scores = dict(family.summarise(chosen))
-        if groups is not None:
-            known = None not in groups  # without the group of every sample there is no mean over groups
-            scores |= group_mean(family, chosen if known else [], [groups[i] for i in part] if known else [], suffix)
+
+def _summarise(benchmark: Benchmark, measured: list[tuple[Any, Any]]) -> NamedScores:
+    """Return the scores of some of the samples, with the averages over groups if the benchmark has them."""
+    scores = dict(benchmark.family.summarise([one for one, _ in measured]))
+    if benchmark.average is None:
         return scores
-
-    return summarise
+    known = all(group is not None for _, group in measured)  # else there is no mean over groups
+    return scores | group_mean(benchmark.family, measured if known else [], GROUPS[benchmark.average][0])
 
 
 def score_names(benchmark: Benchmark) -> list[str]:
     """Return the names of the scores that a benchmark has, those averaged over groups included."""
-    return list(_summariser(benchmark, [] if benchmark.average else None)([], []))
+    return list(_summarise(benchmark, []))
 
 
 def mask_ceiling(predictions: list[Prediction], benchmark: Benchmark, codec: RegionCodec) -> NamedScores:
@@ -248,14 +241,12 @@ def mask_ceiling(predictions: list[Prediction], benchmark: Benchmark, codec: Reg
     places = np.linspace(0, len(predictions) - 1, min(len(predictions), CEILING_SAMPLES)).round().astype(int)
     perfect = []
     for prediction in (predictions[i] for i in places):
-        frames = [
-            Frame(int(i["width"]), int(i["height"]), max(int(i["width"]), int(i["height"]))) for i in prediction.images
-        ]
+        sizes = [(int(image["width"]), int(image["height"])) for image in prediction.images]
+        frames = [Frame(width, height, max(width, height)) for width, height in sizes]
         regions = [region for region in target_regions(prediction) if coco_mask.area(region.rle) > 0]
         parsed = codec.decode(codec.encode(regions, frames, "mask"), frames, "mask")
-        perfect.append(as_filed(dataclasses.replace(prediction, parsed=parsed, failure=None)))
-    groups = [fact(p, benchmark.average) for p in perfect] if benchmark.average else None
-    return _summariser(benchmark, groups)(benchmark.family.measure(perfect), range(len(perfect)))
+        perfect.append(dataclasses.replace(prediction, parsed=parsed, failure=None))
+    return _summarise(benchmark, _measure(benchmark, perfect))
 
 
 def write_scores(scores: Scores, path: Path, run: Mapping[str, Any] | None = None) -> None:

@@ -52,14 +52,14 @@ def presence_scores(facts: Sequence[Any]) -> NamedScores:
     return {"n_acc": answers.ratio(*none), "t_acc": answers.ratio(*target)}
 
 
-def group_mean(family: Family, facts: Sequence[Any], groups: Sequence[Hashable], suffix: str) -> NamedScores:
-    """Average a family's means over groups: first over the samples of a group, then over the groups, all alike.
+def group_mean(family: Family, measured: Sequence[tuple[Any, Hashable]], suffix: str) -> NamedScores:
+    """Average a family's means over the groups of (fact, group): within each group first, then over groups, all alike.
 
     With the group a RefCOCO object (`ref_id`, which has about three expressions) these are instance-level scores; with
     the group an image class they are co-segmentation's means per image, then per class. Names get `_<suffix>`.
     """
     members: dict[Hashable, list[Any]] = {}
-    for one, group in zip(facts, groups, strict=True):
+    for one, group in measured:
         members.setdefault(group, []).append(one)
     parts = [family.summarise(part) for part in members.values()]
     return {

@@ -17,7 +17,7 @@ INK, SOFT, GRID = "#1d2330", "#6a7280", "#e4e7ec"
 LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c", "#1098ad", "#5c677d")
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, both (n,) float64
 
-_STYLE: Any = {
+PLOT_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: smaller, and in the page's own font
     "svg.hashsalt": "vistallm",
     "font.family": "sans-serif",
@@ -74,7 +74,7 @@ def line_plot(
     diagonal: bool = False,
 ) -> Markup:
     """Draw named curves; `square`: both axes run from 0 to 1; `diagonal`: points, beside the line y = x."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(PLOT_STYLE):
         figure = matplotlib.figure.Figure(figsize=(4.4, 2.9), layout="constrained")
         axes = figure.add_subplot()
         if diagonal:
