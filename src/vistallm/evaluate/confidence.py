@@ -108,13 +108,11 @@ class Calibration:
 
 
 def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> Calibration:
-    """Compare confidences in [0, 1] with whether the answers were right.
+    """Compare one or more confidences in [0, 1] with whether the answers were right.
 
     >>> round(calibration([0.95, 0.85, 0.25], [True, False, False]).ece, 4)
     0.3833
     """
-    if not len(confidence):
-        raise ValueError("calibration: expected at least one confidence, got none")
     sure, hit = np.asarray(confidence, float), np.asarray(right, float)
     place = np.minimum((sure * bins).astype(int), bins - 1)
     samples = np.bincount(place, minlength=bins)
@@ -126,11 +124,11 @@ def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 
 
 def calibrate(predictions: Sequence[Prediction], metric: str) -> Calibration | None:
     """Calibration of the scored predictions of one benchmark; None for a metric without regions or no confidences."""
-    sure = [(answer_confidence(p), (p.score or 0.0) >= RIGHT_FROM.get(metric, np.inf)) for p in predictions]
-    known = [(confidence, right) for confidence, right in sure if confidence is not None]
-    if metric not in RIGHT_FROM or not known:
+    if metric not in RIGHT_FROM:
         return None
-    return calibration([confidence for confidence, _ in known], [right for _, right in known])
+    sure = [(answer_confidence(p), (p.score or 0.0) >= RIGHT_FROM[metric]) for p in predictions]
+    known = [(confidence, right) for confidence, right in sure if confidence is not None]
+    return calibration([confidence for confidence, _ in known], [right for _, right in known]) if known else None
 
 
 def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:

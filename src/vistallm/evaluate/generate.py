@@ -69,15 +69,15 @@ class Answerer:
 
     def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
         """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
-        device, decode, log = self.model.bin_ids.device, self.config.decode, None
+        device, decode, text, log = self.model.bin_ids.device, self.config.decode, self.model.vocabulary.text, None
         if self.table is not None:
             rules = rules or [rule_of(sequence.sample) for sequence in sequences]
             grammar = RegionGrammar(self.table, rules, self.config.points, decode.max_new_tokens)
             log = TokenLog(self.table, grammar if decode.grammar else None)
         batch = collate(sequences, self.model.vocabulary, generation=True).to(device)
-        with _autocast(device):
+        # bf16 on an accelerator; the CPU decodes in fp32, where small matrices leave bf16 nothing to gain
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             ids = self.model.generate(batch, decode.max_new_tokens, logits_processor=[log] if log else []).tolist()
-        text = self.model.vocabulary.text
         rows = [row[: row.index(text.eos_token_id)] if text.eos_token_id in row else row for row in ids]
         texts = [str(text.decode(row, skip_special_tokens=False)) for row in rows]
         sure: list[tuple[list[float], float | None]] = log.read(rows) if log else [([], None)] * len(rows)
@@ -159,10 +159,3 @@ def picked_images(
                 if raw.record and (key := raw.record.get("id")) in ids and key not in found:
                     found[key] = decode_sample(raw).pixels or []
     return found
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bf16 on an accelerator; the CPU decodes in fp32, where small matrices leave bf16 nothing to gain."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()

@@ -71,32 +71,26 @@ def rule_of(sample: Sample) -> Rule:
 
 
 class Choices:
-    """The answers to choose from as one trie over token ids; node 0 is the state of a row that has no choice."""
+    """What is left to write of every row's choices, as token ids; rows without choices have none."""
 
     def __init__(self, rules: list[Rule], vocabulary: Vocabulary) -> None:
-        nodes: dict[tuple[object, ...], int] = {(): 0}
-        self.next: dict[tuple[int, int], int] = {}
-        roots = []
-        for rule in rules:
-            roots.append(nodes.setdefault((rule.choices,), len(nodes)) if rule.choices else 0)
-            if not rule.choices or (rule.choices, "done") in nodes:
-                continue
-            nodes[rule.choices, "done"] = len(nodes)
-            for choice in rule.choices:
-                written: list[int] = vocabulary.text.encode(choice, add_special_tokens=False)
-                node = roots[-1]
-                for place, token in enumerate([*written, vocabulary.text.eos_token_id], 1):
-                    child = nodes.setdefault((rule.choices, *written[:place], place), len(nodes))
-                    self.next[node, token], node = child, child
-        self.node = np.array(roots)
-        self.allowed = torch.zeros(len(nodes), len(vocabulary.text), dtype=torch.bool)
-        for node, token in self.next:
-            self.allowed[node, token] = True
+        text = vocabulary.text
+        said = {choice for rule in rules for choice in rule.choices}
+        written = {choice: [*text.encode(choice, add_special_tokens=False), text.eos_token_id] for choice in said}
+        self.left = [[written[choice] for choice in rule.choices] for rule in rules]
+        self.tokens = len(text)
 
     def read(self, tokens: np.ndarray) -> None:
-        """Move every row on by its token; a row that has ended stays where it is."""
-        for row in np.flatnonzero(self.node):
-            self.node[row] = self.next.get((int(self.node[row]), int(tokens[row])), self.node[row])
+        """Move every row on by its token: what began otherwise is no longer to choose."""
+        rows = zip(self.left, tokens.tolist(), strict=True)
+        self.left = [[choice[1:] for choice in choices if choice[:1] == [token]] for choices, token in rows]
+
+    def allowed(self) -> Tensor:
+        """Return the tokens that may come next, (B, V) bool."""
+        allowed = np.zeros((len(self.left), self.tokens), bool)
+        for row, choices in enumerate(self.left):
+            allowed[row, [choice[0] for choice in choices if choice]] = True
+        return torch.from_numpy(allowed)
 
 
 class RegionGrammar(LogitsProcessor):
@@ -111,11 +105,12 @@ class RegionGrammar(LogitsProcessor):
 
     def __init__(self, table: TokenTable, rules: list[Rule], points: int, max_new_tokens: int) -> None:
         self.table, self.points, self.limit, self.seen = table, points, max_new_tokens, 0
-        self.choices = Choices(rules, table.vocabulary) if any(rule.choices for rule in rules) else None
+        self.classes = torch.from_numpy(table.classes)
         self.asked = np.array([KINDS[rule.kind] for rule in rules])
         self.images = np.array([rule.images for rule in rules])
         self.single, self.words = (np.array([getattr(r, name) for r in rules], bool) for name in ("single", "words"))
         self.chosen = np.array([bool(rule.choices) for rule in rules])
+        self.choices = Choices(rules, table.vocabulary) if self.chosen.any() else None
         self.asks, self.several = self.asked > 0, self.images > 1
         # group: kind of the open group, 0 outside; kind: of all groups so far; part, numbers: bins of the current part
         # and object; objects: closed ones of the group; last: the two bins before; image: of the last group.
@@ -132,25 +127,25 @@ class RegionGrammar(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask `scores` (B, V) given the generated ids (B, T); the prompt must not be among them."""
         written = input_ids.cpu().numpy()
+        choosing = self.chosen.all()
         for step in range(self.seen, written.shape[1]):
-            if not self.chosen.all():
+            if not choosing:
                 self._read(written[:, step])
             if self.choices is not None:
                 self.choices.read(written[:, step])
         self.seen = written.shape[1]
         if self.choices is None:
             allowed = self._allowed()
+        elif choosing:
+            allowed = self.choices.allowed()
         else:
-            node = torch.from_numpy(self.choices.node)
-            allowed = self.choices.allowed[node]
-            if not self.chosen.all():
-                allowed = torch.where(node[:, None] > 0, allowed, self._allowed())
+            allowed = torch.where(torch.from_numpy(self.chosen)[:, None], self.choices.allowed(), self._allowed())
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
     def _allowed(self) -> Tensor:
         """Return the tokens that may come next, (B, V) bool; rows that choose among answers are not looked at."""
         permitted, lowest = self._permitted(self.limit - self.seen)
-        allowed = torch.from_numpy(permitted).T.index_select(1, self.table.torch_classes)
+        allowed = torch.from_numpy(permitted).T.index_select(1, self.classes)
         if lowest is not None:
             ordered = np.arange(len(self.table.bin_ids)) >= lowest[:, None]
             allowed[:, self.table.bin_ids] &= torch.from_numpy(ordered)

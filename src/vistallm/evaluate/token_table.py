@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, token_ids
 
@@ -63,11 +60,6 @@ class TokenTable:
                 number = text.convert_tokens_to_ids(name)
                 classes[number] = Token.PART if part == "part" else Token[f"{parts[part]}_{letter.upper()}"]
         return cls(classes, place, shift, np.array(joined), bin_ids, vocabulary)
-
-    @functools.cached_property
-    def torch_classes(self) -> Tensor:
-        """`classes` as a tensor."""
-        return torch.from_numpy(self.classes)
 
 
 def _surface(name: str) -> str:
