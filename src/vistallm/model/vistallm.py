@@ -73,9 +73,7 @@ class VistaLLM(nn.Module):
             words = embedding_weight(tokenizer.qformer)
             initialise_new_rows(words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
         self.tokenizer: Tokenizer = tokenizer
-        if config.train.decoder == "lora":
-            decoder = add_lora(decoder, config.model.decoder, list(range(first_new, len(vocabulary.text))))
-        self.decoder = decoder
+        self.decoder = self.with_lora(decoder, config) if config.train.decoder == "lora" else decoder
         if config.train.activation_checkpointing:
             settings: dict[str, Any] = {"use_reentrant": False}
             if config.train.compile is None:  # compiled layers recompute their own kernels and take no contexts
@@ -83,6 +81,11 @@ class VistaLLM(nn.Module):
             for part in (self.decoder, getattr(tokenizer, "qformer", None)):
                 if part is not None:
                     part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    def with_lora(self, decoder: Any, config: Config) -> Any:
+        """Wrap a decoder with LoRA in which the rows of the new tokens train, too."""
+        new_rows = range(self.vocabulary.first_new, len(self.vocabulary.text))
+        return add_lora(decoder, config.model.decoder, list(new_rows))
 
     def image_tokens(self, batch: Batch) -> Tensor:
         """Return (N, Q, C) image tokens, one block per image, guided by the instruction of the image's sample."""

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-from vistallm.config import Config, save_config
+from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.census import describe_layout, describe_mixture, describe_tokens, take_census
 from vistallm.data.datamodule import CoinItDataModule, build_codec, training_root
 from vistallm.data.vocabulary import Vocabulary
@@ -135,14 +136,35 @@ def build_model(
         model = build_empty(config, vocabulary, start[0] if start else None)
     else:
         half = frozen_half and config.train.decoder != "full"
-        model = VistaLLM(config, vocabulary, torch.bfloat16 if half else torch.float32)
-        if start:
-            load_weights(model, start[1])
+        dtype = torch.bfloat16 if half else torch.float32
+        model = load_start(config, vocabulary, start, dtype) if start else VistaLLM(config, vocabulary, dtype)
     rows = set_trainable(model, config.train)
     if frozen_half:
         cast_frozen(model)
     compile_layers(model, config.train.compile)
     return model, rows
+
+
+def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path], dtype: torch.dtype) -> VistaLLM:
+    """Build the model as the checkpoint was trained, with LoRA or without, load it, then merge LoRA or add it.
+
+    A stage 1 of LoRA so goes on with a frozen (merged) language model, and one without goes on with LoRA.
+    """
+    former, wanted = config_from_file(start[0] / "config.yaml"), config.train.decoder == "lora"
+    had = former.train.decoder == "lora"
+    shape = former.model.decoder if had and not wanted else config.model.decoder
+    built = replace(
+        config,
+        model=replace(config.model, decoder=shape),
+        train=replace(config.train, decoder="lora" if had else "full"),
+    )
+    model = VistaLLM(built, vocabulary, dtype)
+    load_weights(model, start[1])
+    if had and not wanted:
+        model.decoder = model.decoder.merge_and_unload()
+    elif wanted and not had:
+        model.decoder = model.with_lora(model.decoder, config)
+    return model
 
 
 def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
