@@ -12,7 +12,6 @@ models with the checkpoint's configuration and random weights.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -21,9 +20,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -39,27 +38,6 @@ from vistallm.schema import Sequence
 from vistallm.train.checkpoint import load_run
 from vistallm.train.run import quiet
 
-
-@dataclass
-class Clock:
-    """Seconds spent in a callable, and its calls."""
-
-    seconds: float = 0.0
-    calls: int = 0
-
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `call`, timed."""
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            start = now()
-            result = call(*arguments, **options)
-            self.seconds += now() - start
-            self.calls += 1
-            return result
-
-        return timed
-
-
 has_accelerator = functools.cache(torch.cuda.is_available)  # asking takes longer than a step of the grammar
 
 
@@ -68,6 +46,18 @@ def now() -> float:
     if has_accelerator():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """Return `call`, which then adds what each call took to `seconds`."""
+
+    def call_timed(*arguments: Any, **options: Any) -> Any:
+        start = now()
+        result = call(*arguments, **options)
+        seconds.append(now() - start)
+        return result
+
+    return call_timed
 
 
 def batched(sequences: list[Sequence], size: int) -> Iterator[list[Sequence]]:
@@ -88,29 +78,24 @@ def take(config: Config, model: VistaLLM, root: Path, number: int) -> list[Seque
 
 def pace(answerer: Answerer, sequences: list[Sequence], size: int, grammar: bool) -> dict[str, Any]:
     """Answer all sequences in batches of `size`; returns the answers, seconds, tokens, and where the seconds went."""
-    asked, answerer.config.decode.grammar = answerer.config.decode.grammar, grammar
-    decoder, rules = Clock(), Clock()
-    model: Any = answerer.model.decoder
-    forward, mask = model.forward, RegionGrammar.__call__
-    start, texts, tokens = now(), [], 0
-    try:
-        model.forward = decoder.around(forward)
-        RegionGrammar.__call__ = rules.around(mask)  # type: ignore[method-assign]
-        for batch in batched(sequences, size):
-            answers = answerer.answer(batch)
-            texts += [answer.text for answer in answers]
-            tokens += sum(answer.tokens for answer in answers)
-    finally:
-        answerer.config.decode.grammar = asked
-        model.forward, RegionGrammar.__call__ = forward, mask  # type: ignore[method-assign]
+    steps: list[float] = []
+    masks: list[float] = []
+    decoder = answerer.model.decoder
+    start = now()
+    with (
+        patch.object(answerer.config.decode, "grammar", grammar),
+        patch.object(decoder, "forward", timed(decoder.forward, steps)),
+        patch.object(RegionGrammar, "__call__", timed(RegionGrammar.__call__, masks)),
+    ):
+        answers = [answer for batch in batched(sequences, size) for answer in answerer.answer(batch)]
     seconds = now() - start
     return {
-        "texts": texts,
-        "samples per second": len(texts) / seconds,
-        "tokens per second": tokens / seconds,
-        "seconds per step": seconds / decoder.calls,
-        "outside the language model": 1 - decoder.seconds / seconds,
-        "in the grammar": rules.seconds / seconds,
+        "texts": [answer.text for answer in answers],
+        "samples per second": len(answers) / seconds,
+        "tokens per second": sum(answer.tokens for answer in answers) / seconds,
+        "seconds per step": seconds / len(steps),
+        "outside the language model": 1 - sum(steps) / seconds,
+        "in the grammar": sum(masks) / seconds,
     }
 
 
@@ -136,24 +121,22 @@ def compare(answerer: Answerer, sequences: list[Sequence], sizes: list[int], rou
 def unreadable(answerer: Answerer, sequences: list[Sequence], size: int, number: int) -> Counter[str]:
     """Count how `number` answers of models with random weights fail to be read, a new model for every pass."""
     config, vocabulary = answerer.config, answerer.model.vocabulary
-    builder, failures, done = build_sequencer(config, vocabulary), Counter[str](), 0
+    builder, failures = build_sequencer(config, vocabulary), Counter[str]()
     for seed in itertools.count():
+        left = number - failures.total()
+        if not left:
+            break
         torch.manual_seed(seed)
         model = VistaLLM(config, vocabulary).to(answerer.model.bin_ids.device).eval()
         for parameter in model.decoder.parameters():  # answers that vary, instead of one token over and over
             if parameter.ndim > 1:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
         random = Answerer(model, config)
-        for batch in batched(sequences, size):
-            if done >= number:
-                return failures
-            batch = batch[: number - done]
+        for batch in batched(sequences[:left], size):
             for sequence, answer in zip(batch, random.answer(batch), strict=True):
                 task = TASKS[sequence.sample.task]
-                failure = read_answer(answer.text, sequence.frames, builder.codec, task)[1]
-                failures[failure or "readable"] += 1
-                done += 1
-    raise AssertionError
+                failures[read_answer(answer.text, sequence.frames, builder.codec, task)[1] or "readable"] += 1
+    return failures
 
 
 def main(argv: list[str]) -> None:
@@ -170,13 +153,10 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     quiet()
     model, config, _ = load_run(arguments.ckpt)
-    config = copy.deepcopy(config)
     config.decode.max_new_tokens = arguments.new_tokens or config.decode.max_new_tokens
     answerer = Answerer(model.to("cuda" if has_accelerator() else "cpu"), config)
     if answerer.table is None:
-        raise ValueError(
-            f"--ckpt {arguments.ckpt}: the grammar needs coords=tokens, this run has coords={config.coords}"
-        )
+        raise ValueError(f"--ckpt {arguments.ckpt}: the grammar needs coords=tokens, got coords={config.coords}")
     sequences = take(config, model, arguments.data, arguments.samples)
     if arguments.untrained is not None:
         result: Any = dict(unreadable(answerer, sequences, arguments.batches[-1], arguments.untrained))

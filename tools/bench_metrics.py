@@ -9,7 +9,6 @@ floor is what pycocotools itself needs for the same polygons: polygon -> runs ->
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -58,20 +57,20 @@ def floor(polygon: list[float], truth: Rle) -> int:
     return int(coco.area(coco.merge([drawn, truth], True))) + int(coco.area(drawn)) + int(coco.area(truth))
 
 
-def interleaved(functions: dict[str, Callable[[slice], Any]], count: int, chunk: int, rounds: int) -> np.ndarray:
+def interleaved(functions: list[Callable[[slice], Any]], count: int, chunk: int, rounds: int) -> np.ndarray:
     """(functions, chunks) best seconds; chunk after chunk, so that other load hits all alike."""
     slices = [slice(start, start + chunk) for start in range(0, count, chunk)]
-    best = np.full((len(functions), len(slices)), np.inf)
+    seconds = np.zeros((rounds, len(functions), len(slices)))
     for column, part in enumerate(slices):
-        for _ in range(rounds):
-            for row, function in enumerate(functions.values()):
+        for row in seconds:
+            for number, function in enumerate(functions):
                 start = time.perf_counter()
                 function(part)
-                best[row, column] = min(best[row, column], time.perf_counter() - start)
-    return best
+                row[number, column] = time.perf_counter() - start
+    return seconds.min(0)
 
 
-def main() -> int:
+def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10000)
@@ -94,7 +93,7 @@ def main() -> int:
         "evaluate: pixel counts": lambda part: measure(predictions[part]),
         "evaluate: all scores": lambda part: score(predictions[part], benchmarks),
     }
-    best = interleaved(functions, args.count, args.chunk, args.rounds)
+    best = interleaved(list(functions.values()), args.count, args.chunk, args.rounds)
     print(f"{args.count} masks of {WIDTH}x{HEIGHT}: median over chunks of {args.chunk}")
     for name, seconds in zip(functions, best, strict=True):
         print(f"  {name:<24} {np.median(seconds) / args.chunk * 1e6:8.1f} us  {np.median(seconds / best[0]):6.2f} x")
@@ -104,8 +103,7 @@ def main() -> int:
         start = time.perf_counter()
         score(read_predictions(path), benchmarks)
         print(f"predictions.jsonl -> scores: {time.perf_counter() - start:.2f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
