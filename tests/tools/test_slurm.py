@@ -22,19 +22,34 @@ bash "$@"; code=$?
 while [ -e "$STANDIN/requeue" ]; do rm "$STANDIN/requeue"; bash "$@"; code=$?; done
 exit $code
 """
-SRUN = r"""#!/usr/bin/env bash
-# srun COMMAND...: both tasks; at the first start SIGUSR1 once metrics.csv has two steps. Exit code: the largest.
-for rank in 0 1; do
-    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & tasks="$tasks $!"
-done
-if [ -n "$SIGNAL_AFTER" ] && [ ! -e "$STANDIN/signalled" ]; then
-    touch "$STANDIN/signalled"
-    until [ "$(wc -l 2>/dev/null <"$SIGNAL_AFTER")" -ge 3 ]; do kill -0 $tasks || break; sleep 0.05; done
-    kill -USR1 ${tasks##* }  # one rank is enough: the ranks agree
-fi
-worst=0
-for task in $tasks; do wait $task; code=$?; [ $code -gt $worst ] && worst=$code; done
-exit $worst
+SRUN = """#!/usr/bin/env python3
+# srun --kill-on-bad-exit=1 COMMAND...: two tasks. Each start takes the next word of SIGNALS and, once metrics.csv has
+# two rows more, sends it to every process of both tasks as SLURM does (KILL: to one task, as the kernel when memory
+# is out). A task that fails ends the other. The exit code is the largest; 128 + signal for a task that was killed.
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+assert sys.argv[1] == "--kill-on-bad-exit=1", sys.argv
+tasks = []
+for rank in range(2):
+    environment = os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+    tasks.append(subprocess.Popen(sys.argv[2:], env=environment, start_new_session=True))
+todo, rows = Path(os.environ["STANDIN"], "signals"), Path(os.environ["ROWS"])
+signals = todo.read_text().split() if todo.exists() else os.environ.get("SIGNALS", "").split()
+todo.write_text(" ".join(signals[1:]))
+count = lambda: len(rows.read_text().splitlines()) if rows.exists() else 1
+wanted = count() + 2
+while any(task.poll() is None for task in tasks):
+    if signals and count() >= wanted:
+        for task in tasks[signals[0] == "KILL":]:
+            os.killpg(task.pid, getattr(signal, "SIG" + signals[0]))
+        signals = []
+    if any(task.poll() for task in tasks):
+        for task in tasks:
+            if task.poll() is None:
+                os.killpg(task.pid, signal.SIGKILL)
+    time.sleep(0.05)
+sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
 """
 SCONTROL = '#!/usr/bin/env bash\n[ "$1 $2" = "requeue 4711" ] && touch "$STANDIN/requeue"\n'
 
@@ -56,15 +71,23 @@ def cluster(tmp_path):
     return run
 
 
+@pytest.fixture
+def words(tiny_words, mini_root):
+    """Overrides of a run of 40 steps on two ranks with a loader process each."""
+    words = [*tiny_words, f"data.root={mini_root}", "strategy=ddp", "trainer.accelerator=cpu", "data.workers=1"]
+    return [*words, "trainer.max_steps=40"]
+
+
 @pytest.mark.slow
-def test_signalled_job_requeues_and_ends_as_the_unbroken_one(cluster, tiny_words, mini_root, tmp_path):
-    words = [*tiny_words, f"data.root={mini_root}", "strategy=ddp", "trainer.accelerator=cpu", "trainer.max_steps=40"]
+def test_signalled_job_requeues_and_ends_as_the_unbroken_one(cluster, words, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = cluster("stage1.sbatch", *words, f"run_dir={whole}")
+    done = cluster("stage1.sbatch", *words, f"run_dir={whole}", ROWS=str(whole / "metrics.csv"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    done = cluster("stage1.sbatch", *words, f"run_dir={broken}", SIGNAL_AFTER=str(broken / "metrics.csv"))
+    (tmp_path / "signals").unlink()
+    settings = {"ROWS": str(broken / "metrics.csv"), "SIGNALS": "USR1 TERM"}
+    done = cluster("stage1.sbatch", *words, f"run_dir={broken}", **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "goes back into the queue" in done.stdout
+    assert done.stdout.count("goes back into the queue") == 2
     assert "resuming from" in done.stdout
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (whole, broken)]
     assert [row["step"] for row in rows[1]] == [str(step) for step in range(1, 41)], "one continuous curve"
@@ -74,6 +97,15 @@ def test_signalled_job_requeues_and_ends_as_the_unbroken_one(cluster, tiny_words
     ]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.slow
+def test_a_task_that_dies_ends_the_job(cluster, words, tmp_path):
+    """The other task would wait for it; the job fails, and is not put back to fail again."""
+    settings = {"ROWS": str(tmp_path / "run/metrics.csv"), "SIGNALS": "KILL"}
+    done = cluster("stage2.sbatch", *words, f"run_dir={tmp_path / 'run'}", "trainer.max_steps=4000", **settings)
+    assert done.returncode == 137, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "goes back into the queue" not in done.stdout
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "tools/slurm").glob("*.sbatch")), ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,7 +154,9 @@ class CoinItDataModule(L.LightningDataModule):
         if gone:
             raise ValueError(f"{self.root}: the index lists {len(gone)} shard(s) that are not there, first {gone[0]}")
         stream = self.stream(trainer.global_rank, trainer.world_size, workers, reject_log(self.config))
-        return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(
+            stream, None, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_outlive_first_sigterm
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the first `data.val_batches` validation batches, dealt to the ranks in turn, equally many each."""
@@ -219,6 +222,14 @@ class CoinItDataModule(L.LightningDataModule):
             print(f"  here on, from the same {state['batches_done'] * state['batch_size']} samples done")
             lanes = readers
         self.lanes, self.batches_done, self._ready = lanes, int(state["batches_done"]), int(state["ready"])
+
+
+def _outlive_first_sigterm(worker: int) -> None:
+    """Keep a loader's worker alive when a queue signals every process of a run that is to write its checkpoint.
+
+    The second one ends it: DataLoader's own, for a worker that hangs when the run is over.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class _Batches(Dataset[Batch]):

@@ -28,10 +28,15 @@ class StopAtSignal(Callback):
         self.asked = self.stopped = False
         self._former: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals from Lightning, which would raise at SIGTERM without a checkpoint."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals before the loader's workers are forked: SLURM signals them too, and they would die."""
         for number in SIGNALS:
             self._former[number] = signal.signal(number, self._ask)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take them from Lightning, which has set its own for SIGTERM since and would raise without a checkpoint."""
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
