@@ -49,9 +49,7 @@ class Benchmark:
     Attributes:
         name: the key in benchmarks.yaml, and `Prediction.benchmark`.
         task: name in the task table; its first template is the prompt, its kind says how answers are read.
-        data: the data config it belongs to ("mini" or "coinit").
-        split: shard split.
-        shards: folder of the shards, relative to data.root.
+        data: the data config it belongs to ("mini" or "coinit"); shards: their folder, relative to data.root.
         metric: score family, a key of `FAMILIES`; null in the file = the task's.
         headline: the score that stands for it; null in the file = the family's.
         average: "ref_id" or "class": the family's means are also averaged over the groups that share this meta value.
@@ -156,17 +154,14 @@ def score(
     codec: RegionCodec | None = None,
     faults: dict[str, str] | None = None,
 ) -> Scores:
-    """Score predictions and fill `Prediction.score` of each; the order of the predictions changes no score.
+    """Score predictions of any benchmarks, in any order, and fill `Prediction.score` of each.
 
     Args:
-        predictions: of any benchmarks, in any order.
-        benchmarks: must hold every benchmark that the predictions name.
+        predictions: of any benchmarks.
+        benchmarks: by name; scores come in their order, those without predictions are left out.
         codec: with the run's settings; gives the mask ceilings, which are left out without it.
         faults: benchmark -> why it has no score. With it, a benchmark in it is left out, one that can't be scored is
             added to it, and the others are scored; without it, the first fault is raised.
-
-    Returns:
-        Scores per benchmark, in the order of `benchmarks`; benchmarks without predictions are left out.
 
     Raises:
         ValueError: for an unknown benchmark, an id that occurs twice in one, or a missing or malformed target.

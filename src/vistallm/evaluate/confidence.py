@@ -52,15 +52,12 @@ class TokenLog(LogitsProcessor):
 
 
 def read_confidence(classes: np.ndarray, taken: np.ndarray, ended: np.ndarray) -> tuple[list[float], float | None]:
-    """Split an answer into its regions.
+    """Split an answer into its regions: one confidence in [0, 1] for each, and the presence, None without any group.
 
     Args:
         classes: (T,) `Token` of each token.
         taken: (>= T,) log-probability of each.
         ended: (>= T,) log-probability of any closing marker in its place.
-
-    Returns:
-        One confidence in [0, 1] per region, in order, and the presence in [0, 1], None without any region group.
     """
     found, presence, start = [], None, 0
     for place, token in enumerate(classes.tolist()):

@@ -66,60 +66,58 @@ def _mask(prediction: Prediction) -> Rle:
     return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
-def _json(records: list[dict[str, Any]]) -> str:
+def _answer(prediction: Prediction, unreadable: str = "") -> str:
+    return prediction.parsed.answer if prediction.parsed else unreadable
+
+
+def _json(records: Any) -> str:
     return json.dumps(records, ensure_ascii=False) + "\n"
+
+
+def _coco_result(prediction: Prediction, regions: Sequence[Region], what: dict[str, Any]) -> dict[str, Any]:
+    ids = {"image_id": _image_id(prediction), "category_id": 1}
+    return ids | what | {"score": _score(regions), "expression": prediction.id}
 
 
 def _coco_masks(predictions: Sequence[Prediction]) -> str:
     """One result per expression, its regions joined; an answer without a region has none."""
-    records = []
-    for p in predictions:
-        if p.parsed is not None and (regions := p.parsed.regions):
-            mask, score = _mask(p), _score(regions)
-            found = {"image_id": _image_id(p), "category_id": 1, "segmentation": mask, "score": score}
-            records.append(found | {"expression": p.id})
-    return _json(records)
+    found = [(p, p.parsed.regions) for p in predictions if p.parsed and p.parsed.regions]
+    return _json([_coco_result(p, regions, {"segmentation": _mask(p)}) for p, regions in found])
 
 
 def _coco_boxes(predictions: Sequence[Prediction]) -> str:
-    records = []
-    for p in predictions:
-        for region, box in zip(p.parsed.regions if p.parsed else [], _xywh(p), strict=True):
-            found = {"image_id": _image_id(p), "category_id": 1, "bbox": box, "score": _score([region])}
-            records.append(found | {"expression": p.id})
-    return _json(records)
+    """One result per region."""
+    found = [(p, zip(p.parsed.regions, _xywh(p), strict=True)) for p in predictions if p.parsed]
+    return _json([_coco_result(p, [region], {"bbox": box}) for p, boxes in found for region, box in boxes])
 
 
 def _grefcoco(predictions: Sequence[Prediction]) -> str:
     records = []
     for p in predictions:
         regions = p.parsed.regions if p.parsed else []
-        found: dict[str, Any] = {key: _needed(p, key) for key in ("ref_id", "sent_id")}
-        found |= {"image_id": _image_id(p), "no_target": p.parsed is not None and not regions, "score": _score(regions)}
+        found = {key: _needed(p, key) for key in ("ref_id", "sent_id")} | {"image_id": _image_id(p)}
+        found |= {"no_target": p.parsed is not None and not regions, "score": _score(regions)}
         masks = any(region.kind == "mask" for region in regions)
         records.append(found | ({"segmentation": _mask(p)} if masks else {"boxes": _xywh(p)}))
     return _json(records)
 
 
 def _captions(predictions: Sequence[Prediction]) -> str:
-    return _json([{"image_id": _image_id(p), "caption": p.parsed.answer if p.parsed else ""} for p in predictions])
+    return _json([{"image_id": _image_id(p), "caption": _answer(p)} for p in predictions])
 
 
 def _vqav2(predictions: Sequence[Prediction]) -> str:
-    found = [(_needed(p, "question_id"), p.parsed.answer if p.parsed else "") for p in predictions]
-    return _json([{"question_id": question_id, "answer": answer} for question_id, answer in found])
+    return _json([{"question_id": _needed(p, "question_id"), "answer": _answer(p)} for p in predictions])
 
 
 def _nlvr2(predictions: Sequence[Prediction]) -> str:
     """`identifier,True`; the identifier is what the sample's id has after its source and split."""
-    rows = ((p.id.split("-", 2)[2], p.parsed.answer if p.parsed else "unreadable") for p in predictions)
-    return "".join(f"{identifier},{answer}\n" for identifier, answer in rows)
+    return "".join(f"{p.id.split('-', 2)[2]},{_answer(p, 'unreadable')}\n" for p in predictions)
 
 
 def _pope(predictions: Sequence[Prediction]) -> str:
     """What could not be read stays as it was written: POPE's own code takes it for a yes."""
-    lines = [{"question": p.prompt, "answer": p.parsed.answer if p.parsed else p.text} for p in predictions]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return "".join(_json({"question": p.prompt, "answer": _answer(p, p.text)}) for p in predictions)
 
 
 def _vcr(predictions: Sequence[Prediction]) -> str:
@@ -129,19 +127,18 @@ def _vcr(predictions: Sequence[Prediction]) -> str:
     other sets it is the right one, known from the question's own sample.
     """
     names = ["answer", *(f"rationale_conditioned_on_a{i}" for i in range(4))]
-    rows: dict[str, dict[str, list[float]]] = {}
     right = {
         str(_needed(p, "group")): "ABCD".find(read_words(str(p.target.get("answer")), "choice")[0] or "?")
         for p in predictions
         if fact(p, "mode") == "q_a"
     }
+    rows: dict[str, dict[str, list[float]]] = {}
     for p in predictions:
         group = str(_needed(p, "group"))
         given = fact(p, "given", right.get(group, -1))
         name = "answer" if fact(p, "mode") == "q_a" else f"rationale_conditioned_on_a{given}"
-        chosen = "ABCD".find(p.parsed.answer) if p.parsed and p.parsed.answer else -1
-        letters = [float(i == chosen) for i in range(4)] if chosen >= 0 else [0.25] * 4
-        rows.setdefault(group, {})[name] = letters
+        chosen = "ABCD".find(_answer(p) or "?")
+        rows.setdefault(group, {})[name] = [float(i == chosen) for i in range(4)] if chosen >= 0 else [0.25] * 4
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["annot_id", *(f"{name}_{i}" for name in names for i in range(4))])

@@ -41,8 +41,8 @@ _SINGLE = {
     "spice": "SPICE",
     "exact": "Exact match",
 }
+# meta key that samples can be grouped by -> suffix of the averaged scores' names, and their words
 GROUPS = {"ref_id": ("instance", "mean per instance"), "class": ("class", "mean per class")}
-"""Meta key that samples can be grouped by -> suffix of the averaged scores' names, and their words."""
 SCORE_NAMES = _SINGLE | {
     f"{name}_{suffix}": f"{_SINGLE[name]}, {words}"
     for suffix, words in GROUPS.values()

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vistallm.metrics import answers, functional
+from vistallm.metrics import answers
+from vistallm.metrics.functional import Sums
 from vistallm.schema import Prediction
 
 NamedScores = dict[str, float | None]
+SampleSums = dict[str, Sums]
+"""A fact of scores that are ratios of two sums: what the sample adds to each; "score" is the sample's own score."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,28 @@ def each(measure_one: Callable[[Prediction], Any]) -> Callable[[Sequence[Predict
     return lambda predictions: [measure_one(p) for p in tqdm(predictions, "scoring", leave=False, disable=None)]
 
 
-def presence_scores(facts: Sequence[Any]) -> NamedScores:
-    """N-acc and T-acc of facts that have `said_none`, `is_none` and `readable`."""
-    presence = [np.array([getattr(f, name) for f in facts], bool) for name in ("said_none", "is_none", "readable")]
-    none, target = functional.no_target_accuracy(*presence), functional.target_accuracy(*presence)
-    return {"n_acc": answers.ratio(*none), "t_acc": answers.ratio(*target)}
+def summed(
+    measure_one: Callable[[Prediction], SampleSums], *names: str, masks: bool = False, means: tuple[str, ...] = ()
+) -> Family:
+    """Return the family whose scores `names` are ratios of sums over the samples; the first is the headline."""
+
+    def ratio(facts: list[SampleSums], name: str) -> float | None:
+        numerators, denominators = (np.array([sums[name][side] for sums in facts]) for side in (0, 1))
+        return answers.ratio(float(numerators.sum()), int(denominators.sum()))
+
+    def summarise(facts: list[SampleSums]) -> NamedScores:
+        return {name: ratio(facts, name) for name in names}
+
+    def sample_score(sums: SampleSums) -> float:
+        return sums["score"][0] / sums["score"][1]
+
+    return Family(each(measure_one), summarise, sample_score, names[0], masks, means)
+
+
+def presence(said_none: bool | None, is_none: bool) -> SampleSums:
+    """Return a sample's part of N-acc and T-acc; `said_none` is None for an unreadable answer."""
+    right = said_none is is_none
+    return {"n_acc": (right and is_none, is_none), "t_acc": (right and not is_none, not is_none)}
 
 
 def group_mean(family: Family, measured: Sequence[tuple[Any, Hashable]], suffix: str) -> NamedScores:

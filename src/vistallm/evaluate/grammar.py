@@ -38,21 +38,13 @@ NO_ROW = np.zeros(0, bool)
 
 @dataclass(frozen=True)
 class Rule:
-    """What one answer may hold.
+    """What one answer may hold."""
 
-    Attributes:
-        kind: "mask", "box" or "point": at least one group of regions of this kind; None = of any one kind, or none.
-        single: exactly one object.
-        images: of the prompt.
-        choices: the whole answers to choose from; empty = any.
-        words: whether the answer must say something beside its regions.
-    """
-
-    kind: str | None = None
-    single: bool = False
-    images: int = 1
-    choices: tuple[str, ...] = ()
-    words: bool = False
+    kind: str | None = None  # "mask", "box", "point": at least one group of this kind; None = of any one kind, or none
+    single: bool = False  # exactly one object
+    images: int = 1  # of the prompt
+    choices: tuple[str, ...] = ()  # the whole answers to choose from; empty = any
+    words: bool = False  # the answer must say something beside its regions
 
 
 def rule_of(sample: Sample) -> Rule:
@@ -94,13 +86,9 @@ class Choices:
 
 
 class RegionGrammar(LogitsProcessor):
-    """Masks the scores of a batch of answers.
+    """Masks the scores of a batch of answers: one rule per row, at most `points` vertices in a mask object.
 
-    Args:
-        table: of the model's vocabulary.
-        rules: one per row.
-        points: vertices of one mask object at most.
-        max_new_tokens: after which generation stops; from 12 on every answer can be read whatever the scores are.
+    From 12 `max_new_tokens` on, every answer can be read whatever the scores are.
     """
 
     def __init__(self, table: TokenTable, rules: list[Rule], points: int, max_new_tokens: int) -> None:

@@ -36,11 +36,6 @@ def _read_choice(text: str) -> Read:
     return (match[1] or match[2], None) if match else (None, "no-choice")
 
 
-def _read_one_of(text: str, words: tuple[str, str], reason: str) -> Read:
-    said = [word for word in words if word.lower() in re.findall(r"[a-z]+", text.lower())]
-    return (said[0], None) if len(said) == 1 else (None, reason)
-
-
 def _read_yes_no(text: str) -> Read:
     """POPE's own reading ("not" means no, first sentence only), but a text with neither word is no silent "yes"."""
     said = set(re.findall(r"[a-z]+", text.split(".")[0].lower()))
@@ -50,7 +45,8 @@ def _read_yes_no(text: str) -> Read:
 
 
 def _read_truth(text: str) -> Read:
-    return _read_one_of(text, ("True", "False"), "no-true-or-false")
+    said = {word.capitalize() for word in re.findall(r"[a-z]+", text.lower())} & {"True", "False"}
+    return (said.pop(), None) if len(said) == 1 else (None, "no-true-or-false")
 
 
 READERS: dict[str, Callable[[str], Read]] = {
@@ -70,13 +66,7 @@ def read_words(text: str, family: str) -> Read:
 
 
 def read_answer(text: str, frames: Sequence[Frame], codec: RegionCodec, task: Task) -> tuple[Parsed | None, str | None]:
-    """Read a generated answer.
-
-    Args:
-        text: the answer, markers kept, end token removed.
-        frames: the sample's images.
-        codec: with the settings the model was trained with.
-        task: what was asked for.
+    """Read a generated answer: its text with markers, without the end token.
 
     Returns:
         (Parsed, None), with regions in original pixels and, for a text task, `answer` cut down to the answer itself

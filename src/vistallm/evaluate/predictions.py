@@ -8,21 +8,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
-from vistallm.schema import Prediction, Region
+from vistallm.schema import Parsed, Prediction
 
 
 def read_predictions(path: Path, faults: dict[str, str] | None = None) -> list[Prediction]:
-    """Read predictions.jsonl.
+    """Read predictions.jsonl; raises ValueError naming a malformed line, or a file without any prediction.
 
-    Args:
-        path: of the file.
-        faults: benchmark -> why it can't be scored. With it, a malformed line is left out and faults the benchmark it
-            names, or that of the line before it where it can't be told; without it, it is raised.
-
-    Raises:
-        ValueError: naming the line that is malformed; or the file holds no prediction at all.
+    With `faults` (benchmark -> why it can't be scored) a malformed line is not raised but left out, and faults the
+    benchmark it names, or that of the line before it where it can't be told.
     """
     predictions: list[Prediction] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -57,18 +50,7 @@ def by_benchmark(predictions: Iterable[Prediction]) -> dict[str, list[Prediction
 
 
 def as_filed(prediction: Prediction) -> Prediction:
-    """Round regions as the file does, to a thousandth of a pixel: the file then scores exactly as the run behind it."""
+    """Return a prediction as it is read from the file, rounded: the file then scores exactly as the run behind it."""
     if prediction.parsed is None:
         return prediction
-    regions = [_rounded(region) for region in prediction.parsed.regions]
-    return dataclasses.replace(prediction, parsed=dataclasses.replace(prediction.parsed, regions=regions))
-
-
-def _rounded(region: Region) -> Region:
-    box, point, polygons = region.box, region.point, region.polygons
-    return dataclasses.replace(
-        region,
-        box=None if box is None else tuple(round(float(v), 3) for v in box),
-        point=None if point is None else tuple(round(float(v), 3) for v in point),
-        polygons=None if polygons is None else [np.round(p.astype(float), 3).astype(np.float32) for p in polygons],
-    )
+    return dataclasses.replace(prediction, parsed=Parsed.from_json(prediction.parsed.to_json()))

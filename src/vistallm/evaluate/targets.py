@@ -16,16 +16,11 @@ from vistallm.schema import Prediction, Region, Rle, Sample
 
 
 def target_of(sample: Sample, answer: str) -> dict[str, Any]:
-    """Return the `target` of a sample's Prediction, JSON-ready.
+    """Return the `target` of a sample's Prediction, JSON-ready; `answer` is its rendered answer text.
 
-    Args:
-        sample: with full-size RLE in its mask regions.
-        answer: its rendered answer text.
-
-    Returns:
-        {"regions": the regions the answer names, "answer", "empty": whether it names none (a text task: False),
-        "meta": the sample's own plain values, and its `image_ids`}, with "candidates" (boxes, in order), "given"
-        (regions that only the question names) and "answers" (references) where there are any.
+    {"regions": the regions the answer names, "answer", "empty": whether it names none (a text task: False), "meta": the
+    sample's own plain values, and its `image_ids`}, with "candidates" (boxes, in order), "given" (regions that only the
+    question names) and "answers" (references) where there are any.
     """
     task = find_task(sample.task)
     wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []

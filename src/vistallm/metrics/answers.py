@@ -62,9 +62,7 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 def yes_no_scores(answers: Sequence[str | None], references: Sequence[str]) -> dict[str, float | None]:
     """Return POPE's accuracy, precision, recall, F1 (of "yes") and the share of "yes" among the answers.
 
-    Args:
-        answers: N times "yes", "no" or None: an unreadable answer counts as the opposite of its reference.
-        references: N times "yes" or "no".
+    An unreadable answer (None) counts as the opposite of its reference.
 
     >>> yes_no_scores(["yes", "yes", "no", None], ["yes", "no", "no", "yes"])["f1"]
     0.5
@@ -95,12 +93,10 @@ def all_right_share(right: Sequence[bool], groups: Sequence[str]) -> float | Non
 
 
 def choice_scores(right: Sequence[bool], parts: Sequence[str], groups: Sequence[str]) -> dict[str, float | None]:
-    """Return VCR's Q>A, QA>R and Q>AR.
+    """Return VCR's Q>A, QA>R and Q>AR of N samples.
 
-    Args:
-        right: N bools.
-        parts: N times "q_a" or "qa_r": which choice the sample asks for.
-        groups: N names of the question that the two choices belong to; Q>AR counts questions that have both.
+    `parts` says which choice a sample asks for, "q_a" or "qa_r", `groups` the question that both choices belong to;
+    Q>AR counts the questions that have both.
     """
     rows = list(zip(right, parts, groups, strict=True))
     asked = {part: {group for _, p, group in rows if p == part} for part in ("q_a", "qa_r")}

@@ -53,11 +53,7 @@ def union_rle(masks: Sequence[Rle], height: int, width: int) -> Rle:
 
 
 def mask_counts(predicted: Sequence[Rle | None], target: Sequence[Rle]) -> MaskCounts:
-    """Count the pixels of N predicted masks against N targets, on run lengths alone (no mask is drawn).
-
-    Args:
-        predicted: N COCO RLEs, or None where the answer could not be read.
-        target: N COCO RLEs, each of its image's size.
+    """Count the pixels of N masks (COCO RLE, None: unreadable) against N targets, on run lengths: no mask is drawn.
 
     Raises:
         ValueError: if the lengths differ, or a mask is not of its target's size.
@@ -164,15 +160,10 @@ def box_hit(predicted: Boxes | None, target: Boxes, threshold: float = 0.5) -> b
 
 
 def matched_f1(predicted: Boxes | None, target: Boxes, threshold: float = 0.5, generalized: bool = False) -> float:
-    """F1 of a set of boxes against a set of targets, in [0, 1].
+    """F1 in [0, 1] of N boxes (N >= 0; None: unreadable, 0) against M targets; with M = 0 only N = 0 is right.
 
-    Pairs are matched best first while their overlap is at least `threshold`, as gRefCOCO's code does.
-
-    Args:
-        predicted: (N, 4) boxes, N >= 0, or None for an unreadable answer (0).
-        target: (M, 4) boxes; with M = 0 only N = 0 is right.
-        threshold: smallest overlap of a match.
-        generalized: measure overlap by generalised IoU (the published GREC code does; the text says IoU).
+    Pairs are matched best first while their overlap is at least `threshold`, as gRefCOCO's code does. `generalized`
+    measures overlap by generalised IoU (the published GREC code does; the text says IoU).
     """
     if predicted is None:
         return 0.0
