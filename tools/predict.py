@@ -71,19 +71,15 @@ def make_sample(images: list[np.ndarray], prompt: str) -> Sample:
 def overlay(images: list[np.ndarray], parsed: Parsed | None) -> np.ndarray:
     """Draw the answer's regions on images (H, W, 3) uint8 RGB, scaled to one height >= 240 pixels, side by side."""
     height = max(240, *(image.shape[0] for image in images))
-    panels = []
+    panels: list[np.ndarray] = []
     for index, image in enumerate(images):
         scale = height / image.shape[0]
         panel = cv2.resize(image, (round(image.shape[1] * scale), height), interpolation=cv2.INTER_CUBIC)
         regions = [] if parsed is None else [r for r in parsed.regions if r.image == index]
         for number, region in enumerate(regions):
             draw(panel, region, scale, COLOURS[number % len(COLOURS)])
-        panels.append(
-            cv2.copyMakeBorder(
-                panel, 0, 0, 0, 8 if index + 1 < len(images) else 0, cv2.BORDER_CONSTANT, value=(255,) * 3
-            )
-        )
-    return np.concatenate(panels, axis=1)
+        panels += [panel, np.full((height, 8, 3), 255, np.uint8)]
+    return np.concatenate(panels[:-1], axis=1)
 
 
 def draw(panel: np.ndarray, region: Region, scale: float, colour: tuple[int, ...]) -> None:
