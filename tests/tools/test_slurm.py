@@ -14,16 +14,17 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 SBATCH = r"""#!/usr/bin/env bash
-# sbatch SCRIPT WORDS...: two tasks on this machine; runs again for as long as scontrol has asked for it.
-export SLURM_JOB_ID=4711 SLURM_JOB_NAME=test SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NUM_NODES=1 SLURM_NTASKS_PER_NODE=2
-export SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_CPUS_PER_TASK=1 SLURM_NODELIST=localhost
+# sbatch SCRIPT WORDS...: TASKS (2) tasks on this machine; runs again for as long as scontrol has asked for it.
+export SLURM_JOB_ID=4711 SLURM_JOB_NAME=test SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NUM_NODES=1
+export SLURM_NTASKS_PER_NODE=${TASKS:-2} SLURM_NTASKS=${TASKS:-2} SLURM_NNODES=1
+export SLURM_CPUS_PER_TASK=1 SLURM_NODELIST=localhost
 grep -q '^#SBATCH --requeue' "$1" || { echo "$1 can't be requeued" >&2; exit 9; }
 bash "$@"; code=$?
 while [ -e "$STANDIN/requeue" ]; do rm "$STANDIN/requeue"; bash "$@"; code=$?; done
 exit $code
 """
 SRUN = """#!/usr/bin/env python3
-# srun --kill-on-bad-exit=1 COMMAND...: two tasks. Each start takes the next word of SIGNALS and, once metrics.csv has
+# srun --kill-on-bad-exit=1 COMMAND...: the tasks. Each start takes the next word of SIGNALS and, once metrics.csv has
 # two rows more, sends it to every process of both tasks as SLURM does (KILL: to one task, as the kernel when memory
 # is out). A task that fails ends the other. The exit code is the largest; 128 + signal for a task that was killed.
 import os, signal, subprocess, sys, time
@@ -31,7 +32,7 @@ from pathlib import Path
 
 assert sys.argv[1] == "--kill-on-bad-exit=1", sys.argv
 tasks = []
-for rank in range(2):
+for rank in range(int(os.environ["SLURM_NTASKS"])):
     environment = os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
     tasks.append(subprocess.Popen(sys.argv[2:], env=environment, start_new_session=True))
 todo, rows = Path(os.environ["STANDIN"], "signals"), Path(os.environ["ROWS"])
@@ -106,6 +107,27 @@ def test_a_task_that_dies_ends_the_job(cluster, words, tmp_path):
     done = cluster("stage2.sbatch", *words, f"run_dir={tmp_path / 'run'}", "trainer.max_steps=4000", **settings)
     assert done.returncode == 137, done.stdout[-2000:] + done.stderr[-3000:]
     assert "goes back into the queue" not in done.stdout
+
+
+@pytest.mark.slow
+def test_ablations_requeue_and_go_on(cluster, tiny_words, mini_root, tmp_path):
+    """An array of one task, stopped in its first run; then the job without an array, which has only to gather."""
+    out = tmp_path / "out"
+    settings = {"TASKS": "1", "ROWS": str(out / "boxes/plain/seed0/metrics.csv")}
+    words = ["coords", "seeds=1", f"out={out}", *tiny_words, f"data.root={mini_root}", "trainer.max_steps=40"]
+    array = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1", "SIGNALS": "USR1"}
+    done = cluster("ablations.sbatch", *words, **settings, **array)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("goes back into the queue") == 1
+    assert "resuming from" in (out / "boxes/plain/seed0/output.txt").read_text()
+    steps = [row["step"] for row in csv.DictReader((out / "boxes/plain/seed0/metrics.csv").open())]
+    assert steps == [str(step) for step in range(1, 41)]
+    assert "| text |" in (out / "results.md").read_text()
+    lines = subprocess.run(
+        ["python", "tools/ablate.py", *words, "--slurm"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert lines[0].startswith("array=$(sbatch --parsable --array=0-1 tools/slurm/ablations.sbatch coords seeds=1 ")
+    assert lines[1].startswith("sbatch --dependency=afterany:$array tools/slurm/ablations.sbatch coords seeds=1 ")
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "tools/slurm").glob("*.sbatch")), ids=lambda path: path.stem)

@@ -42,7 +42,7 @@ class Run:
     @property
     def scores(self) -> str:
         """Name of the folder, in that of the run, with the scores of this way to decode."""
-        return _slug("eval", self.decode)
+        return slug("eval", self.decode)
 
     @property
     def chain(self) -> list[Run]:
@@ -170,7 +170,7 @@ def make_run(recipes: dict[str, Any], recipe: str, words: Words, extra: Words = 
     named = [word.removeprefix("start=") for word in words if word.startswith("start=")]
     start = (named or [entry.get("start")])[-1]
     return Run(
-        name=f"{recipe}/{_slug('plain', (*own, *(f'start={name}' for name in named)))}",
+        name=f"{recipe}/{slug('plain', (*own, *(f'start={name}' for name in named)))}",
         words=(*map(str, entry["words"]), *own, *extra),
         start=make_run(recipes, start, (), extra) if start else None,
         decode=tuple(word for word in words if word.startswith("decode.")),
@@ -178,7 +178,7 @@ def make_run(recipes: dict[str, Any], recipe: str, words: Words, extra: Words = 
     )
 
 
-def _slug(plain: str, words: Words) -> str:
+def slug(plain: str, words: Words) -> str:
     """A folder name that says the words: `points=8`, `plain` where there are none."""
     return re.sub(r"[^\w.,=+-]+", "_", ",".join(words)).strip("_") or plain
 
