@@ -24,42 +24,15 @@ from vistallm.config import Config, load_config
 from vistallm.data.datamodule import build_codec
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.vistallm import VistaLLM
-from vistallm.schema import IGNORE_INDEX, Batch
+from vistallm.schema import Batch
 from vistallm.train.optim import build_optimizer, cast_frozen, keep_frozen_in_eval, set_trainable
-from vistallm.train.plan import GIB, VICUNA_ROWS, Plan, Workload, make_plan
-from vistallm.train.strategy import resolve_precision
+from vistallm.train.plan import GIB, GPUS, VICUNA_ROWS, Plan, Workload, made_batch, make_plan
+from vistallm.train.strategy import compile_layers, resolve_precision
 
 OWN = {"steps": 10, "warm": 3, "tokens": 192, "supervised": 64, "images": 1, "instruction": 32}
 
 
-def made_batch(config: Config, vocabulary: Vocabulary, work: Workload) -> Batch:
-    """A batch of random words around image slots; the answers are random coordinate tokens."""
-    queries, each = config.model.tokenizer.queries, work.images // work.samples
-    if work.tokens < queries * each + work.supervised + 1:
-        raise ValueError(f"tokens={work.tokens}: expected room for {each} image(s) of {queries} and {work.supervised}")
-    ids = torch.randint(5, vocabulary.first_new, (work.samples, work.tokens))
-    ids[:, : queries * each] = vocabulary.image_id
-    bins = torch.tensor(vocabulary.bin_ids)
-    ids[:, -work.supervised :] = bins[torch.randint(len(bins), (work.samples, work.supervised))]
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[:, -work.supervised :] = ids[:, -work.supervised :]
-    words = torch.randint(5, vocabulary.instruction_first_new, (work.samples, work.instruction))
-    size = config.model.encoder.image_size
-    return Batch(
-        input_ids=ids,
-        labels=labels,
-        attention_mask=torch.ones_like(ids),
-        instruction_ids=words,
-        instruction_mask=torch.ones_like(words),
-        images=torch.randint(256, (work.images, 3, size, size), dtype=torch.uint8),
-        image_owner=torch.arange(work.samples).repeat_interleave(each),
-        ids=[str(i) for i in range(work.samples)],
-        tasks=["res"] * work.samples,
-        sequences=[],
-    )
-
-
-def build(config: Config, device: torch.device) -> tuple[VistaLLM, Vocabulary]:
+def build(config: Config, device: torch.device) -> VistaLLM:
     """The model with random weights, with as many rows as Vicuna where it stands for it."""
     vicuna = config.model.decoder.weights is not None
     config.model.decoder.weights = config.model.tokenizer.weights = config.model.encoder.weights = None
@@ -72,9 +45,10 @@ def build(config: Config, device: torch.device) -> tuple[VistaLLM, Vocabulary]:
     set_trainable(model, config.train)
     if config.train.frozen_bf16 and resolve_precision(config) == "bf16-mixed":
         cast_frozen(model)
+    compile_layers(model, config.train.compile)
     model.train()
     keep_frozen_in_eval(model)
-    return model, vocabulary
+    return model
 
 
 class Clock:
@@ -155,6 +129,10 @@ def report(plan: Plan, seconds: dict[str, list[float]], work: Workload, speed: f
     for part in plan.parts:
         print(f"  {part.name:<10}{part.forward / 1e9:>12,.1f} G forward {part.backward / 1e9:>12,.1f} G backward")
     print(f"matrix products here: {speed / 1e12:.2f} T/s; MFU {plan.model_operations / step / speed:.1%} of that")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().lower().replace(" ", "")
+        for sheet in {gpu.peak for key, gpu in GPUS.items() if key.partition("-")[0] in name}:
+            print(f"the data sheet's: {sheet / 1e12:.0f} T/s; MFU {plan.model_operations / step / sheet:.1%} of that")
     predicted = sum(value for name, value in plan.memory.items() if name != "runtime")
     print(f"memory peak {peak / GIB:.2f} GiB; the planner expects {predicted / GIB:.2f} GiB of weights to activations")
 
@@ -173,9 +151,9 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     plan = make_plan(config, work)
-    model, vocabulary = build(config, device)
+    model = build(config, device)
     speed = matrix_speed(device, resolve_precision(config) == "bf16-mixed")
-    seconds = train_steps(model, made_batch(config, vocabulary, work).to(device), config, own)
+    seconds = train_steps(model, made_batch(model, work).to(device), config, own)
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{config.model.name}, {torch.cuda.get_device_name() if on_gpu else 'CPU'}, {resolve_precision(config)}")

@@ -19,30 +19,14 @@ from torch import Tensor
 
 from vistallm.model.pretrained import load_pretrained, save_pretrained
 from vistallm.model.vistallm import VistaLLM
-from vistallm.schema import IGNORE_INDEX, Batch
 from vistallm.train.checkpoint import load_run
+from vistallm.train.plan import Workload, made_batch
 
 
 @torch.inference_mode()
 def probe_logits(model: VistaLLM) -> Tensor:
     """Logits (1, T, V) float32 of a fixed prompt over a fixed noise image."""
-    noise = torch.Generator().manual_seed(0)
-    size, queries = model.encoder.image_size, model.tokenizer.tokens
-    words = torch.randint(5, model.vocabulary.first_new, (1, 24), generator=noise)
-    ids = torch.cat([torch.full((1, queries), model.vocabulary.image_id), words], 1)
-    instruction = torch.randint(5, model.vocabulary.instruction_first_new, (1, 8), generator=noise)
-    batch = Batch(
-        input_ids=ids,
-        labels=torch.full_like(ids, IGNORE_INDEX),
-        attention_mask=torch.ones_like(ids),
-        instruction_ids=instruction,
-        instruction_mask=torch.ones_like(instruction),
-        images=torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=noise),
-        image_owner=torch.zeros(1, dtype=torch.long),
-        ids=["probe"],
-        tasks=["vqa"],
-        sequences=[],
-    )
+    batch = made_batch(model, Workload(1, 1, model.tokenizer.tokens + 24, 0, 8))
     return model.decoder(inputs_embeds=model.input_embeddings(batch)).logits.float()
 
 

@@ -91,6 +91,8 @@ def print_memory(plan: Plan, limit: float) -> bool:
         print(f"{name:<16}{used / GIB:>8.2f} GiB")
     total = sum(plan.memory.values()) / GIB
     print(f"{'total':<16}{total:>8.2f} GiB of {limit:.0f}: {'fits' if total <= limit else 'does NOT fit'}")
+    if plan.host:
+        print(f"{'host, per GPU':<16}{plan.host / GIB:>8.2f} GiB of weights, gradients and optimizer state")
     return total <= limit
 
 
@@ -105,6 +107,8 @@ def advice(config: Config, gpus: int) -> list[str]:
         steps.append("strategy=fsdp")
     if config.train.decoder == "full":
         steps.append("train.decoder=lora")
+    if config.strategy == "fsdp" and not config.train.cpu_offload:
+        steps.append("train.cpu_offload=true (slower: the optimizer runs on the CPU)")
     return [*steps, "more GPUs (fsdp shards over all of them) or larger ones"]
 
 

@@ -223,7 +223,7 @@ def config_from_file(path: Path) -> Config:
     """Read the resolved `config.yaml` of a run folder; raises ValueError as `load_config` does."""
     if not path.is_file():
         raise ValueError(f"{path}: expected the config.yaml of a run folder, found no such file")
-    return _checked(OmegaConf.structured(Config), _read_yaml(path), [])
+    return _checked(OmegaConf.structured(Config), _read_yaml(path), [], f"{path}, of another version? Change there: ")
 
 
 def apply_overrides(config: Config, argv: list[str]) -> Config:
@@ -278,7 +278,7 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
         yield from _leaves(value, f"{name}.") if nested else [name]
 
 
-def _checked(schema: DictConfig, merged: Any, problems: list[str]) -> Config:
+def _checked(schema: DictConfig, merged: Any, problems: list[str], source: str = "") -> Config:
     known = set(_leaves(schema))
     for key in _leaves(merged):
         if key not in known:
@@ -293,7 +293,7 @@ def _checked(schema: DictConfig, merged: Any, problems: list[str]) -> Config:
         if (value := OmegaConf.select(schema, key)) not in allowed:
             problems.append(f"{key}={value}: expected one of {', '.join(map(str, allowed))}")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError(source + "\n".join(problems))
     config = cast(Config, OmegaConf.to_object(schema))
     config.name = config.name or f"stage{config.stage}-{config.model.name}"
     config.run_dir = config.run_dir or f"runs/{config.name}"

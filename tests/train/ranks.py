@@ -30,7 +30,7 @@ def launch(runs, world, folder):
             command = [sys.executable, __file__, str(folder / "runs.json")]
             processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
     try:
-        codes = [process.wait(timeout=300) for process in processes]
+        codes = [process.wait(timeout=1800) for process in processes]
     finally:
         for process in processes:
             process.kill()

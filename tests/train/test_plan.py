@@ -1,10 +1,12 @@
+import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vistallm.config import load_config
-from vistallm.train.plan import GIB, Workload, make_plan
+from vistallm.train.plan import GIB, Workload, made_batch, make_plan
 
 ROOT = Path(__file__).parents[2]
 WORK = Workload(samples=2, images=2, tokens=48, supervised=16, instruction=8)
@@ -65,6 +67,35 @@ def test_vicuna_7b_has_its_published_size():
         8 * (parts["decoder"].trainable + parts["tokenizer"].trainable) / 8
     )
     assert sum(plan.memory.values()) < 40 * GIB
+
+
+def test_offloaded_state_waits_in_host_memory():
+    words = ("strategy=fsdp", "train.cpu_offload=true")
+    plain, offloaded = make_plan(mini(words[0]), WORK, 2), make_plan(mini(*words), WORK, 2)
+    held = {"weights", "gradients", "optimizer"}
+    assert offloaded.host == pytest.approx(sum(plain.memory[key] for key in held))
+    assert plain.host == 0
+    assert plain.memory.keys() - offloaded.memory.keys() == held
+
+
+def test_a_made_batch_fills_the_workload(tiny_model):
+    work = Workload(samples=2, images=4, tokens=20, supervised=5, instruction=8)
+    output = tiny_model(made_batch(tiny_model, work))
+    assert output.row.tolist() == [0] * 5 + [1] * 5
+    with pytest.raises(ValueError, match="tokens=12: expected room for 8 image slots and 5 words"):
+        made_batch(tiny_model, replace(work, tokens=12))
+
+
+@pytest.mark.slow
+def test_bench_prints_shares_and_mfu(tiny_words, capsys):
+    bench = runpy.run_path(str(ROOT / "tools/bench_train.py"))
+    own = ["steps=2", "warm=1", "tokens=24", "supervised=6", "instruction=5", "images=2"]
+    bench["main"]([*tiny_words, *own, "train.decoder=lora", "model.decoder.lora_rank=2", "train.compile=eager"])
+    said = capsys.readouterr().out
+    assert "4 samples of 24 tokens, 6 supervised, 8 images a step" in said
+    assert re.search(r"MFU \d+\.\d% of that", said)
+    shares = [float(share) for share in re.findall(r"^  \w+ +(\d+\.\d)%$", said, re.MULTILINE)]
+    assert len(shares) == 5, "encoder, tokenizer, decoder, backward, optimizer"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from vistallm.config import config_from_file
 from vistallm.train.callbacks import COLUMNS
-from vistallm.train.checkpoint import find_checkpoint
+from vistallm.train.checkpoint import find_checkpoint, load_run
 from vistallm.train.run import train
 
 # rows equal apart from the clock
@@ -157,11 +157,43 @@ def test_dry_run_of_sources_says_what_is_missing_and_how_ranks_share(tiny_config
 
 
 def test_a_checkpoint_of_another_size_names_every_key(stage_one, train_tiny, tmp_path):
+    start = [f"ckpt={stage_one.dir}", "trainer.max_steps=1"]
     with pytest.raises(ValueError, match="weights of another model") as error:
-        train_tiny(tmp_path / "x", f"ckpt={stage_one.dir}", "model.decoder.hidden_size=32", "trainer.max_steps=1")
-    assert "of another shape: decoder.model.layers.{0..1}.self_attn.q_proj.weight (64, 64) in the" in str(error.value)
-    with pytest.raises(ValueError, match=r"use the model=.*\n  unexpected: decoder\.model\.layers\.1\.self_attn"):
-        train_tiny(tmp_path / "x", f"ckpt={stage_one.dir}", "model.decoder.layers=1", "trainer.max_steps=1")
+        train_tiny(tmp_path / "x", *start, "model.tokenizer.intermediate_size=32")
+    said = "of another shape: tokenizer.qformer.encoder.layer.{0..1}.intermediate.dense.weight (64, 32) in the"
+    assert said in str(error.value)
+    with pytest.raises(ValueError, match=r"use the model=.*\n  unexpected: tokenizer\.qformer\.encoder\.layer\.1"):
+        train_tiny(tmp_path / "x", *start, "model.tokenizer.layers=1")
+    with pytest.raises(ValueError, match=r"another model.*model\.decoder\.hidden_size=32, it has 64\); use the model="):
+        train_tiny(tmp_path / "x", *start, "model.decoder.hidden_size=32")
+
+
+def test_resume_with_other_settings_names_the_keys(stage_one, train_tiny, tmp_path):
+    resume = [f"resume={stage_one.dir}/checkpoints/step-000003.ckpt", "trainer.max_steps=6"]
+    for word, key in (("model.tokenizer.layers=1", "layer.1.attention"), ("train.decoder=frozen", "")):
+        with pytest.raises(
+            ValueError, match=r"step-000003\.ckpt: of a run with other model.*run_dir= with ckpt="
+        ) as error:
+            train_tiny(tmp_path / "x", *resume, word)
+        assert key in str(error.value)
+
+
+def test_a_folder_of_another_version_is_named(stage_one, train_tiny, tmp_path):
+    run = shutil.copytree(stage_one.dir, tmp_path / "run")
+    words = [f"ckpt={run}", "trainer.max_steps=1"]
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("bin_sigma:", "bin_width:"))
+    with pytest.raises(ValueError, match=r"config\.yaml, of another version\? .*: unknown key 'train\.bin_width'"):
+        load_run(str(run))
+    (run / "config.yaml").write_text("".join(line for line in config.splitlines(True) if "bin_sigma" not in line))
+    assert load_run(str(run))[1].train.bin_sigma == 0.0, "a key that the older version did not have"
+    facts = json.loads((run / "vocabulary" / "vocabulary.json").read_text())
+    (run / "vocabulary" / "vocabulary.json").write_text(json.dumps(facts | {"older": 1}))
+    with pytest.raises(ValueError, match=r"vocabulary: cut short, or of another version \(.*older"):
+        train_tiny(tmp_path / "x", *words)
+
+
+def test_a_folder_without_checkpoint(tmp_path):
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="found no checkpoint"):

@@ -91,11 +91,15 @@ class Vocabulary:
         path = folder / "vocabulary.json"
         if not path.is_file():
             raise ValueError(f"{folder}: expected the vocabulary of a run (vocabulary.json), found none")
-        facts = json.loads(path.read_text())
-        text = AutoTokenizer.from_pretrained(folder / "text")
-        instruction = AutoTokenizer.from_pretrained(folder / "instruction")
-        values = np.asarray(facts.pop("bin_values"))
-        return cls(text=text, instruction=instruction, bin_values=values, **facts)
+        try:
+            facts = json.loads(path.read_text())
+            text = AutoTokenizer.from_pretrained(folder / "text")
+            instruction = AutoTokenizer.from_pretrained(folder / "instruction")
+            values = np.asarray(facts.pop("bin_values"))
+            return cls(text=text, instruction=instruction, bin_values=values, **facts)
+        except Exception as error:
+            said = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{folder}: cut short, or of another version ({said}); copy the run again") from error
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:

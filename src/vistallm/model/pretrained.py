@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,18 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from vistallm.config import Config, config_from_file, save_config
+from vistallm.config import Config, DecoderConfig, config_from_file, save_config
 from vistallm.data.vocabulary import Vocabulary, loading
 from vistallm.model.keys import check_keys
 from vistallm.model.vistallm import VistaLLM
 
 MANIFEST, FORMAT = "manifest.json", 1
+SIZES = {  # names of a language model's sizes here -> in transformers' configurations
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+}
 PACKAGES = ("vistallm", "torch", "transformers", "peft", "open_clip_torch", "safetensors")
 
 
@@ -45,25 +52,36 @@ def build_empty(config: Config, vocabulary: Vocabulary, folder: Path | None) -> 
         with loading("model.decoder.weights", str(shape)):
             decoder_config = AutoConfig.from_pretrained(shape)
         if config.model.decoder.weights is None:
-            _check_shape(decoder_config, config, Path(shape))
+            _check_shape(decoder_config, config.model.decoder, Path(shape))
     with init_empty_weights(include_buffers=False):
         model = VistaLLM(config, vocabulary, decoder_config=decoder_config)
     tie(model)
     return model
 
 
-def _check_shape(found: PreTrainedConfig, config: Config, source: Path) -> None:
-    """Raise ValueError when the config asks for a language model of other sizes than the folder's."""
-    asked = config.model.decoder
-    sizes = {
-        "hidden_size": (asked.hidden_size, found.hidden_size),
-        "layers": (asked.layers, found.num_hidden_layers),
-        "heads": (asked.heads, found.num_attention_heads),
-        "intermediate_size": (asked.intermediate_size, found.intermediate_size),
-    }
+def check_decoder(config: Config, folder: Path) -> None:
+    """Raise ValueError when a run to go on from has a language model of other sizes than the config's, or its weights'.
+
+    LoRA is merged into the language model that it was trained on: a 13B run would go on under the name of 7B.
+    """
+    if not (folder / "decoder").is_dir():
+        return
+    asked, found = config.model.decoder, AutoConfig.from_pretrained(folder / "decoder")
+    if asked.weights is not None:
+        with loading("model.decoder.weights", asked.weights):
+            base = AutoConfig.from_pretrained(asked.weights)
+        asked = replace(asked, **{own: getattr(base, theirs) for own, theirs in SIZES.items()})
+    _check_shape(found, asked, folder)
+
+
+def _check_shape(found: PreTrainedConfig, asked: DecoderConfig, source: Path) -> None:
+    """Raise ValueError when a language model of other sizes than the folder's is asked for."""
+    sizes = {own: (getattr(asked, own), getattr(found, theirs)) for own, theirs in SIZES.items()}
     wrong = [f"model.decoder.{key}={a}, it has {b}" for key, (a, b) in sizes.items() if a != b]
     if wrong:
-        raise ValueError(f"{source}: of another model than the config asks for ({'; '.join(wrong)})")
+        raise ValueError(
+            f"{source}: of another model than the config asks for ({'; '.join(wrong)}); use the model= of its run"
+        )
 
 
 def tie(model: VistaLLM) -> None:
@@ -114,10 +132,8 @@ def save_pretrained(model: VistaLLM, config: Config, folder: Path, dtype: torch.
     config = copy.deepcopy(config)
     config.run_dir = config.ckpt = config.data.root = None
     config.model.encoder.weights = config.model.tokenizer.weights = config.model.tokenizer.text_tokenizer = None
-    own, shape = config.model.decoder, model.decoder_config
-    own.weights = None
-    own.hidden_size, own.intermediate_size = shape.hidden_size, shape.intermediate_size
-    own.layers, own.heads = shape.num_hidden_layers, shape.num_attention_heads
+    sizes = {own: getattr(model.decoder_config, theirs) for own, theirs in SIZES.items()}
+    config.model.decoder = replace(config.model.decoder, weights=None, **sizes)
     save_config(config, folder / "config.yaml")
     model.vocabulary.save(folder / "vocabulary")
     model.decoder_config.save_pretrained(folder / "decoder")

@@ -25,7 +25,9 @@ from vistallm.data.vocabulary import IMAGE_TOKENS
 from vistallm.model.decoder import add_lora
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.tokenizer import Tokenizer, build_tokenizer
+from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.codec import RegionCodec
+from vistallm.schema import IGNORE_INDEX, Batch
 
 GIB = 2**30
 VICUNA_ROWS, BERT_ROWS = 32000, 30523  # of the pretrained vocabularies (InstructBLIP's BERT has one token more)
@@ -66,6 +68,31 @@ class Workload:
     instruction: int
 
 
+def made_batch(model: VistaLLM, work: Workload) -> Batch:
+    """Return a batch of that size for `model`: image slots, then random words, the last of them supervised."""
+    slots = model.tokenizer.tokens * (work.images // work.samples)
+    if work.tokens < slots + work.supervised + 1:
+        raise ValueError(f"tokens={work.tokens}: expected room for {slots} image slots and {work.supervised} words")
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, model.vocabulary.first_new, (work.samples, work.tokens), generator=random)
+    ids[:, :slots] = model.vocabulary.image_id
+    words = (work.samples, work.instruction)
+    instruction = torch.randint(5, model.vocabulary.instruction_first_new, words, generator=random)
+    pixels = (work.images, 3, model.encoder.image_size, model.encoder.image_size)
+    return Batch(
+        input_ids=ids,
+        labels=ids.masked_fill(torch.arange(work.tokens) < work.tokens - work.supervised, IGNORE_INDEX),
+        attention_mask=torch.ones_like(ids),
+        instruction_ids=instruction,
+        instruction_mask=torch.ones_like(instruction),
+        images=torch.randint(256, pixels, dtype=torch.uint8, generator=random),
+        image_owner=torch.arange(work.samples).repeat_interleave(work.images // work.samples),
+        ids=[str(number) for number in range(work.samples)],
+        tasks=["res"] * work.samples,
+        sequences=[],
+    )
+
+
 @dataclass
 class Part:
     """One of encoder, tokenizer and decoder.
@@ -93,10 +120,14 @@ class Part:
 
 @dataclass
 class Plan:
-    """Cost of one micro-batch on each of `gpus` devices; `memory`: bytes per device by what they hold."""
+    """Cost of one micro-batch on each of `gpus` devices.
+
+    memory: bytes per device by what they hold; host: bytes per device that train.cpu_offload keeps in host memory.
+    """
 
     parts: list[Part]
     checkpointing: bool
+    host: float = 0.0
     memory: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -257,4 +288,6 @@ def _memory(config: Config, plan: Plan, gpus: int) -> dict[str, float]:
             memory["gathered layers"] = max(memory["gathered layers"], bytes_each * part.unit)
         elif part.trainable:
             memory["gathered layers"] += 2 * part.trainable  # autocast's bf16 copies of fp32 weights
+    if config.strategy == "fsdp" and config.train.cpu_offload:
+        plan.host = sum(memory.pop(what) for what in ("weights", "gradients", "optimizer"))
     return memory | {"runtime": RUNTIME}

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,7 +23,7 @@ from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.census import describe_layout, describe_mixture, describe_tokens, take_census
 from vistallm.data.datamodule import CoinItDataModule, build_codec, training_root
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.pretrained import build_empty
+from vistallm.model.pretrained import build_empty, check_decoder
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
 from vistallm.train.checkpoint import find_checkpoint, load_weights, resume_path
@@ -33,6 +33,7 @@ from vistallm.train.plan import EFFICIENCY, GPUS, Workload, make_plan
 from vistallm.train.preempt import Preempted, StopAtSignal
 from vistallm.train.strategy import build_strategy, check_layout, compile_layers, resolve_precision
 
+OTHER_RUN = "of a run with other model.* or train.*; resume with its settings, or start a new run_dir= with ckpt="
 OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_root_dir", "gradient_clip_val", "plugins")
 
 
@@ -58,9 +59,17 @@ def train(config: Config) -> Path:
         print(f"resuming from {resume}")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        said = str(error).strip()
+        if resume is not None and ("loading state_dict" in said or "parameter group" in said):
+            keys = [line.strip() for line in said.splitlines()[1:]]
+            raise ValueError("\n  ".join([f"{resume}: {OTHER_RUN}", *keys])) from error
+        if isinstance(error, RuntimeError):
+            raise
         # torch wraps what a loader's worker raises into the text of its traceback; the message is at its end.
-        raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
+        raise ValueError(said.rpartition("\nValueError: ")[2]) from error
+    except OSError as error:  # a checkpoint that found no room, above all
+        raise ValueError(f"{error}; make room in {run_dir}, then start it again: it goes on where it can") from error
     watch = trainer.callbacks  # type: ignore[attr-defined]
     stopped = any(isinstance(callback, StopAtSignal) and callback.stopped for callback in watch)
     if stopped and trainer.global_step < module.steps:
@@ -106,6 +115,8 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
 def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModule]:
     """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
     start = find_checkpoint(config.ckpt) if config.ckpt else None
+    if start:
+        check_decoder(config, start[0])
     codec = build_codec(config)
     vocabulary = Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, codec)
     if vocabulary.region_tokens != codec.tokens:
@@ -188,6 +199,7 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
     if config.strategy == "single":
         arguments["devices"] = 1
     arguments |= config.trainer  # `build` has put max_steps there
+    bar = [StageBar(config.stage)] if arguments.get("enable_progress_bar", True) else []
     try:
         return L.Trainer(
             **arguments,
@@ -199,12 +211,24 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
                 MetricsFile(run_dir / "metrics.csv"),
                 StopAtSignal(),
                 FinalCheckpoint(run_dir / "checkpoints"),
+                *bar,
             ],
             # The sbatch script requeues; Lightning would write a checkpoint of its own kind and place.
             plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer.*: {error}") from error
+
+
+class StageBar(RichProgressBar):
+    """Lightning's progress bar under the stage's name: it would count epochs, of which a run by steps has -1."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__()
+        self._stage = stage
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"stage {self._stage}   "  # as wide as the "Validation" that replaces it
 
 
 def quiet() -> None:
