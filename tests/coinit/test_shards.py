@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 
 import pytest
 
@@ -37,7 +38,9 @@ def test_bytes_are_those_of_tarfile(tmp_path):
     expected = io.BytesIO()
     with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for place, (sample, images) in enumerate(pairs):
-            record = json.dumps(sample.to_json(), ensure_ascii=False, separators=(",", ":")).encode()
+            sums = {f"{i}.{suffix}": zlib.crc32(data) for i, (data, suffix) in enumerate(images)}
+            record = json.dumps(sample.to_json() | {"crc32": sums}, ensure_ascii=False, separators=(",", ":")).encode()
+            record = record[:-2] + f',"json":{zlib.crc32(record[:-2])}}}}}'.encode()
             for name, data in [("json", record), *((f"{i}.{suffix}", data) for i, (data, suffix) in enumerate(images))]:
                 member = tarfile.TarInfo(f"val-000000-{place:05d}.{name}")
                 member.size = len(data)

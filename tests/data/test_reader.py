@@ -8,7 +8,7 @@ import pytest
 
 from vistallm.data.reader import decode_image, reduction
 from vistallm.data.sequence import PAD_COLOUR, SampleReject
-from vistallm.regions.frame import square_resize
+from vistallm.regions.frame import Frame, square_resize
 
 
 def photo(width, height, seed=0):
@@ -24,24 +24,27 @@ def jpeg(image):
     return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
 
-@pytest.mark.parametrize(("width", "height", "scale"), [(640, 480, 2), (427, 640, 2), (641, 479, 2), (1920, 1280, 4)])
+@pytest.mark.parametrize(
+    ("width", "height", "scale"),
+    [(640, 480, 2), (427, 640, 2), (641, 479, 2), (500, 375, 2), (990, 743, 4), (900, 601, 2), (1920, 1280, 4)],
+)
 def test_reduced_decoding_is_full_decoding_then_resizing_within_an_error(width, height, scale):
     data = jpeg(photo(width, height))
     assert reduction((width, height), 224) == scale
     full = decode_image(data, (width, height), "a")
     small = decode_image(data, (width, height), "a", 224)
     assert small.shape == (-(-height // scale), -(-width // scale), 3)
-    one, two = (square_resize(image, 224, PAD_COLOUR)[0].astype(float) for image in (full, small))
-    inside = np.abs(one - two)
-    even = width % scale == height % scale == 0  # else the two lie up to half a pixel of the square apart
-    assert inside.mean() < (1.5 if even else 3.5), "mean error in grey levels of 255"
-    assert np.percentile(inside, 99) < (12 if even else 25)
+    (one, frame), (two, same) = (square_resize(image, 224, PAD_COLOUR, (width, height)) for image in (full, small))
+    assert frame == same == Frame(width, height, 224)
+    error = np.abs(one.astype(float) - two)
+    assert error.mean() < 1.5, "grey levels of 255"
+    assert np.percentile(error, 99) < 12
 
 
 def test_small_images_and_near_targets_are_decoded_in_full():
     assert reduction((319, 200), 48) == 1, "the mini world's images"
-    assert reduction((500, 375), 224) == 1, "250 pixels would be too near to 224"
-    assert reduction((640, 480), 224) == 2
+    assert reduction((480, 375), 224) == 1, "240 pixels would be too near to 224"
+    assert reduction((500, 375), 224) == 2
     image = photo(300, 200)
     assert np.array_equal(decode_image(jpeg(image), (300, 200), "a", 48), decode_image(jpeg(image), (300, 200), "a"))
 

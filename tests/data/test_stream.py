@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vistallm.coinit.shards import seal
 from vistallm.coinit.tasks import TASKS
 from vistallm.data import stream as module
 from vistallm.data.datamodule import split_shards
@@ -161,9 +163,13 @@ def write_tar(path, samples):
                 tar.addfile(info, io.BytesIO(data))
 
 
-def members(raw):
-    record = {f"{raw.key}.json": json.dumps(raw.record, separators=(",", ":")).encode()}
+def members(raw, **changes):
+    record = {f"{raw.key}.json": seal(raw.record | changes, raw.files)}
     return record | {f"{raw.key}.{name}": data for name, data in raw.files.items()}
+
+
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def broken(raw, how):
@@ -173,10 +179,16 @@ def broken(raw, how):
     match how:
         case "missing-image":
             files.pop(image)
-        case "broken-jpeg":
-            files[image] = b"not an image"
-        case "empty-jpeg":
-            files[image] = b""
+        case "broken-jpeg" | "empty-jpeg":
+            content = b"not an image" if how == "broken-jpeg" else b""
+            return members(replace(raw, files=dict.fromkeys(raw.files, content)))
+        case "flipped-image":
+            files[image] = flipped(files[image], len(files[image]) // 2)
+        case "flipped-record" | "flipped-sum":
+            at = files[record].index(b'"id":"') + 8 if how == "flipped-record" else -4
+            files[record] = flipped(files[record], at % len(files[record]))
+        case "old":
+            files[record] = json.dumps({k: v for k, v in raw.record.items() if k != "crc32"}).encode()
         case "bad-json":
             files[record] = b'{"version": 1,'
         case "no-json":
@@ -184,7 +196,7 @@ def broken(raw, how):
         case "json-list":
             files[record] = b"[]"
         case "other-version":
-            files[record] = files[record].replace(b'"version":1', b'"version":9')
+            return members(raw, version=9)
     return files
 
 
@@ -196,6 +208,9 @@ BREAKS = {
     "no-json": "bad-json",
     "json-list": "bad-json",
     "other-version": "bad-json",
+    "flipped-image": "checksum",
+    "flipped-record": "checksum",
+    "flipped-sum": "checksum",
 }
 
 
@@ -213,6 +228,14 @@ def test_a_broken_sample_is_a_counted_reject(builder, shards, tmp_path, how):
     (line,) = [json.loads(text) for text in rejects.path.read_text().splitlines()]
     assert (line["shard"], line["key"], line["reason"]) == (str(path), raws[0].key, BREAKS[how])
     assert raws[0].key in line["error"]
+
+
+def test_shards_without_checksums_are_read(builder, shards, tmp_path):
+    raws = list(read_raw(shards[0]))[:4]
+    write_tar(tmp_path / "a.tar", [broken(raw, "old") for raw in raws])
+    rejects = RejectLog(None, 1.0)
+    batch = next(iter(TrainStream(mixture_of([tmp_path / "a.tar"]), builder, batch_size=4, buffer=1, rejects=rejects)))
+    assert (len(batch), rejects.counts) == (4, {})
 
 
 def test_too_many_rejects_stop_the_run(builder, shards, tmp_path):
@@ -254,6 +277,7 @@ DAMAGE = {
     "no-tar": ({"changed-shard": 1, "broken-shard": 1, "missing-sample": 16}, 17),
     "tricks": ({"changed-shard": 1, "bad-member": 3}, 0),
     "unknown-task": ({"unknown-task": 1}, 1),
+    "other-task": ({"checksum": 1}, 1),
 }
 
 
@@ -273,10 +297,10 @@ def damage(path, how):
             names = ["../../outside.json", "/etc/outside.json", "a/b.json"]
             write_tar(path, [{name: b"{}" for name in names}, *map(members, raws)])
         case "unknown-task":
-            record = raws[3].record
-            old = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-            new = old.replace(b'"task":"' + record["task"].encode(), b'"task":"' + b"?" * len(record["task"]))
-            path.write_bytes(data.replace(old, new))
+            write_tar(path, [*map(members, raws[:3]), members(raws[3], task="?"), *map(members, raws[4:])])
+        case "other-task":  # one bit makes another task of it: rec and res, vqa and vqe
+            place = data.index(b'"task":"' + raws[3].task.encode()) + 8
+            path.write_bytes(flipped(data, place + 2))
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -345,6 +345,18 @@ def test_coco_polygons_of_any_kind():
             segmentation_to_rle(bad, size, size)
 
 
+@given(masks)
+def test_run_lengths_are_read_as_pycocotools_does(mask):
+    rle = mask_to_rle(mask)
+    assert (rle_to_mask(rle) == coco.decode(rle).astype(bool)).all()
+
+
+@pytest.mark.parametrize("counts", ["", "5", "o", "000k4", "T0`9", "oooooooooooooooooooo", "é"])
+def test_run_lengths_that_do_not_fill_the_image_are_refused(counts):
+    with pytest.raises(ValueError, match="do not fill 20 x 30"):
+        rle_to_mask({"size": [20, 30], "counts": counts})
+
+
 def test_iou_of_run_lengths():
     a, b = np.zeros((2, 4, 5), bool)
     assert rle_iou(mask_to_rle(a), mask_to_rle(b)) == 1

