@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 import shutil
 import zlib
 
@@ -15,6 +16,7 @@ from vistallm.coinit.shards import read_shard, write_index, write_shard
 from vistallm.coinit.tasks import TASKS
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import ImageInfo
+from vistallm.train.module import VistaModule
 
 ANY = ["data.max_reject_share=1.0", "trainer.max_steps=9"]  # 36 samples: more than an epoch
 
@@ -38,8 +40,12 @@ def damaged(mini_root, tmp_path):
             files = [(bomb(), "png")]
         if number == half + 5:
             files[0] = (files[0][0][: len(files[0][0]) // 8], files[0][1])  # cut in its header
+        if number == half + 9:
+            known, sample.task = sample.task, "dance"
         rows.append((sample, files))
     shards = dict(write_shard(root, "train", i, rows[half * i : half * i + half]) for i in range(2))
+    tasks = shards["train-000001.tar"]["tasks"]
+    tasks[known] = tasks.get(known, 0) + tasks.pop("dance")  # an index that names it is refused before the run
     write_index(root, shards)
     return root
 
@@ -64,6 +70,8 @@ def test_faults_of_samples_and_shards_are_counted_and_the_run_goes_on(train_tiny
     at = data.index(f"{keys[7]}.0.".encode())
     data[at : at + 20] = b"../../../tmp/evil.sh"
     data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 148]) + 8 * 32 + sum(data[at + 156 : at + 512]))
+    at = data.index(f"{keys[8]}.0.".encode())
+    data[at + 512 + int(data[at + 124 : at + 135], 8) // 2] ^= 1  # a flipped bit in the middle of an image
     path.write_bytes(data[: data.index(f"{keys[10]}.json".encode()) + 300])
     run = train_tiny(tmp_path / "run", f"data.root={damaged}", *ANY)
     found = {(line["key"], line["reason"]) for line in rejects(run.dir)}
@@ -73,6 +81,8 @@ def test_faults_of_samples_and_shards_are_counted_and_the_run_goes_on(train_tiny
         (keys[5], "bad-image"),
         (keys[6], "bad-json"),
         (keys[7], "missing-image"),
+        (keys[8], "checksum"),
+        (keys[9], "unknown-task"),
         ("", "missing-sample"),
         ("", "changed-shard"),
     } <= found
@@ -95,8 +105,6 @@ def test_a_shard_replaced_under_a_running_job(train_tiny, mini_root, tmp_path, m
     """The file changes after the first step: what the index promised and is gone is counted, the run goes on."""
     root = tmp_path / "mini"
     shutil.copytree(mini_root, root)
-    from vistallm.train.module import VistaModule
-
     plain = VistaModule.training_step
 
     def replacing(self, batch, batch_idx):
@@ -121,6 +129,27 @@ def test_a_full_disk_while_logging(train_tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("metrics.csv: [Errno 28]") == said.count("rejects.jsonl: [Errno 28]") == 1
     assert (run.dir / "checkpoints" / "step-000003.ckpt").is_file()
+
+
+def test_a_full_disk_while_writing_a_checkpoint(train_tiny, stage_one, tmp_path, monkeypatch):
+    """From the fifth step on no file may outgrow 1 MB: the run stops with advice, and with room goes on as unbroken."""
+    words = ["trainer.max_steps=6", "checkpoint.every_n_steps=3", "checkpoint.keep=5"]
+    plain, limits = VistaModule.training_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(self, batch, batch_idx):
+        if self.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(VistaModule, "training_step", filling)
+    try:
+        with pytest.raises(ValueError, match=r"File too large; make room in .*run, then start it again"):
+            train_tiny(tmp_path / "run", *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003.ckpt"]
+    assert train_tiny(tmp_path / "run", *words).losses == stage_one.losses
 
 
 def test_rows_that_waited_are_written_when_there_is_room(tmp_path):

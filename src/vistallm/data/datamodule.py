@@ -206,10 +206,6 @@ class CoinItDataModule(L.LightningDataModule):
         """
         trainer = self.trainer
         assert trainer is not None
-        if "lanes" not in state:  # a checkpoint from before lanes: it counted one rank's batches
-            done, world = int(state["batches_done"]), int(state["world_size"])
-            readers = world * max(int(state["workers"]), 1)
-            state = state | {"batches_done": done * world, "ready": done, "lanes": readers}
         now = self.state_dict()
         changed = [k for k in now if k not in ("batches_done", "lanes", "ready") and now[k] != state.get(k, now[k])]
         if changed:
