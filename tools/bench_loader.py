@@ -4,8 +4,9 @@ python tools/bench_loader.py [--samples 600] [--workers 0 2]     made 640x480 ph
 python tools/bench_loader.py --root DIR                          your own shards (one source folder)
 python tools/bench_loader.py --minutes 120                       also: memory while batches are read for that long
 
-The floor reads the same tars and decodes the same JPEGs in full, and nothing else. Floor and loader take turns, and
-medians of the rounds are compared, so that a busy machine slows both. OMP_NUM_THREADS=1 is the fair setting.
+The floor reads the same tars and decodes the same JPEGs in full, and nothing else. It takes turns with the loader and
+with a loader that decodes in full, so that a busy machine slows all: the median ratio counts. Rounds are of whole pools
+(512 samples), and no mask is met again. OMP_NUM_THREADS=1 is the fair setting.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -25,11 +28,13 @@ from torch.utils.data import DataLoader
 
 from vistallm.coinit.shards import write_index, write_shard
 from vistallm.config import Config, load_config
+from vistallm.data import stream
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import CoinItDataModule, build_codec
-from vistallm.data.reader import RawSample, decode_image, decode_sample, read_raw
+from vistallm.data.reader import RawSample, decode_sample, read_raw
 from vistallm.data.stream import RejectLog
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.regions.codec import RegionCodec
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Batch, ImageInfo, Region, Sample
 
@@ -81,13 +86,13 @@ def make_shards(root: Path, samples: int) -> None:
     write_index(root, dict(write_shard(root, "train", n, made[PER_SHARD * n : PER_SHARD * (n + 1)]) for n in numbers))
 
 
-def floor(data: CoinItDataModule, size: int | None) -> Iterator[int]:
+def floor(data: CoinItDataModule) -> Iterator[int]:
     """Read every shard and decode every image; yields 1 per sample."""
     while True:
         for shard in data.mixture.shards:
             for raw in read_raw(shard.place):
-                for info in (raw.record or {})["images"]:
-                    decode_image(raw.files[info["file"]], (info["width"], info["height"]), raw.key, size)
+                for image in raw.files.values():
+                    cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
                 yield 1
 
 
@@ -120,64 +125,78 @@ def parts(data: CoinItDataModule, raws: list[RawSample]) -> dict[str, float]:
     }
 
 
-def resident() -> float:
-    """MiB of this process and its children in memory, shared pages counted once per process."""
-    me = Path("/proc/self/task")
-    pids = ["self", *(child for task in me.iterdir() for child in (task / "children").read_text().split())]
-    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
-    return sum(pages) * 4096 / 2**20
+def resident(pid: str) -> list[float]:
+    """MiB of a process in memory: all, and what is its own and no file (other programs share those)."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return [int(lines[name].split()[0]) / 2**10 for name in ("VmRSS", "RssAnon")]
+
+
+def memory() -> np.ndarray:
+    """`resident` of this process, then of its children together."""
+    tasks = Path("/proc/self/task").iterdir()
+    children = [resident(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    return np.array(resident("self") + np.sum(children, 0).tolist() if children else resident("self") + [0.0, 0.0])
 
 
 def batches(data: CoinItDataModule, workers: int) -> Iterator[Batch]:
     """The run's batches in this process or through the loader's workers."""
-    stream = data.stream(0, 1, workers, RejectLog(None, 0.0))
-    return iter(DataLoader(stream, batch_size=None, num_workers=workers) if workers else stream)
+    read = data.stream(0, 1, workers, RejectLog(None, 0.0))
+    return iter(DataLoader(read, batch_size=None, num_workers=workers) if workers else read)
 
 
 def compare(data: CoinItDataModule, workers: int, count: int, rounds: int) -> None:
     """Print loader and floors, taking turns."""
     loader, size = batches(data, workers), data.config.data.batch_size
-    next(loader)
-    full, reduced = floor(data, None), floor(data, data.builder.image_size)
+    plain = batches(data, 0)
+    next(loader), next(plain)
+    decoded, number = floor(data), max(count // size, 1)
+    in_full = mock.patch.object(stream, "decode_sample", lambda raw, size, most: decode_sample(raw, None, most))
     runs = {
-        "loader": lambda: sum(len(batch) for batch in islice(loader, max(count // size, 1))),
-        "floor, full size": lambda: sum(islice(full, count)),
-        "floor, reduced": lambda: sum(islice(reduced, count)),
+        "loader": lambda: sum(map(len, islice(loader, number))),
+        "floor": lambda: sum(islice(decoded, count)),
+        "full-size decoding": lambda: sum(map(len, islice(plain, number))),
     }
     # One process is measured by its own processor time, which other programs disturb less.
     clock = time.perf_counter if workers else time.process_time
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = clock()
-            done = run()
-            rates[name].append(done / (clock() - start))
-    plain = median(rates["floor, full size"])
+            with in_full if name == "full-size decoding" else nullcontext():
+                start = clock()
+                done = run()
+                rates[name].append(done / (clock() - start))
     for name, values in rates.items():
         where = f"{workers} workers" if name == "loader" and workers else "1 process"
-        print(
-            f"  {name:<18} {where:<10} {median(values):>8.0f} samples/s   {median(values) / plain:>6.2f} of the floor"
-        )
+        share = median(mine / least for mine, least in zip(values, rates["floor"], strict=True))
+        print(f"  {name:<18} {where:<10} {median(values):>8.0f} samples/s   {share:>6.2f} of the floor")
 
 
-def watch(data: CoinItDataModule, workers: int, minutes: float) -> None:
-    """Print the memory of this process and its workers while batches are read."""
-    loader, start, read = batches(data, workers), time.monotonic(), 0
-    marks = np.linspace(0.05, 1, 12) * minutes * 60
-    first = None
-    for mark in marks:
-        while time.monotonic() - start < mark:
+def watch(data: CoinItDataModule, workers: int, minutes: float, step: float) -> None:
+    """Print the memory of parent and workers while batches are read, one every `step` seconds or slower.
+
+    A worker's memory rises and falls with its pool of batches: each row is the median of a twentieth of the time, and
+    drift is against the second row, after 5% of it.
+    """
+    loader, start, read, base = batches(data, workers), time.monotonic(), 0, np.zeros(4)
+    print("MiB: resident, and without files; drift against the second row")
+    print("  minutes    samples" + "".join(f"{who:>26}" for who in ("parent", "its own", "workers", "their own")))
+    for part in range(20):
+        seen = []
+        while time.monotonic() - start < (part + 1) / 20 * minutes * 60:
             read += len(next(loader))
-        first = first or resident()
-        print(
-            f"  {mark / 60:6.1f} min {read:>9,} samples {resident():8.1f} MiB  {resident() / first - 1:+.1%}",
-            flush=True,
-        )
+            time.sleep(step)
+            seen.append(memory())
+        now = np.median(seen, axis=0)
+        base = now if part < 2 else base
+        drift = now / np.maximum(base, 1e-9) - 1
+        cells = "".join(f"{value:18.1f} {change:+7.1%}" for value, change in zip(now, drift, strict=True))
+        print(f"  {(time.monotonic() - start) / 60:7.1f} {read:>10,}{cells}", flush=True)
 
 
 def configuration(words: list[str], root: Path) -> Config:
     """The real input size and region budget on the mini vocabulary."""
-    base = ["model=mini", "model.encoder.image_size=224", f"data.root={root}", "data.batch_size=16", "data.workers=0"]
+    base = ["model=mini", "model.encoder.image_size=224", "num_bins=1001", "points=32", "target_iou=null"]
+    base += [f"data.root={root}", "data.batch_size=16", "data.workers=0", "data.pool_batches=32"]
     tasks = [f"data.weights.{task}=1" for task in ("res", "rec", "vqa", "caption")]
     return load_config([*base, *tasks, *words])
 
@@ -189,8 +208,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=600)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--count", type=int, default=256, help="samples of one round")
+    parser.add_argument("--count", type=int, default=512, help="samples of one round")
     parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--step-ms", type=float, default=0.0, help="sleep per batch, as a training step takes")
     parser.add_argument("words", nargs="*", help="key=value, as for train.py")
     arguments = parser.parse_args(argv)
     cv2.setNumThreads(1)
@@ -200,6 +220,7 @@ def main(argv: list[str]) -> int:
             make_shards(root, arguments.samples)
         config = configuration(arguments.words, root)
         data = CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config)), root)
+        data.builder.codec = RegionCodec(points=config.points, num_bins=config.num_bins, cache_size=0)  # all masks new
         print("milliseconds per sample, one process")
         for name, value in parts(data, list(read_raw(data.mixture.shards[0].place))).items():
             print(f"  {name:<34} {value:7.3f}")
@@ -208,7 +229,7 @@ def main(argv: list[str]) -> int:
             compare(data, workers, arguments.count, arguments.rounds)
         if arguments.minutes:
             print(f"memory over {arguments.minutes} minutes, {arguments.workers[-1]} workers")
-            watch(data, arguments.workers[-1], arguments.minutes)
+            watch(data, arguments.workers[-1], arguments.minutes, arguments.step_ms / 1e3)
     return 0
 
 

@@ -9,26 +9,37 @@ Prints one line per run: where it was killed, from which step it went on, whethe
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+from vistallm.config import load_config
+from vistallm.train.run import train
+
+FORK = multiprocessing.get_context("fork")  # a run then starts without loading the libraries again
 
 
-def start(run_dir: Path, words: list[str]) -> subprocess.Popen[bytes]:
-    """Start train.py in a process group of its own, its output in a file."""
+def start(run_dir: Path, words: list[str]) -> multiprocessing.process.BaseProcess:
+    """Start what train.py does in a process group of its own, its output in a file."""
+
+    def run() -> None:
+        os.setsid()
+        with (run_dir / "output.txt").open("ab") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        train(load_config([*words, f"run_dir={run_dir}"]))
+
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "output.txt").open("ab") as output:
-        command = [sys.executable, str(TRAIN), *words, f"run_dir={run_dir}"]
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process = FORK.Process(target=run)
+    process.start()
+    return process
 
 
 def rows(run_dir: Path) -> int:
@@ -48,15 +59,15 @@ def weights(run_dir: Path, steps: int) -> dict[str, torch.Tensor]:
 def killed_run(run_dir: Path, words: list[str], steps: int, rng: random.Random) -> tuple[int, int]:
     """Train, kill after a random part of the steps, resume; returns (steps at the kill, step resumed from)."""
     process, target = start(run_dir, words), rng.randrange(steps - 1)
-    while process.poll() is None and rows(run_dir) < target:
+    while process.is_alive() and rows(run_dir) < target:
         time.sleep(0.01)
     time.sleep(rng.random() * 0.5)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)  # the loader's workers with it
-    process.wait()
+    if process.is_alive():
+        os.killpg(process.pid or 0, signal.SIGKILL)  # the loader's workers with it
+    process.join()
     done = rows(run_dir)
     found = sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
-    start(run_dir, words).wait()
+    start(run_dir, words).join()
     return done, int(found[-1].stem.removeprefix("step-")) if found else 0
 
 
@@ -71,7 +82,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     words = [*arguments.words, f"trainer.max_steps={arguments.steps}"]
     rng, different = random.Random(arguments.seed), 0
-    start(arguments.out / "whole", words).wait()
+    start(arguments.out / "whole", words).join()
     whole = weights(arguments.out / "whole", arguments.steps)
     print("| run | killed after step | resumed from step | weights equal |\n|---|---|---|---|")
     for number in range(1, arguments.kills + 1):
