@@ -17,20 +17,10 @@ from vistallm.coinit.build import build
 from vistallm.coinit.images import image_size, read_image
 from vistallm.coinit.job import BuildOptions
 from vistallm.coinit.shards import read_index, read_shard
-from vistallm.coinit.sources.base import (
-    Draft,
-    Packed,
-    Reject,
-    SourceFormatError,
-    SourceOptions,
-    clip_box,
-    merge_rles,
-    require,
-    rle_area,
-    segmentation_to_rle,
-    short_parts,
-)
+from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.jsonl import load_jsonl
+from vistallm.coinit.sources.records import Record
+from vistallm.coinit.sources.shapes import clip_box, merge_rles, rle_area, segmentation_to_rle, short_parts
 from vistallm.coinit.verify import verify
 from vistallm.regions.masks import mask_to_rle, rle_box, rle_to_mask
 from vistallm.schema import ImageInfo, Region, Sample
@@ -296,6 +286,6 @@ def test_boxes_records_and_packed_lists():
     assert [packed[i] for i in range(len(packed))] == list(packed) == records
     for record, kinds, message in ({}, int, "expected key 'a'"), ({"a": "1"}, int, "to be int"), ([], int, "got list"):
         with pytest.raises(SourceFormatError, match=message):
-            require(record, "a", kinds, "refs.json, record 3")
+            Record(record, "refs.json, record 3").require("a", kinds)
     with pytest.raises(SourceFormatError, match="got 'True'"):
-        require({"a": True}, "a", (int, float), "refs.json, record 3")
+        Record({"a": True}, "refs.json, record 3").numbers("a")

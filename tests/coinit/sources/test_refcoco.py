@@ -173,6 +173,8 @@ def test_other_partitions_and_other_refusals(build, refusal):
         (lambda refs: refs[1].update(ann_id=8), "record 1: expected id 8 among annotations of"),
         (lambda refs: refs[1].update(image_id=10), "annotation 72: expected image 10 of"),
         (lambda refs: refs[1]["sentences"][1].pop("sent"), "record 1, sentence 1: expected key 'sent'"),
+        (lambda refs: refs[1]["sentences"].insert(0, "x"), "record 1, sentence 0: expected key 'sent', got str"),
+        (lambda refs: refs[1]["sentences"][1].update(sent_id="x"), "sentence 1: expected 'sent_id' to be int, got 'x'"),
     ],
 )
 def test_a_changed_format_stops_with_file_record_and_key(refusal, change, message):

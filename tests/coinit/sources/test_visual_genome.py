@@ -109,7 +109,7 @@ def test_a_list_is_read_record_by_record(tmp_path, monkeypatch):
     monkeypatch.setattr(visual_genome, "_CHUNK", 7)  # smaller than a record: it is read on until the record is whole
     path = tmp_path / "a.json"
     path.write_text(' [\n{"a": "é]"} ,{"a": [1, {"b": "\\"}"}]}\n, {} ]\n'.lstrip())
-    assert [record for _, record in stream_records(path)] == [{"a": "é]"}, {"a": [1, {"b": '"}'}]}, {}]
+    assert [record.data for record in stream_records(path)] == [{"a": "é]"}, {"a": [1, {"b": '"}'}]}, {}]
     path.write_text('[{"a": 1}, {"a": ')
     with pytest.raises(SourceFormatError, match="record 1: not JSON"):
         list(stream_records(path))

@@ -25,15 +25,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vistallm.coinit import attcoseg as rules
 from vistallm.coinit.attcoseg import Findings, Limits, Thing, Words, name_words, read_words
-from vistallm.coinit.sources import base, records
-from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.visual_genome import NUMBER, GenomeImage, chosen, read_images, stream_records
+from vistallm.coinit.sources.base import Draft, Source, SourceImage, SourceOptions, chosen, coco_image, first_file
+from vistallm.coinit.sources.records import Record, read_object
+from vistallm.coinit.sources.shapes import merge_rles, rle_area, segmentation_to_rle
+from vistallm.coinit.sources.visual_genome import GenomeImage, read_images, stream_records
 from vistallm.schema import ImageInfo, Region, Rle, Sample
 
 ATTRIBUTES = ("shape", "colour", "size", "position")
@@ -57,7 +57,7 @@ class _Table:
     `negatives` holds (image number, words of the objects that show another value).
     """
 
-    images: list[tuple[str, int, int, str]] = field(default_factory=list)  # file, width, height, image id
+    images: list[SourceImage] = field(default_factory=list)
     examples: dict[Key, list[_Example]] = field(default_factory=dict)
     negatives: dict[Key, list[tuple[int, frozenset[str]]]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -65,8 +65,7 @@ class _Table:
 
 def load_attcoseg(options: SourceOptions) -> Source:
     """Groups of images by shared attribute; prints how many examples every value has."""
-    settings = records.read_settings(
-        options,
+    settings = options.read_settings(
         masks="",
         attributes=",".join(ATTRIBUTES),
         groups="0",
@@ -82,13 +81,8 @@ def load_attcoseg(options: SourceOptions) -> Source:
         numbers = {key: float(settings[key]) for key in ("groups", "iou", "objects", "min_area", "outside")}
     except ValueError as error:
         raise ValueError(f"--set groups, iou, objects, min_area, outside: expected numbers ({error})") from None
-    limits = Limits(
-        numbers["iou"],
-        int(numbers["objects"]),
-        numbers["min_area"],
-        int(numbers["outside"]),
-        settings["names"] == "check",
-    )
+    objects, outside, names = int(numbers["objects"]), int(numbers["outside"]), settings["names"] == "check"
+    limits = Limits(numbers["iou"], objects, numbers["min_area"], outside, names)
     path = Path(settings["masks"])
     if not path.is_file():
         raise ValueError(f"--set masks: expected a file of instances (COCO or LVIS), got {settings['masks'] or 'none'}")
@@ -114,75 +108,73 @@ class _MaskFile:
     """Instances of the images that Visual Genome has too."""
 
     def __init__(self, path: Path, genome: dict[int, GenomeImage], words: Words) -> None:
-        data = base.read_json(path)
-        self.path, self.words = path, words
-        self.names = {}
-        for number, category in enumerate(base.require(data, "categories", list, str(path))):
-            where = f"{path}, category {number}"
-            name = base.require(category, "name", str, where)
-            names = [name, *category.get("synonyms", ()), *words.same_as.get(name.replace("_", " "), ())]
-            self.names[base.require(category, "id", int, where)] = name_words(names)
-        self.images: dict[int, tuple[str, int, int, GenomeImage]] = {}  # Visual Genome id -> file and size
+        data = read_object(path)
+        self.words, self.names = words, dict[int, frozenset[str]]()  # category -> what its objects may be called
+        for category in data.records("categories", "category"):
+            name = category.text("name")
+            names = [name, *category.data.get("synonyms", ()), *words.same_as.get(name.replace("_", " "), ())]
+            self.names[category.integer("id")] = name_words(names)
+        self.genome = {image.image_id: image for image in genome.values()}
+        self.images: dict[int, SourceImage] = {}  # by Visual Genome's id; the path is the bare file name
         of_coco: dict[int, int] = {}
-        for number, image in enumerate(base.require(data, "images", list, str(path))):
-            where = f"{path}, image {number}"
-            coco_id = base.require(image, "id", int, where)
-            if coco_id in genome:
-                file = image.get("file_name") or base.require(image, "coco_url", str, where)  # LVIS v1 has the url only
-                size = base.require(image, "width", int, where), base.require(image, "height", int, where)
-                self.images[genome[coco_id].image_id] = (file.split("/")[-1], *size, genome[coco_id])
-                of_coco[coco_id] = genome[coco_id].image_id
-        self.annotations: dict[int, list[dict[str, Any]]] = {}
-        for number, annotation in enumerate(base.require(data, "annotations", list, str(path))):
-            image_id = base.require(annotation, "image_id", int, f"{path}, annotation {number}")
-            if image_id in of_coco:
-                self.annotations.setdefault(of_coco[image_id], []).append(annotation)
+        for image in data.records("images", "image"):
+            found = genome.get(image.integer("id"))
+            if found is not None:
+                file = image.optional("file_name", str) or image.text("coco_url")  # LVIS v1 has the url only
+                size = image.integer("width"), image.integer("height")
+                self.images[found.image_id] = SourceImage(Path(file.split("/")[-1]), found.key, *size)
+                of_coco[image.integer("id")] = found.image_id
+        self.annotations: dict[int, list[Record]] = {}
+        for annotation in data.records("annotations", "annotation"):
+            if (image_id := of_coco.get(annotation.integer("image_id"))) is not None:
+                self.annotations.setdefault(image_id, []).append(annotation)
 
     def things(self, image_id: int) -> list[Thing]:
         """The objects of an image; `number` is the place among its annotations."""
-        _, width, height, _ = self.images[image_id]
-        found = []
+        image, found = self.images[image_id], []
         for number, annotation in enumerate(self.annotations.get(image_id, ())):
-            where = f"{self.path}, image {image_id}, annotation {number}"
-            category = base.require(annotation, "category_id", int, where)
-            x, y, w, h = records.require_list(annotation, "bbox", NUMBER, where)
-            area = base.require(annotation, "area", NUMBER, where) / (width * height)
+            category = annotation.integer("category_id")
+            x, y, w, h = annotation.values("bbox", int, float)
+            (area,) = annotation.numbers("area")
             if category not in self.names:
-                raise SourceFormatError(f"{where}: category_id {category} is not in its categories")
-            words = self.names[category]
-            found.append(Thing((x, y, x + w, y + h), area, words, number, bool(annotation.get("iscrowd"))))
+                raise annotation.fault(f"category_id {category} is not in its categories")
+            crowd, share = bool(annotation.data.get("iscrowd")), area / (image.width * image.height)
+            found.append(Thing((x, y, x + w, y + h), share, self.names[category], number, crowd))
         return found
 
     def mask(self, image_id: int, things: list[Thing]) -> Rle:
         """The masks of things of an image, united."""
-        _, width, height, _ = self.images[image_id]
-        found = [self.annotations[image_id][thing.number]["segmentation"] for thing in things]
-        return base.merge_rles([base.segmentation_to_rle(segmentation, height, width) for segmentation in found])
+        image, rles = self.images[image_id], []
+        for annotation in (self.annotations[image_id][thing.number] for thing in things):
+            segmentation = annotation.require("segmentation", list, dict)
+            try:
+                rles.append(segmentation_to_rle(segmentation, image.height, image.width))
+            except (ValueError, TypeError) as error:
+                raise annotation.fault(str(error)) from error
+        return merge_rles(rles)
 
 
 def _read_table(options: SourceOptions, masks: _MaskFile, limits: Limits) -> _Table:
     table = _Table()
-    for where, record in stream_records(records.find_file(options.root, "attributes.json")):
-        image_id = base.require(record, "image_id", int, where)
+    for record in stream_records(options.find_file("attributes.json")):
+        image_id = record.integer("image_id")
         if image_id not in masks.images:
             table.left_out["image-without-masks"] += 1
             continue
-        file, width, height, genome = masks.images[image_id]
-        if abs(genome.width * height / (genome.height * width) - 1) > 0.02:
+        image, genome = masks.images[image_id], masks.genome[image_id]
+        if abs(genome.width * image.height / (genome.height * image.width) - 1) > 0.02:
             table.left_out["image-of-other-shape"] += 1
             continue
         things = masks.things(image_id)
-        scale = (width / genome.width, height / genome.height)
+        scale = (image.width / genome.width, image.height / genome.height)
         try:
-            objects = list(
-                rules.named_objects(records.require_list(record, "attributes", dict, where), scale, things, limits)
-            )
+            objects = list(rules.named_objects(record.values("attributes", dict), scale, things, limits))
         except (KeyError, TypeError) as error:
-            raise SourceFormatError(f"{where}: expected objects with x, y, w, h; got {error!r}") from error
+            raise record.fault(f"expected objects with x, y, w, h; got {error!r}") from error
         findings = rules.find_attributes(objects, things, masks.words, limits)
-        rules.find_positions(things, width, height, limits, findings)
+        rules.find_positions(things, image.width, image.height, limits, findings)
         _add_image(table, findings, masks, image_id)
-        table.images.append((file, width, height, genome.key))
+        table.images.append(image)
     return table
 
 
@@ -191,7 +183,7 @@ def _add_image(table: _Table, findings: Findings, masks: _MaskFile, image_id: in
     table.left_out.update(findings.left_out)
     for key, things in findings.examples.items():
         rle = masks.mask(image_id, things)
-        if base.rle_area(rle):
+        if rle_area(rle):
             table.examples.setdefault(key, []).append(_Example(number, rle, findings.words[key]))
         else:
             table.left_out["empty-mask"] += 1
@@ -204,23 +196,22 @@ class _Groups:
 
     def __init__(self, options: SourceOptions, table: _Table, keys: list[Key], groups: int) -> None:
         self.options, self.table = options, table
-        seed = [options.seed, zlib.crc32(options.split.encode())]
-        self.seed = seed
+        self.seed = [options.seed, zlib.crc32(options.split.encode())]
         self.leaders: list[list[tuple[Key, int]]] = []  # one list per attribute that has examples, in drawn order
         for attribute in ATTRIBUTES:
             every = [(key, i) for key in keys if key[0] == attribute for i in range(len(table.examples[key]))]
             if every:
-                order = np.random.default_rng([*seed, len(self.leaders)]).permutation(len(every))
+                order = np.random.default_rng([*self.seed, len(self.leaders)]).permutation(len(every))
                 self.leaders.append([every[i] for i in order])
         self.count = (groups or sum(map(len, self.leaders))) if self.leaders else 0
 
     def __len__(self) -> int:
         return self.count
 
-    def unit(self, index: int) -> Iterator[Draft | Reject]:
+    def unit(self, index: int) -> Iterator[Draft]:
         """One group."""
-        turn, leaders = divmod(index, len(self.leaders))[0], self.leaders[index % len(self.leaders)]
-        key, first = leaders[turn % len(leaders)]
+        turn, attribute = divmod(index, len(self.leaders))
+        key, first = self.leaders[attribute][turn % len(self.leaders[attribute])]
         rng = np.random.default_rng([*self.seed, 1 << 20, index])
         size = int(rng.integers(2, 5))
         examples = self._examples(rng, key, first, int(rng.integers(2, size + 1)))
@@ -249,7 +240,7 @@ class _Groups:
             id=f"attcoseg-{self.options.split}-{index:07d}",
             task="attcoseg",
             source="attcoseg",
-            images=[ImageInfo("", width, height) for _, width, height, _ in infos],
+            images=[ImageInfo("", info.width, info.height) for info in infos],
             fields={
                 "attribute": key[0],
                 "value": key[1],
@@ -257,14 +248,13 @@ class _Groups:
                 "targets": list(range(len(places))),
             },
             regions=[Region(place, "mask", i, rle=masks[images[place]]) for i, place in enumerate(places)],
-            meta={"asks": key[0], "positives": len(places), "image_ids": [info[3] for info in infos]},
+            meta={"asks": key[0], "positives": len(places), "image_ids": [info.image_id for info in infos]},
         )
-        folder = self.options.images or self.options.root
-        return Draft(sample, [_find_image(folder, info[0]) for info in infos])
+        return Draft(sample, [_find_image(self.options.image_folder, info.path.name) for info in infos])
 
 
 def _find_image(folder: Path, name: str) -> Path:
     """A COCO image by the name of 2014, which says its folder, or of 2017 ("000000000009.jpg")."""
-    path = records.coco_image(folder, name)
+    path = coco_image(folder, name)
     short = name.split("_")[-1]
-    return path if path.is_file() else records.image_file(folder, short, f"train2017/{short}", f"val2017/{short}")
+    return path if path.is_file() else first_file(folder, short, f"train2017/{short}", f"val2017/{short}")

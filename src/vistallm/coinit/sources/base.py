@@ -6,7 +6,6 @@ a question ...) and ask for each unit's drafts. Keep annotations in plain lists,
 
 from __future__ import annotations
 
-import json
 import marshal
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pycocotools import mask as coco
-
-from vistallm.regions import masks
-from vistallm.schema import Rle, Sample
+from vistallm.schema import ImageInfo, Sample
 
 
 class SourceFormatError(ValueError):
@@ -43,6 +39,61 @@ class SourceOptions:
     seed: int = 0
     settings: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def image_folder(self) -> Path:
+        """Where the images are, for a source whose usual place is `root` itself."""
+        return self.images or self.root
+
+    def check_split(self, *splits: str) -> str:
+        """The split asked for; raises ValueError naming those that the source has."""
+        if self.split not in splits:
+            raise ValueError(f"--split: expected one of {', '.join(splits)}, got {self.split!r}")
+        return self.split
+
+    def read_settings(self, **known: str | tuple[str, ...]) -> dict[str, str]:
+        """The value given or the default of every setting of a source.
+
+        Args:
+            known: key -> its default (any text is allowed) or the values allowed, the default first.
+
+        Raises:
+            ValueError: for an unknown key or a value that is not allowed.
+        """
+        if unknown := set(self.settings) - set(known):
+            raise ValueError(f"--set {min(unknown)}: this source knows {', '.join(known) or 'no setting'}")
+        values = {}
+        for key, allowed in known.items():
+            values[key] = self.settings.get(key, allowed if isinstance(allowed, str) else allowed[0])
+            if not isinstance(allowed, str) and values[key] not in allowed:
+                raise ValueError(f"--set {key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
+        return values
+
+    def find_file(self, *names: str) -> Path:
+        """The first of the named files that is in `root`; raises ValueError naming all when none is."""
+        if (path := first_file(self.root, *names)).is_file():
+            return path
+        expected = " or ".join(names)
+        raise ValueError(f"{self.root}: expected {expected}, found neither; give the dataset's folder as --root")
+
+
+def chosen(settings: dict[str, str], key: str, *known: str) -> list[str]:
+    """The values of a comma-separated setting; raises ValueError naming those that are known."""
+    values = settings[key].split(",")
+    if unknown := [value for value in values if value not in known]:
+        raise ValueError(f"--set {key}: expected some of {','.join(known)}, got {unknown[0]!r}")
+    return values
+
+
+def first_file(folder: Path, *names: str) -> Path:
+    """The first of the named files that is in `folder`, else the first name (the build says that it is missing)."""
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+
+def coco_image(folder: Path, name: str) -> Path:
+    """A COCO 2014/2015 image such as "COCO_train2014_000000000009.jpg", in `folder` or its subfolder of that year."""
+    subset = name.split("_")[1] if name.count("_") >= 2 else ""
+    return first_file(folder, name, f"{subset}/{name}")
+
 
 @dataclass
 class Draft:
@@ -54,6 +105,22 @@ class Draft:
 
     sample: Sample
     images: list[Path]
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image of a dataset: file, id that leaks are searched by ("coco:9"), size where the annotations name it."""
+
+    path: Path
+    image_id: str
+    width: int = 0
+    height: int = 0
+
+    def draft(self, name: str, task: str, source: str, meta: dict[str, Any] | None = None, **parts: Any) -> Draft:
+        """A sample of this image alone; `parts` are further fields of `Sample`."""
+        meta = {"image_ids": [self.image_id], **(meta or {})}
+        sample = Sample(name, task, source, [ImageInfo("", self.width, self.height)], meta=meta, **parts)
+        return Draft(sample, [self.path])
 
 
 @dataclass(frozen=True)
@@ -100,91 +167,3 @@ class Packed:
             raise IndexError(index)
         with memoryview(self._data) as view:
             return marshal.loads(view[self._ends[index] : self._ends[index + 1]])
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises SourceFormatError when it is missing or broken."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SourceFormatError(f"expected {path}, which is not there; check --root and --split") from None
-    except ValueError as error:
-        raise SourceFormatError(f"{path}: not JSON ({error}); download it again") from error
-
-
-def read_json_lines(path: Path) -> Iterator[Any]:
-    """Yield the records of a file of one JSON value per line; raises SourceFormatError, naming the line."""
-    if not path.is_file():
-        raise SourceFormatError(f"expected {path}, which is not there; check --root and --split")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise SourceFormatError(f"{path}, line {number}: not JSON ({error})") from error
-
-
-def require(record: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """Value of a key that must be there with one of these types, else SourceFormatError; `where` = file and record."""
-    if not isinstance(record, dict) or key not in record:
-        got = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise SourceFormatError(f"{where}: expected key {key!r}, got {got or 'no key'}")
-    value = record[key]
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    # JSON's true and false are ints in Python, but never a count or a coordinate.
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise SourceFormatError(f"{where}: expected {key!r} to be {names}, got {str(value)[:80]!r}")
-    return value
-
-
-def clip_box(box: tuple[float, ...], width: int, height: int) -> tuple[float, float, float, float] | None:
-    """(x0, y0, x1, y1) cut to the image; None when nothing of it is left (a Reject, `empty-box`)."""
-    x0, y0, x1, y1 = box
-    x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    # Shards keep three decimals, so a thinner box would be empty in them.
-    return (x0, y0, x1, y1) if x1 - x0 >= 0.001 and y1 - y0 >= 0.001 else None
-
-
-def segmentation_to_rle(segmentation: Any, height: int, width: int) -> Rle:
-    """A COCO segmentation -> RLE of the whole object, counts as text.
-
-    Args:
-        segmentation: polygons [[x0, y0, x1, y1, ...], ...] (all parts are united; those of fewer than three points draw
-            nothing: `short_parts` counts them), RLE with text or listed counts (crowds), or a list of RLEs.
-        height: image height in pixels.
-        width: image width in pixels.
-
-    Returns:
-        RLE of size [height, width]; it may be empty (`rle_area` 0), which is the caller's Reject, `empty-mask`.
-
-    Raises:
-        ValueError: another form, or run lengths of another image size.
-    """
-    pieces = segmentation if isinstance(segmentation, list) else [segmentation]
-    if not pieces or not all(isinstance(piece, dict) for piece in pieces):
-        return masks.segmentation_to_rle(segmentation, height, width)
-    for piece in pieces:
-        counts, size = piece.get("counts"), list(piece.get("size", ()))
-        runs = sum(counts) if isinstance(counts, list) else height * width
-        if size != [height, width] or runs != height * width or not isinstance(counts, list | str | bytes):
-            raise ValueError(f"segmentation: expected run lengths of size {[height, width]}, got size {size}")
-    rles = [masks.segmentation_to_rle(piece, height, width) for piece in pieces]
-    return rles[0] if len(rles) == 1 else merge_rles(rles)
-
-
-def merge_rles(rles: list[Rle]) -> Rle:
-    """Union of masks of one size (several annotations that an expression names together)."""
-    merged = coco.merge(rles)
-    return {"size": list(merged["size"]), "counts": merged["counts"].decode()}
-
-
-def rle_area(rle: Rle) -> int:
-    """Pixels of a mask."""
-    return int(coco.area(rle))
-
-
-def short_parts(segmentation: Any) -> int:
-    """Polygons of fewer than three points in a COCO segmentation: each is a Reject, `short-polygon`."""
-    return sum(isinstance(p, list) and len(p) < 6 for p in segmentation) if isinstance(segmentation, list) else 0

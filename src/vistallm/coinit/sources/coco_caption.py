@@ -14,25 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.sources.base import (
-    Draft,
-    Packed,
-    Reject,
-    Source,
-    SourceFormatError,
-    SourceOptions,
-    read_json,
-    require,
-)
-from vistallm.coinit.sources.records import (
-    RecordSource,
-    check_split,
-    find_file,
-    image_file,
-    read_settings,
-    require_list,
-)
-from vistallm.schema import ImageInfo, Sample
+from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceImage, SourceOptions, first_file
+from vistallm.coinit.sources.records import Record, RecordSource, read_object
 
 _Captioned = tuple[int, str, tuple[int, int], list[str]]
 """image_id, the image's file, (width, height) or (0, 0) where the annotations do not say, and its captions."""
@@ -40,61 +23,51 @@ _Captioned = tuple[int, str, tuple[int, int], list[str]]
 
 def load_coco_caption(options: SourceOptions) -> Source:
     """COCO captions; splits train, val and (Karpathy only) test."""
-    settings = read_settings(options, annotations=("karpathy", "official"), year=("2014", "2017"))
+    settings = options.read_settings(annotations=("karpathy", "official"), year=("2014", "2017"))
+    training = options.split == "train"
     if settings["annotations"] == "official":
-        check_split(options, "train", "val")
-        name = f"captions_{options.split}{settings['year']}.json"
-        path = find_file(options.root, name, f"annotations/{name}")
-        records = _read_official(path, f"{options.split}{settings['year']}")
+        folder = options.check_split("train", "val") + settings["year"]
+        path = options.find_file(f"captions_{folder}.json", f"annotations/captions_{folder}.json")
+        records = iter(_read_official(path, folder))
     else:
-        check_split(options, "train", "val", "test")
-        path = find_file(options.root, "dataset_coco.json", "karpathy/dataset_coco.json")
-        records = _read_karpathy(path, ("train", "restval") if options.split == "train" else (options.split,))
-    folder = options.images or options.root
+        split = options.check_split("train", "val", "test")
+        path = options.find_file("dataset_coco.json", "karpathy/dataset_coco.json")
+        records = _read_karpathy(path, ("train", "restval") if training else (split,))
 
     def make(record: _Captioned, _: int) -> Iterator[Draft | Reject]:
         image_id, file, size, written = record
         captions = [caption for caption in written if caption]
         if not captions or len(captions) < len(written):
             yield Reject("empty-text", f"{path}, image {image_id}: a caption without a word, or none")
-        image = image_file(folder, file, file.rpartition("/")[2])
-        for place, caption in enumerate(captions if options.split == "train" else captions[:1]):
-            values: dict[str, Any] = {"caption": caption}
-            if options.split != "train":
-                values["answers"] = captions
-            key, meta = f"coco-caption-{options.split}-{image_id}-{place}", {"image_ids": [f"coco:{image_id}"]}
-            yield Draft(
-                Sample(key, "caption", "coco-caption", [ImageInfo("", *size)], fields=values, meta=meta), [image]
-            )
+        image_path = first_file(options.image_folder, file, file.rpartition("/")[2])
+        image = SourceImage(image_path, f"coco:{image_id}", *size)
+        for place, caption in enumerate(captions if training else captions[:1]):
+            fields: dict[str, Any] = {"caption": caption} if training else {"caption": caption, "answers": captions}
+            name = f"coco-caption-{options.split}-{image_id}-{place}"
+            yield image.draft(name, "caption", "coco-caption", fields=fields)
 
     return RecordSource(Packed(records), make)
 
 
 def _read_official(path: Path, folder: str) -> list[_Captioned]:
-    data, found = read_json(path), dict[int, _Captioned]()
-    for number, image in enumerate(require(data, "images", list, str(path))):
-        where = f"{path}, images {number}"
-        image_id = require(image, "id", int, where)
-        size = (int(image.get("width", 0)), int(image.get("height", 0)))
-        found[image_id] = (image_id, f"{folder}/{require(image, 'file_name', str, where)}", size, [])
-    for number, annotation in enumerate(require(data, "annotations", list, str(path))):
-        where = f"{path}, annotations {number}"
-        image_id = require(annotation, "image_id", int, where)
+    data, found = read_object(path), dict[int, _Captioned]()
+    for image in data.records("images"):
+        image_id = image.integer("id")
+        size = (int(image.data.get("width", 0)), int(image.data.get("height", 0)))
+        found[image_id] = (image_id, f"{folder}/{image.text('file_name')}", size, [])
+    for annotation in data.records("annotations"):
+        image_id = annotation.integer("image_id")
         if image_id not in found:
-            raise SourceFormatError(f"{where}: expected image_id of one of the images listed, got {image_id}")
-        found[image_id][3].append(_clean(require(annotation, "caption", str, where)))
+            raise annotation.fault(f"expected image_id of one of the images listed, got {image_id}")
+        found[image_id][3].append(_clean(annotation.text("caption")))
     return list(found.values())
 
 
-def _read_karpathy(path: Path, splits: tuple[str, ...]) -> list[_Captioned]:
-    data, found = read_json(path), []
-    for number, image in enumerate(require(data, "images", list, str(path))):
-        where = f"{path}, images {number}"
-        if require(image, "split", str, where) in splits:
-            file = f"{require(image, 'filepath', str, where)}/{require(image, 'filename', str, where)}"
-            captions = [_clean(require(s, "raw", str, where)) for s in require_list(image, "sentences", dict, where)]
-            found.append((require(image, "cocoid", int, where), file, (0, 0), captions))
-    return found
+def _read_karpathy(path: Path, splits: tuple[str, ...]) -> Iterator[_Captioned]:
+    for image in read_object(path).records("images"):
+        if image.text("split") in splits:
+            captions = [_clean(Record(s, image.where).text("raw")) for s in image.values("sentences", dict)]
+            yield image.integer("cocoid"), f"{image.text('filepath')}/{image.text('filename')}", (0, 0), captions
 
 
 def _clean(caption: str) -> str:

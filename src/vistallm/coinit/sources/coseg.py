@@ -17,17 +17,18 @@ order of name, with every image once (the last two groups are smaller where one 
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vistallm.coinit.leaks import is_training
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.records import RecordSource, read_settings
+from vistallm.coinit.sources.records import RecordSource
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import ImageInfo, Region, Sample
 
@@ -38,7 +39,7 @@ _EVALUATION_GROUP = 4
 def load_coseg(options: SourceOptions) -> Source:
     """Groups of images that share an object; `train` draws them, any other split name takes every image once."""
     layout = _read_layout(options)
-    folder = options.images or options.root
+    folder = options.image_folder
     classes: dict[str, list[Path]] = {}
     for path in sorted(folder.glob(layout["image_glob"])):
         classes.setdefault(path.parent.name, []).append(path)
@@ -53,15 +54,11 @@ def load_coseg(options: SourceOptions) -> Source:
         for name, paths in classes.items()
         for number, group in enumerate(_groups(paths, name, options))
     ]
-
-    def make(group: tuple[str, int, list[Path]], _: int) -> Iterator[Draft | Reject]:
-        yield _draft(options, layout, *group)
-
-    return RecordSource(groups, make)
+    return RecordSource(groups, lambda group, _: iter([_draft(options, layout, *group)]))
 
 
 def _read_layout(options: SourceOptions) -> dict[str, Any]:
-    settings = read_settings(options, layout="", classes="", **_LAYOUT)
+    settings = options.read_settings(layout="", classes="", **_LAYOUT)
     given: dict[str, Any] = {}
     if settings["layout"]:
         path = Path(settings["layout"])
@@ -126,7 +123,7 @@ def _fill(pattern: str, name: str, path: Path) -> str:
 
 def _read_mask(options: SourceOptions, layout: dict[str, Any], name: str, path: Path) -> np.ndarray | Reject:
     """The (H, W) bool mask of an image; the builder compares its size with the image's."""
-    pattern = layout["mask_glob"].replace("{class}", _escaped(name)).replace("{stem}", _escaped(path.stem))
+    pattern = layout["mask_glob"].replace("{class}", glob.escape(name)).replace("{stem}", glob.escape(path.stem))
     found = sorted(options.root.glob(pattern))
     if len(found) > 1:
         raise SourceFormatError(f"{path}: expected one mask {pattern}, got {found[0].name} and {found[1].name}")
@@ -135,16 +132,11 @@ def _read_mask(options: SourceOptions, layout: dict[str, Any], name: str, path: 
     try:
         with Image.open(found[0]) as file:
             pixels = np.asarray(file.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         return Reject("no-mask", f"{found[0]}: {error}")
     rule = layout["foreground"]
     mask = _foreground(pixels, str(rule[name]) if isinstance(rule, dict) and name in rule else rule, found[0])
     return mask if mask.any() else Reject("empty-mask", f"{found[0]}: no pixel is foreground by {rule!r}")
-
-
-def _escaped(text: str) -> str:
-    """A name as a glob pattern that matches it alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
 def _foreground(pixels: np.ndarray, rule: Any, path: Path) -> np.ndarray:

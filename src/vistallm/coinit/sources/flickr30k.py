@@ -12,82 +12,78 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions, clip_box
-from vistallm.coinit.sources.records import RecordSource, check_split, find_file, image_file, read_settings
-from vistallm.coinit.sources.visual_genome import chosen
-from vistallm.schema import ImageInfo, Region, Sample
+from vistallm.coinit.sources.base import (
+    Draft,
+    Reject,
+    Source,
+    SourceFormatError,
+    SourceImage,
+    SourceOptions,
+    chosen,
+    first_file,
+)
+from vistallm.coinit.sources.records import RecordSource
+from vistallm.coinit.sources.shapes import clip_box
+from vistallm.schema import Region
 
 Box = tuple[float, float, float, float]
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/[\w-]+)+ ([^\]]+)\]")
 _BEFORE_MARK = re.compile(r" (?=[.,;:!?](?: |$))")
 
 
-@dataclass(frozen=True)
-class _Image:
-    """Where an image's captions come from, and its boxes: (x0, y0, x1, y1) in pixels, by phrase id."""
+@dataclass
+class _Annotation:
+    """An image's size, its boxes (x0, y0, x1, y1) in pixels, cut to it, and which of them each phrase id names."""
 
-    image_id: str
-    path: Path
     width: int
     height: int
-    boxes: list[Box]
-    of_phrase: dict[str, list[int]]
+    boxes: list[Box] = field(default_factory=list)
+    of_phrase: dict[str, list[int]] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
 
 
 def load_flickr30k(options: SourceOptions) -> Source:
     """Grounded captions and phrases; splits train, val, test."""
-    check_split(options, "train", "val", "test")
-    default = "flickr" if options.split == "train" else "flickr,grec"
-    tasks = chosen(read_settings(options, tasks=default), "tasks", "flickr", "grec")
-    ids = find_file(options.root, f"{options.split}.txt").read_text(encoding="utf-8").split()
+    split = options.check_split("train", "val", "test")
+    default = "flickr" if split == "train" else "flickr,grec"
+    tasks = chosen(options.read_settings(tasks=default), "tasks", "flickr", "grec")
+    ids = options.find_file(f"{split}.txt").read_text(encoding="utf-8").split()
+    folder = options.images or options.root / "flickr30k-images"
 
     def make(image_id: str, _: int) -> Iterator[Draft | Reject]:
-        annotation = options.root / "Annotations" / f"{image_id}.xml"
-        sentences = options.root / "Sentences" / f"{image_id}.txt"
-        if missing := [path for path in (annotation, sentences) if not path.is_file()]:
-            raise SourceFormatError(
-                f"{options.split}.txt, record {image_id}: expected {missing[0]}, found no such file"
-            )
-        folder = options.images or options.root / "flickr30k-images"
-        path = image_file(folder, f"{image_id}.jpg", f"flickr30k-images/{image_id}.jpg")
-        image, rejects = _read_annotation(annotation, image_id, path)
-        yield from rejects
-        for line, sentence in enumerate(sentences.read_text(encoding="utf-8").splitlines()):
-            if sentence.strip():
-                yield from _samples(options.split, tasks, image, line, sentence)
+        files = [options.root / name for name in (f"Annotations/{image_id}.xml", f"Sentences/{image_id}.txt")]
+        if missing := [path for path in files if not path.is_file()]:
+            raise SourceFormatError(f"{split}.txt, record {image_id}: expected {missing[0]}, found no such file")
+        found = _read_annotation(files[0])
+        yield from found.rejects
+        path = first_file(folder, f"{image_id}.jpg", f"flickr30k-images/{image_id}.jpg")
+        image = SourceImage(path, f"flickr30k:{image_id}", found.width, found.height)
+        for line, sentence in enumerate(files[1].read_text(encoding="utf-8").splitlines()):
+            if not sentence.strip():
+                continue
+            where = f"Sentences/{image_id}.txt, line {line + 1}"
+            caption, used, phrases = _write_caption(sentence, found.of_phrase, where)
+            if not used:
+                yield Reject("no-box", f"{where}: none of its phrases has a box")
+                continue
+            texts: list[tuple[str, str, dict[str, str], list[int]]] = [
+                ("flickr", f"{line}", {"caption": caption}, used)
+            ]
+            texts += [("grec", f"{line}-{i}", {"expr": phrase}, boxes) for i, (phrase, boxes) in enumerate(phrases)]
+            for task, name, fields, boxes in texts:
+                if task in tasks:
+                    yield image.draft(
+                        f"flickr30k-{split}-{image_id}-{name}",
+                        task,
+                        "flickr30k",
+                        fields={**fields, "targets": list(range(len(boxes)))},
+                        regions=[Region(0, "box", i, box=found.boxes[box]) for i, box in enumerate(boxes)],
+                    )
 
     return RecordSource(ids, make)
-
-
-def _samples(split: str, tasks: list[str], image: _Image, line: int, sentence: str) -> Iterator[Draft | Reject]:
-    where = f"Sentences/{image.image_id}.txt, line {line + 1}"
-    caption, used, phrases = _write_caption(sentence, image.of_phrase, where)
-    if not used:
-        yield Reject("no-box", f"{where}: none of its phrases has a box")
-        return
-
-    def draft(task: str, name: str, fields: dict[str, Any], numbers: list[int]) -> Draft:
-        regions = [Region(0, "box", i, box=image.boxes[number]) for i, number in enumerate(numbers)]
-        sample = Sample(
-            id=f"flickr30k-{split}-{image.image_id}-{name}",
-            task=task,
-            source="flickr30k",
-            images=[ImageInfo("", image.width, image.height)],
-            fields={**fields, "targets": list(range(len(regions)))},
-            regions=regions,
-            meta={"image_ids": [f"flickr30k:{image.image_id}"]},
-        )
-        return Draft(sample, [image.path])
-
-    if "flickr" in tasks:
-        yield draft("flickr", str(line), {"caption": caption}, used)
-    if "grec" in tasks:
-        for place, (phrase, numbers) in enumerate(phrases):
-            yield draft("grec", f"{line}-{place}", {"expr": phrase}, numbers)
 
 
 def _write_caption(
@@ -111,25 +107,8 @@ def _write_caption(
     return _BEFORE_MARK.sub("", caption), list(used), phrases
 
 
-def _read_annotation(path: Path, image_id: str, image: Path) -> tuple[_Image, list[Reject]]:
-    """The image with its boxes cut to it, and a reject for every box of which nothing is left."""
-    (width, height), entries = _read_boxes(path)
-    rejects: list[Reject] = []
-    boxes: list[Box] = []
-    of_phrase: dict[str, list[int]] = {}
-    for number, (box, names) in enumerate(entries):
-        cut = clip_box(box, width, height)
-        if cut is None:
-            rejects.append(Reject("empty-box", f"{path}, box {number}: nothing of {box} is in the image"))
-            continue
-        for name in names:
-            of_phrase.setdefault(name, []).append(len(boxes))
-        boxes.append(cut)
-    return _Image(image_id, image, width, height, boxes, of_phrase), rejects
-
-
-def _read_boxes(path: Path) -> tuple[tuple[int, int], list[tuple[Box, list[str]]]]:
-    """Image size, and each object's box with the phrase ids that name it.
+def _read_annotation(path: Path) -> _Annotation:
+    """Read an XML file; a box of which nothing is in the image is a reject.
 
     The file counts pixels from 1 and includes the last one: pixels 2 to 90 span the edges 1 to 90.
     """
@@ -137,8 +116,7 @@ def _read_boxes(path: Path) -> tuple[tuple[int, int], list[tuple[Box, list[str]]
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
         raise SourceFormatError(f"{path}: not XML ({error}); download it again") from error
-    size = (int(_number(root, "size/width", path)), int(_number(root, "size/height", path)))
-    boxes = []
+    found = _Annotation(int(_number(root, "size/width", path)), int(_number(root, "size/height", path)))
     for place, entry in enumerate(root.findall("object")):
         names = [name.text or "" for name in entry.findall("name")]
         if not names:
@@ -148,8 +126,15 @@ def _read_boxes(path: Path) -> tuple[tuple[int, int], list[tuple[Box, list[str]]
                 raise SourceFormatError(f"{path}, object {place}: expected <bndbox>, <scene> or <nobndbox>, found none")
             continue
         x0, y0, x1, y1 = (_number(entry, f"bndbox/{name}", path) for name in ("xmin", "ymin", "xmax", "ymax"))
-        boxes.append(((x0 - 1, y0 - 1, x1, y1), names))
-    return size, boxes
+        box = (x0 - 1, y0 - 1, x1, y1)
+        cut = clip_box(box, found.width, found.height)
+        if cut is None:
+            found.rejects.append(Reject("empty-box", f"{path}, object {place}: nothing of {box} is in the image"))
+            continue
+        for name in names:
+            found.of_phrase.setdefault(name, []).append(len(found.boxes))
+        found.boxes.append(cut)
+    return found
 
 
 def _number(entry: ElementTree.Element, name: str, path: Path) -> float:

@@ -10,22 +10,16 @@ import json
 import mmap
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import cv2
 import numpy as np
 
 from vistallm.coinit.images import image_size
-from vistallm.coinit.sources.base import (
-    Draft,
-    Reject,
-    SourceFormatError,
-    SourceOptions,
-    clip_box,
-    require,
-    rle_area,
-    segmentation_to_rle,
-)
+from vistallm.coinit.sources.base import Draft, Reject, SourceOptions
+from vistallm.coinit.sources.records import Record
+from vistallm.coinit.sources.shapes import clip_box, rle_area, segmentation_to_rle
 from vistallm.coinit.tasks import TASKS
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import REGION_KINDS, ImageInfo, Region, Sample
@@ -33,7 +27,6 @@ from vistallm.schema import REGION_KINDS, ImageInfo, Region, Sample
 _KEYS = ("id", "task", "images", "image_ids", "fields", "regions", "instruction", "answer", "meta")
 _SHAPES = {"box": "box", "point": "point", "rle": "mask", "polygons": "mask", "mask": "mask"}  # key -> kind
 _REGION_KEYS = ("image", "object", "kind", *_SHAPES)
-_Size = tuple[int, int]
 
 
 def load_jsonl(options: SourceOptions) -> JsonLines:
@@ -66,78 +59,79 @@ class JsonLines:
 
     def unit(self, index: int) -> Iterator[Draft | Reject]:
         """The sample of a line, or why it is left out; raises SourceFormatError when it is not as documented."""
-        where = f"{self.path}, line {self.numbers[index]}"
+        line = Record(None, f"{self.path}, line {self.numbers[index]}")
         try:
-            record = json.loads(self.data[self.starts[index] : self.ends[index]])
+            value = json.loads(self.data[self.starts[index] : self.ends[index]])
         except ValueError as error:
-            raise SourceFormatError(f"{where}: not JSON ({error})") from error
-        yield self._draft(record, where)
+            raise line.fault(f"not JSON ({error})") from error
+        yield self._draft(replace(line, data=value))
 
-    def _draft(self, record: Any, where: str) -> Draft | Reject:
-        values = {key: require(record, key, str, where) for key in ("id", "task")}
-        _check_keys(record, _KEYS, where)
-        if values["task"] not in TASKS:
-            raise SourceFormatError(f"{where}: expected a task of {', '.join(TASKS)}; got {values['task']!r}")
-        names = _optional(record, "images", list, where) or []
+    def _draft(self, line: Record) -> Draft | Reject:
+        name, task = line.text("id"), line.text("task")
+        _check_keys(line, _KEYS)
+        if task not in TASKS:
+            raise line.fault(f"expected a task of {', '.join(TASKS)}; got {task!r}")
+        names = line.optional("images", list) or []
         if not names or not all(isinstance(name, str) for name in names):
-            raise SourceFormatError(f"{where}: expected 'images' to list at least one path, got {str(names)[:80]}")
-        ids = _optional(record, "image_ids", list, where) or [f"jsonl:{name}" for name in names]
+            raise line.fault(f"expected 'images' to list at least one path, got {str(names)[:80]}")
+        ids = line.optional("image_ids", list) or [f"jsonl:{name}" for name in names]
         if len(ids) != len(names):
-            raise SourceFormatError(f"{where}: expected an entry in 'image_ids' per image, got {len(ids)}")
-        paths = [(self.options.images or self.options.root) / name for name in names]
-        shapes = _optional(record, "regions", list, where) or []
+            raise line.fault(f"expected an entry in 'image_ids' per image, got {len(ids)}")
+        paths = [self.options.image_folder / name for name in names]
+        shapes = list(line.records("regions", "region")) if line.optional("regions", list) else []
         try:
             sizes = [image_size(path) if shapes else (0, 0) for path in paths]
         except OSError as error:
-            return Reject("missing-image", f"{where}: {error}")
+            return Reject("missing-image", f"{line.where}: {error}")
         except ValueError as error:
-            return Reject("broken-image", f"{where}: {error}")
-        regions = [self._region(shape, i, sizes, f"{where}, region {i}") for i, shape in enumerate(shapes)]
-        for region in regions:
+            return Reject("broken-image", f"{line.where}: {error}")
+        regions: list[Region] = []
+        for number, shape in enumerate(shapes):
+            region = self._region(shape, number, sizes)
             if isinstance(region, Reject):
                 return region
+            regions.append(region)
         sample = Sample(
-            f"jsonl-{self.options.split}-{values['id']}",
-            values["task"],
+            f"jsonl-{self.options.split}-{name}",
+            task,
             "jsonl",
             [ImageInfo("", *size) for size in sizes],
-            instruction=_optional(record, "instruction", str, where),
-            answer=_optional(record, "answer", str, where),
-            fields=_optional(record, "fields", dict, where) or {},
-            regions=[region for region in regions if isinstance(region, Region)],
-            meta={**(_optional(record, "meta", dict, where) or {}), "image_ids": [str(name) for name in ids]},
+            instruction=line.optional("instruction", str),
+            answer=line.optional("answer", str),
+            fields=line.optional("fields", dict) or {},
+            regions=regions,
+            meta={**(line.optional("meta", dict) or {}), "image_ids": [str(image_id) for image_id in ids]},
         )
         return Draft(sample, paths)
 
-    def _region(self, shape: Any, number: int, sizes: list[_Size], where: str) -> Region | Reject:
+    def _region(self, shape: Record, number: int, sizes: list[tuple[int, int]]) -> Region | Reject:
         """A region of a line: given by one or several of _SHAPES, in pixels of its image."""
-        _check_keys(shape, _REGION_KEYS, where)
-        image = int(shape.get("image", 0))
+        _check_keys(shape, _REGION_KEYS)
+        data = shape.data
+        image = int(data.get("image", 0))
         if not 0 <= image < len(sizes):
-            raise SourceFormatError(f"{where}: expected 'image' from 0 to {len(sizes) - 1}, got {image}")
-        given = [key for key in _SHAPES if key in shape]
+            raise shape.fault(f"expected 'image' from 0 to {len(sizes) - 1}, got {image}")
+        given = [key for key in _SHAPES if key in data]
         if not given:
-            raise SourceFormatError(f"{where}: expected one of {', '.join(_SHAPES)}, got {', '.join(shape)}")
-        kind = shape.get("kind", _SHAPES[given[-1]])
+            raise shape.fault(f"expected one of {', '.join(_SHAPES)}, got {', '.join(data)}")
+        kind = data.get("kind", _SHAPES[given[-1]])
         if kind not in REGION_KINDS or kind not in {_SHAPES[key] for key in given}:
-            raise SourceFormatError(
-                f"{where}: expected a 'kind' that the region gives ({', '.join(given)}), got {kind!r}"
-            )
-        region = Region(image, kind, int(shape.get("object", number)))
+            raise shape.fault(f"expected a 'kind' that the region gives ({', '.join(given)}), got {kind!r}")
+        region = Region(image, kind, int(data.get("object", number)))
         width, height = sizes[image]
         try:
             if "box" in given:
-                region.box = clip_box(_numbers(shape["box"], 4), width, height)
+                region.box = clip_box(_numbers(data["box"], 4), width, height)
             if "point" in given:
-                x, y = _numbers(shape["point"], 2)
+                x, y = _numbers(data["point"], 2)
                 region.point = (min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height)))
-            region.rle = self._mask(shape, height, width)
+            region.rle = self._mask(data, height, width)
         except (TypeError, ValueError) as error:
-            raise SourceFormatError(f"{where}: {error}") from error
+            raise shape.fault(str(error)) from error
         if "box" in given and region.box is None:
-            return Reject("empty-box", f"{where}: {shape['box']} has no area in {width} x {height}")
+            return Reject("empty-box", f"{shape.where}: {data['box']} has no area in {width} x {height}")
         if region.rle is not None and not rle_area(region.rle):
-            return Reject("empty-mask", where)
+            return Reject("empty-mask", shape.where)
         return region
 
     def _mask(self, shape: dict[str, Any], height: int, width: int) -> dict[str, Any] | None:
@@ -153,14 +147,11 @@ class JsonLines:
         return mask_to_rle(pixels if pixels.ndim == 2 else np.asarray(pixels[:, :, :3].any(2)))
 
 
-def _check_keys(record: Any, known: tuple[str, ...], where: str) -> None:
-    if not isinstance(record, dict) or set(record) - set(known):
-        got = ", ".join(sorted(set(record) - set(known))) if isinstance(record, dict) else str(record)[:80]
-        raise SourceFormatError(f"{where}: expected keys of {', '.join(known)}; got {got}")
-
-
-def _optional(record: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    return None if record.get(key) is None else require(record, key, kind, where)
+def _check_keys(record: Record, known: tuple[str, ...]) -> None:
+    if not isinstance(record.data, dict):
+        raise record.fault(f"expected keys of {', '.join(known)}; got {str(record.data)[:80]}")
+    if unknown := sorted(set(record.data) - set(known)):
+        raise record.fault(f"expected keys of {', '.join(known)}; got {', '.join(unknown)}")
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...]:

@@ -13,19 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions, require
-from vistallm.coinit.sources.records import (
-    RecordSource,
-    check_split,
-    find_file,
-    image_file,
-    read_list,
-    read_settings,
-    require_list,
-)
-from vistallm.schema import ImageInfo, Sample
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceImage, SourceOptions, first_file
+from vistallm.coinit.sources.records import Record, file_source, read_list
+
+# where a bare COCO name may be: the 2017 sets are the 2014 ones under new names
+_COCO_PLACES = ("train2017/", "train2014/COCO_train2014_", "COCO_train2014_", "val2014/COCO_val2014_", "COCO_val2014_")
 
 
 def load_llava_instruct(options: SourceOptions) -> Source:
@@ -39,49 +32,47 @@ def load_llava_pretrain(options: SourceOptions) -> Source:
 
 
 def _load(source: str, file: str, options: SourceOptions) -> Source:
-    settings = read_settings(options, file=file)
-    check_split(options, "train")
-    path = find_file(options.root, settings["file"])
-    folder = options.images or options.root
+    settings = options.read_settings(file=file)
+    options.check_split("train")
+    path = options.find_file(settings["file"])
 
-    def make(record: Any, number: int) -> Iterator[Draft | Reject]:
-        where = f"{path}, record {number}"
-        if isinstance(record, dict) and not record.get("image"):
-            yield Reject("no-image", f"{where}: a conversation without an image")
+    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
+        if isinstance(record.data, dict) and not record.data.get("image"):
+            yield Reject("no-image", f"{record.where}: a conversation without an image")
             return
-        image = require(record, "image", str, where)
-        turns = [_turn(turn, where) for turn in require_list(record, "conversations", dict, where)]
+        image = record.text("image")
+        turns = [_turn(Record(turn, record.where)) for turn in record.values("conversations", dict)]
         if problem := _problem(turns):
-            yield Reject(problem, f"{where}: the conversation has turns {turns!r:.200}")
+            yield Reject(problem, f"{record.where}: the conversation has turns {turns!r:.200}")
             return
         texts = [text for _, text in turns]
         rounds = [list(pair) for pair in zip(texts[0::2], texts[1::2], strict=True)]
         instruction, answer = rounds.pop()
-        name = f"{source}-{options.split}-{number}-{require(record, 'id', (str, int), where)}"
-        sample = Sample(name, "instruct", source, [ImageInfo("", 0, 0)], instruction, answer=answer)
-        sample.fields = {"rounds": rounds} if rounds else {}
-        sample.meta = {"image_ids": [_image_id(image)]}
+        places = _COCO_PLACES if "/" not in image else ()
         bare = PurePosixPath(image).name
-        yield Draft(sample, [image_file(folder, image, *(f"{p}{bare}" for p in _COCO_PLACES if "/" not in image))])
+        found = first_file(options.image_folder, image, *(f"{place}{bare}" for place in places))
+        yield SourceImage(found, _image_id(image)).draft(
+            f"{source}-train-{number}-{record.require('id', str, int)}",
+            "instruct",
+            source,
+            instruction=instruction,
+            answer=answer,
+            fields={"rounds": rounds} if rounds else {},
+        )
 
-    return RecordSource(Packed(read_list(path)), make)
+    return file_source(path, read_list(path), make)
 
 
-# where a bare COCO name may be: the 2017 sets are the 2014 ones under new names
-_COCO_PLACES = ("train2017/", "train2014/COCO_train2014_", "COCO_train2014_", "val2014/COCO_val2014_", "COCO_val2014_")
-
-
-def _turn(turn: dict[str, Any], where: str) -> tuple[str, str]:
-    speaker = require(turn, "from", str, where)
+def _turn(turn: Record) -> tuple[str, str]:
+    speaker = turn.text("from")
     if speaker not in ("human", "gpt"):
-        raise SourceFormatError(f"{where}: expected 'from' human or gpt, got {speaker!r}")
-    return speaker, re.sub(r"\s*<image>\s*", " ", require(turn, "value", str, where)).strip()
+        raise turn.fault(f"expected 'from' human or gpt, got {speaker!r}")
+    return speaker, re.sub(r"\s*<image>\s*", " ", turn.text("value")).strip()
 
 
 def _problem(turns: list[tuple[str, str]]) -> str | None:
     """Why a conversation can't be used, as a reject's reason, or None."""
-    speakers = [speaker for speaker, _ in turns]
-    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
+    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         return "turn-order"
     if not all(text for _, text in turns):
         return "empty-text"

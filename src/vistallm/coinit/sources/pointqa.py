@@ -14,23 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from vistallm.coinit.sources.base import (
-    Draft,
-    Packed,
-    Reject,
-    Source,
-    SourceFormatError,
-    SourceOptions,
-    clip_box,
-    read_json,
-    require,
-)
-from vistallm.coinit.sources.records import RecordSource, check_split, find_file, read_list, read_settings
-from vistallm.coinit.sources.visual_genome import NUMBER, GenomeImage, chosen, image_at, read_images
-from vistallm.schema import ImageInfo, Region, Sample
+from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceImage, SourceOptions, chosen
+from vistallm.coinit.sources.records import Record, RecordSource, read_list, read_object
+from vistallm.coinit.sources.shapes import clip_box
+from vistallm.coinit.sources.visual_genome import image_at, read_images
+from vistallm.schema import Region
 
 _ASKS = ("object", "super", "general")
 _TASKS = {"point": "pointqa", "box": "boxqa"}
@@ -44,27 +35,23 @@ class _Question:
     text: str
     answer: str
     box: tuple[float, ...]
-    point: tuple[float, float]
+    point: tuple[float, ...]
     asks: str | None = None
 
 
 def load_pointqa_local(options: SourceOptions) -> Source:
     """Questions whose answer is at the point; splits train, val, testdev, testfinal."""
-    check_split(options, "train", "val", "testdev", "testfinal")
-    settings = read_settings(options, forms="point,box", image_data="")
+    options.check_split("train", "val", "testdev", "testfinal")
+    settings = options.read_settings(forms="point,box", image_data="")
     return _load("pointqa-local", "localqa", options, settings, _local_questions)
 
 
 def load_pointqa_looktwice(options: SourceOptions) -> Source:
     """Questions that begin at the point and count over the image; splits train, val, test."""
-    check_split(options, "train", "val", "test")
-    settings = read_settings(options, forms="point,box", asks=",".join(_ASKS), image_data="")
+    options.check_split("train", "val", "test")
+    settings = options.read_settings(forms="point,box", asks=",".join(_ASKS), image_data="")
     asks = chosen(settings, "asks", *_ASKS)
-
-    def read(record: Any, number: int, where: str) -> Iterator[_Question]:
-        return _look_twice_questions(record, number, where, asks)
-
-    return _load("pointqa-looktwice", "looktwiceqa", options, settings, read)
+    return _load("pointqa-looktwice", "looktwiceqa", options, settings, partial(_look_twice_questions, asks))
 
 
 def _load(
@@ -72,48 +59,34 @@ def _load(
     stem: str,
     options: SourceOptions,
     settings: dict[str, str],
-    read: Callable[[Any, int, str], Iterator[_Question]],
+    read: Callable[[Record, int], Iterator[_Question]],
 ) -> Source:
-    path = find_file(options.root, f"{stem}_dataset.json")
-    ids = read_list(find_file(options.root, f"{stem}_{options.split}_imgs.json"))
+    path = options.find_file(f"{stem}_dataset.json")
+    ids = read_list(options.find_file(f"{stem}_{options.split}_imgs.json"))
     images, forms = read_images(options, settings["image_data"]), chosen(settings, "forms", *_TASKS)
-    records = read_json(path)
-    packed = Packed((str(image_id), require(records, str(image_id), list, str(path))) for image_id in ids)
-    folder = options.images or options.root
+    data = read_object(path)
 
     def make(item: tuple[str, list[Any]], _: int) -> Iterator[Draft | Reject]:
         image_id, entries = item
-        image = image_at(images, int(image_id), str(path))
+        image = image_at(images, int(image_id), str(path)).find(options.image_folder)
         for number, entry in enumerate(entries):
-            where = f"{path}, record {image_id}, question {number}"
-            for question in read(entry, number, where):
+            record = Record(entry, f"{path}, record {image_id}, question {number}")
+            for question in read(record, number):
                 for form in forms:
-                    yield _draft(f"{source}-{options.split}", question, form, image, where, folder)
+                    region = _region(form, question, image, record.where)
+                    if isinstance(region, Reject):
+                        yield region
+                        continue
+                    yield image.draft(
+                        f"{source}-{options.split}-{image_id}-{question.name}-{form}",
+                        _TASKS[form],
+                        source,
+                        {} if question.asks is None else {"asks": question.asks},
+                        fields={"question": place_region(question.text), "answer": question.answer},
+                        regions=[region],
+                    )
 
-    return RecordSource(packed, make)
-
-
-def _draft(prefix: str, question: _Question, form: str, image: GenomeImage, where: str, folder: Path) -> Draft | Reject:
-    x, y, width, height = question.box
-    box, (px, py) = clip_box((x, y, x + width, y + height), image.width, image.height), question.point
-    if not (0 <= px <= image.width and 0 <= py <= image.height):
-        return Reject("point-outside", f"{where}: {question.point} is not in the image, {image.width} x {image.height}")
-    if box is None:
-        return Reject("empty-box", f"{where}: nothing of {question.box} is in the image")
-    meta: dict[str, Any] = {"image_ids": [image.key]}
-    if question.asks is not None:
-        meta["asks"] = question.asks
-    region = Region(0, "point", point=(px, py)) if form == "point" else Region(0, "box", box=box)
-    sample = Sample(
-        id=f"{prefix}-{image.image_id}-{question.name}-{form}",
-        task=_TASKS[form],
-        source=prefix.rpartition("-")[0],
-        images=[ImageInfo("", image.width, image.height)],
-        fields={"question": place_region(question.text), "answer": question.answer},
-        regions=[region],
-        meta=meta,
-    )
-    return Draft(sample, [image.path(folder)])
+    return RecordSource(Packed((str(image_id), data.require(str(image_id), list)) for image_id in ids), make)
 
 
 def place_region(question: str) -> str:
@@ -129,43 +102,51 @@ def place_region(question: str) -> str:
     return f"{text} {{regions:0}}{'?' if head.endswith('?') else ''}"
 
 
-def _local_questions(record: Any, number: int, where: str) -> Iterator[_Question]:
-    question = require(record, "question", str, where)
-    objects, points = require(record, "all_objs", list, where), require(record, "points", list, where)
+def _local_questions(record: Record, number: int) -> Iterator[_Question]:
+    question = record.text("question")
+    objects, points = record.require("all_objs", list), list(record.records("points", "object"))
     if len(objects) != len(points):
-        raise SourceFormatError(
-            f"{where}: expected as many points as all_objs, got {len(points)} and {len(objects)}; "
+        raise record.fault(
+            f"expected as many points as all_objs, got {len(points)} and {len(objects)}; "
             "each point belongs to the object of the same place"
         )
-    for place, (entry, point) in enumerate(zip(objects, points, strict=True)):
-        here = f"{where}, object {place}"
-        box, middle = _read_place(entry, point, here)
+    for place, (box, point) in enumerate(zip(objects, points, strict=True)):
         # `all_ans` is the set of the answers, in any order: only a point's own `ans` belongs to its object.
-        yield _Question(f"{number}-{place}", question, require(point, "ans", str, here), box, middle)
+        yield _Question(f"{number}-{place}", question, point.text("ans"), *_read_place(box, point))
 
 
-def _look_twice_questions(record: Any, number: int, where: str, asks: list[str]) -> Iterator[_Question]:
-    box, point = _read_place(require(record, "bbox", object, where), require(record, "point", dict, where), where)
-    answer = require(record, "ans", object, where)
-    if isinstance(answer, bool) or not str(answer).strip().isdigit():
-        raise SourceFormatError(f"{where}: expected key 'ans' as a number, got {answer!r}")
+def _look_twice_questions(asks: list[str], record: Record, number: int) -> Iterator[_Question]:
+    place = _read_place(record.require("bbox", object), Record(record.require("point", dict), record.where))
+    answer = str(record.require("ans", object)).strip()
+    if not answer.isdigit():
+        raise record.fault(f"expected key 'ans' as a number, got {answer!r}")
     for kind in asks:
-        text = require(record, "obj_question" if kind == "object" else f"{kind}_question", str, where)
-        yield _Question(f"{number}-{kind}", text, str(answer).strip(), box, point, kind)
+        text = record.text("obj_question" if kind == "object" else f"{kind}_question")
+        yield _Question(f"{number}-{kind}", text, answer, *place, kind)
 
 
-def _read_place(box: Any, point: Any, where: str) -> tuple[tuple[float, ...], tuple[float, float]]:
+def _read_place(box: Any, point: Record) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Box (x, y, width, height) and the point in it, pixels; raises SourceFormatError when they do not fit together."""
-    px, py = (require(point, key, NUMBER, where) for key in ("x", "y"))
+    px, py = point.numbers("x", "y")
     listed = isinstance(box, list)
     if listed and (len(box) != 4 or not all(isinstance(value, int | float) for value in box)):
-        raise SourceFormatError(f"{where}: expected a box of four numbers [x, y, w, h], got {box!r}")
-    x, y, w, h = box if listed else (require(box, key, NUMBER, where) for key in ("x", "y", "w", "h"))
+        raise point.fault(f"expected a box of four numbers [x, y, w, h], got {box!r}")
+    x, y, w, h = box if listed else Record(box, point.where).numbers("x", "y", "w", "h")
     # A point is the rounded middle of its box. [x0, y0, x1, y1] read as [x, y, w, h] would have another one.
     slack_x, slack_y = (1.5, 1.5) if listed else (w / 2 + 1, h / 2 + 1)
     if abs(x + w / 2 - px) > slack_x or abs(y + h / 2 - py) > slack_y:
-        raise SourceFormatError(
-            f"{where}: expected the point {'in the middle of' if listed else 'in'} the box [x, y, w, h], "
-            f"got point {(px, py)} and box {[x, y, w, h]}"
+        place = "in the middle of" if listed else "in"
+        raise point.fault(
+            f"expected the point {place} the box [x, y, w, h], got point {(px, py)} and box {[x, y, w, h]}"
         )
     return (x, y, w, h), (px, py)
+
+
+def _region(form: str, question: _Question, image: SourceImage, where: str) -> Region | Reject:
+    x, y, width, height = question.box
+    box, (px, py) = clip_box((x, y, x + width, y + height), image.width, image.height), question.point
+    if not (0 <= px <= image.width and 0 <= py <= image.height):
+        return Reject("point-outside", f"{where}: {question.point} is not in the image, {image.width} x {image.height}")
+    if box is None:
+        return Reject("empty-box", f"{where}: nothing of {question.box} is in the image")
+    return Region(0, "point", point=(px, py)) if form == "point" else Region(0, "box", box=box)

@@ -1,17 +1,72 @@
-"""What sources of recorded annotations share: their settings and files in, records and `RecordSource` out.
-
-A `RecordSource` is a sequence of records and a pure function that makes the samples of one of them.
-"""
+"""Annotation files -> `Record`s, whose values are read by key with their types checked, and sources of records."""
 
 from __future__ import annotations
 
+import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions, read_json, require
+from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON object; `where` names file and place ("refs(unc).p, record 3") and begins every message.
+
+    Every method raises SourceFormatError when a value is missing or of another type.
+    """
+
+    data: Any
+    where: str
+
+    def require(self, key: str, *kinds: type) -> Any:
+        """The value of a key, of one of these types."""
+        if not isinstance(self.data, dict) or key not in self.data:
+            got = ", ".join(map(str, self.data)) if isinstance(self.data, dict) else type(self.data).__name__
+            raise self.fault(f"expected key {key!r}, got {got or 'no key'}")
+        value = self.data[key]
+        # JSON's true and false are ints in Python, but never a count or a coordinate.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise self.fault(f"expected {key!r} to be {names}, got {str(value)[:80]!r}")
+        return value
+
+    def optional(self, key: str, *kinds: type) -> Any:
+        """Like `require`, but None when the key is not there or null."""
+        if isinstance(self.data, dict) and self.data.get(key) is None:
+            return None
+        return self.require(key, *kinds)
+
+    def text(self, key: str) -> str:
+        """A text."""
+        return self.require(key, str)
+
+    def integer(self, key: str) -> int:
+        """A whole number."""
+        return self.require(key, int)
+
+    def numbers(self, *keys: str) -> tuple[float, ...]:
+        """The numbers of several keys."""
+        return tuple(self.require(key, int, float) for key in keys)
+
+    def values(self, key: str, *kinds: type) -> list[Any]:
+        """A list of values of these types."""
+        return [
+            Record({key: value}, f"{self.where}, each of {key!r}").require(key, *kinds)
+            for value in self.require(key, list)
+        ]
+
+    def records(self, key: str, name: str = "") -> Iterator[Record]:
+        """The objects of a list; `name` is one of them in messages (default: the key)."""
+        for number, entry in enumerate(self.require(key, list)):
+            yield Record(entry, f"{self.where}, {name or key} {number}")
+
+    def fault(self, text: str) -> SourceFormatError:
+        """The error to raise for something else that is not as documented."""
+        return SourceFormatError(f"{self.where}: {text}")
 
 
 @dataclass(frozen=True)
@@ -29,56 +84,42 @@ class RecordSource:
         return self.make(self.records[index], index)
 
 
-def read_settings(options: SourceOptions, **known: str | tuple[str, ...]) -> dict[str, str]:
-    """The `--set key=value` of a build: the value given or the default of every known key.
-
-    Args:
-        options: with the settings of the command line.
-        known: key -> its default (any text is allowed) or the values allowed, the default first.
-
-    Raises:
-        ValueError: for an unknown key or a value that is not allowed.
-    """
-    if unknown := set(options.settings) - set(known):
-        raise ValueError(f"--set {min(unknown)}: this source knows {', '.join(known) or 'no setting'}")
-    values = {}
-    for key, allowed in known.items():
-        choices = (allowed,) if isinstance(allowed, str) else allowed
-        values[key] = options.settings.get(key, choices[0])
-        if not isinstance(allowed, str) and values[key] not in allowed:
-            raise ValueError(f"--set {key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
-    return values
+def file_source(
+    path: Path, values: Iterable[Any], make: Callable[[Record, int], Iterator[Draft | Reject]]
+) -> RecordSource:
+    """The source of a file's values, a unit each, which `make` gets as `Record`s."""
+    return RecordSource(Packed(values), lambda value, number: make(Record(value, f"{path}, record {number}"), number))
 
 
-def check_split(options: SourceOptions, *splits: str) -> str:
-    """The split asked for; raises ValueError naming those that the source has."""
-    if options.split not in splits:
-        raise ValueError(f"--split: expected one of {', '.join(splits)}, got {options.split!r}")
-    return options.split
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises SourceFormatError when it is missing or broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise SourceFormatError(f"expected {path}, which is not there; check --root and --split") from None
+    except ValueError as error:
+        raise SourceFormatError(f"{path}: not JSON ({error}); download it again") from error
 
 
-def find_file(root: Path, *names: str) -> Path:
-    """The first of the named files that is in `root`; raises ValueError naming all when none is."""
-    for name in names:
-        if (root / name).is_file():
-            return root / name
-    raise ValueError(f"{root}: expected {' or '.join(names)}, found neither; give the dataset's folder as --root")
-
-
-def image_file(folder: Path, *names: str) -> Path:
-    """The first of the named images that is in `folder`, else the first name (the build says that it is missing)."""
-    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
-
-
-def coco_image(folder: Path, name: str) -> Path:
-    """A COCO 2014/2015 image such as "COCO_train2014_000000000009.jpg", in `folder` or its subfolder of that year."""
-    subset = name.split("_")[1] if name.count("_") >= 2 else ""
-    return image_file(folder, name, f"{subset}/{name}")
+def read_object(path: Path) -> Record:
+    """A JSON file that holds an object."""
+    return Record(read_json(path), str(path))
 
 
 def read_list(path: Path) -> list[Any]:
     """A JSON file that holds a list."""
     return _as_list(read_json(path), path)
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """Yield the values of a file of one JSON value per line; raises SourceFormatError, naming the line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise SourceFormatError(f"{path}, line {number}: not JSON ({error})") from error
 
 
 def _as_list(data: Any, path: Path) -> list[Any]:
@@ -91,9 +132,8 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads lists, dicts, texts and numbers only: a pickle that names a class or a function could run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(
-            f"it holds {module}.{name}, but only plain lists, dicts, texts and numbers are read"
-        )
+        found = f"{module}.{name}"
+        raise pickle.UnpicklingError(f"it holds {found}, but only plain lists, dicts, texts and numbers are read")
 
 
 def read_pickle(path: Path) -> list[Any]:
@@ -111,9 +151,3 @@ def repair_text(text: str) -> str:
         return text.encode("latin1").decode("utf-8")
     except UnicodeError:
         return text
-
-
-def require_list(record: Any, key: str, kinds: type | tuple[type, ...], where: str) -> list[Any]:
-    """`record[key]`, which must be a list of `kinds`; raises as `require` does."""
-    values = require(record, key, list, where)
-    return [require({key: value}, key, kinds, f"{where}, each of {key!r}") for value in values]

@@ -32,21 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.sources.base import (
-    Draft,
-    Packed,
-    Reject,
-    Source,
-    SourceFormatError,
-    SourceOptions,
-    clip_box,
-    read_json_lines,
-    require,
-    rle_area,
-    segmentation_to_rle,
-)
-from vistallm.coinit.sources.records import RecordSource, check_split, find_file, read_settings, require_list
-from vistallm.schema import ImageInfo, Region, Rle, Sample
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceImage, SourceOptions
+from vistallm.coinit.sources.records import Record, file_source, read_json, read_json_lines
+from vistallm.coinit.sources.shapes import clip_box, rle_area, segmentation_to_rle
+from vistallm.schema import Region, Rle
 
 FORMS = ("q_a", "q_ra", "qc_a", "qc_ra", "qc_rac", "qa_r", "qac_r", "q_a_q_r", "qc_a_qc_r")
 _DEFAULT = {"train": "q_ra,qc_rac,qc_a,qac_r", "val": "qc_a,qac_r", "test": "qc_a,qac_r"}
@@ -60,39 +49,35 @@ _CHOOSE_WHY = ("Which of these explains the answer?", "Which reason for this ans
 
 def load_vcr(options: SourceOptions) -> Source:
     """VCR; splits train, val, test (without labels)."""
-    split = check_split(options, *_DEFAULT)
-    settings = read_settings(options, forms=_DEFAULT[split], regions=("box", "mask"))
+    split = options.check_split(*_DEFAULT)
+    settings = options.read_settings(forms=_DEFAULT[split], regions=("box", "mask"))
     forms = settings["forms"].split(",")
     allowed = FORMS if split != "test" else ("qc_a", "qac_r")
     if unknown := [form for form in forms if form not in allowed]:
         raise ValueError(f"--set forms ({split}): expected some of {', '.join(allowed)}, got {unknown[0]!r}")
-    path = find_file(options.root, f"{split}.jsonl", f"vcr1annots/{split}.jsonl")
+    path = options.find_file(f"{split}.jsonl", f"vcr1annots/{split}.jsonl")
     folder = options.images or options.root / "vcr1images"
 
-    def make(record: Any, number: int) -> Iterator[Draft | Reject]:
-        where = f"{path}, record {number}"
-        image, annot_id = require(record, "img_fn", str, where), require(record, "annot_id", str, where)
-        scene = _Scene.read(record, folder / require(record, "metadata_fn", str, where), where)
-        question = _Question.read(record, number, where)
+    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
+        file, annot_id = record.text("img_fn"), record.text("annot_id")
+        scene = _read_scene(record, folder / record.text("metadata_fn"))
+        image = SourceImage(folder / file, f"vcr:{file}", *(scene.integer(key) for key in ("width", "height")))
+        question = _Question.read(record, number)
         for form, given in _asked(forms, split):
-            texts = question.forms(given, 0) if split == "test" else question.forms(*_labels(record, where))
-            regions = scene.regions(texts[form].objects(), settings["regions"])
+            texts = question.forms(given, 0) if split == "test" else question.forms(*_labels(record))
+            regions = _regions(scene, texts[form].objects(), settings["regions"])
             if isinstance(regions, Reject):
                 yield regions
                 continue
             name = f"vcr-{split}-{annot_id}-{form}"
-            meta = {"image_ids": [f"vcr:{image}"], "form": form, "group": annot_id}
-            meta["mode"] = "qa_r" if form.endswith("c_r") else "q_a"
+            meta: dict[str, Any] = {"form": form, "group": annot_id, "mode": "qa_r" if form.endswith("c_r") else "q_a"}
             if split == "test":
                 name, meta["unlabelled"] = f"{name}-{given}", True
                 if form == "qac_r":
                     meta["given"] = given
-            sample = Sample(name, texts[form].task, "vcr", [ImageInfo("", scene.width, scene.height)], meta=meta)
-            sample.instruction, sample.answer = texts[form].instruction, texts[form].answer
-            sample.fields, sample.regions = texts[form].fields, regions
-            yield Draft(sample, [folder / image])
+            yield image.draft(name, texts[form].task, "vcr", meta, regions=regions, **vars(texts[form]))
 
-    return RecordSource(Packed(read_json_lines(path)), make)
+    return file_source(path, read_json_lines(path), make)
 
 
 def _asked(forms: list[str], split: str) -> list[tuple[str, int]]:
@@ -100,10 +85,10 @@ def _asked(forms: list[str], split: str) -> list[tuple[str, int]]:
     return [(form, given) for form in forms for given in range(4 if split == "test" and form == "qac_r" else 1)]
 
 
-def _labels(record: Any, where: str) -> list[int]:
-    labels = [require(record, key, int, where) for key in ("answer_label", "rationale_label")]
+def _labels(record: Record) -> list[int]:
+    labels = [record.integer(key) for key in ("answer_label", "rationale_label")]
     if not all(0 <= label < 4 for label in labels):
-        raise SourceFormatError(f"{where}: expected answer_label and rationale_label 0 to 3, got {labels}")
+        raise record.fault(f"expected answer_label and rationale_label 0 to 3, got {labels}")
     return labels
 
 
@@ -136,15 +121,15 @@ class _Question:
     rationales: list[str]
 
     @classmethod
-    def read(cls, record: Any, number: int, where: str) -> _Question:
+    def read(cls, record: Record, number: int) -> _Question:
         """Read the texts of a record."""
-        objects = require_list(record, "objects", str, where)
+        objects = record.values("objects", str)
         choices = []
         for key in ("answer_choices", "rationale_choices"):
-            choices.append([_write(tokens, objects, where) for tokens in require_list(record, key, list, where)])
+            choices.append([_write(tokens, objects, record) for tokens in record.values(key, list)])
             if len(choices[-1]) != 4:
-                raise SourceFormatError(f"{where}: expected 4 {key}, got {len(choices[-1])}")
-        return cls(number, _write(require(record, "question", list, where), objects, where), *choices)
+                raise record.fault(f"expected 4 {key}, got {len(choices[-1])}")
+        return cls(number, _write(record.require("question", list), objects, record), *choices)
 
     def forms(self, answer_label: int, rationale_label: int) -> dict[str, _Texts]:
         """The sample texts of every form."""
@@ -178,68 +163,57 @@ def _options(texts: list[str]) -> str:
     return " ".join(f"{_letter(i)} {text}" for i, text in enumerate(texts))
 
 
-def _write(tokens: list[Any], objects: list[str], where: str) -> str:
+def _write(tokens: list[Any], objects: list[str], record: Record) -> str:
     """Words joined to a text; a list of object numbers becomes their names and a placeholder for their regions."""
     words = []
     for token in tokens:
         if isinstance(token, list):
             if not token or not all(isinstance(i, int) and 0 <= i < len(objects) for i in token):
-                raise SourceFormatError(f"{where}: expected numbers of its {len(objects)} objects, got {token}")
+                raise record.fault(f"expected numbers of its {len(objects)} objects, got {token}")
             names = " and ".join(dict.fromkeys(objects[i] for i in token))
             words.append(f"{names} {{regions:{','.join(map(str, token))}}}")
         elif isinstance(token, str) and "{regions:" not in token:
             words.append(token)
         else:
-            raise SourceFormatError(f"{where}: expected words and lists of object numbers, got {token!r:.80}")
+            raise record.fault(f"expected words and lists of object numbers, got {token!r:.80}")
     # The words are tokens: punctuation and the second half of "does n't" belong to the word before.
     return re.sub(r" (?=[.,!?;:%)]|n't\b|'(?:s|re|ve|ll|d|m)\b)", "", " ".join(words)).strip()
 
 
-@dataclass(frozen=True)
-class _Scene:
-    """An image's metadata: size, boxes (x0, y0, x1, y1, score) and segments (polygons of (x, y) points)."""
+def _read_scene(record: Record, path: Path) -> Record:
+    """The metadata of a record's image: its size, and a box and segments (polygons of (x, y) points) per object."""
+    if not path.is_file():
+        raise record.fault(f"expected its metadata in {path}, which is not there")
+    scene = Record(read_json(path), str(path))
+    boxes, segments, objects = scene.values("boxes", list), scene.values("segms", list), record.require("objects", list)
+    if not len(boxes) == len(segments) == len(objects):
+        got = f"{len(boxes)} boxes and {len(segments)} segms"
+        raise scene.fault(f"expected one box and segm for each of {len(objects)} objects, got {got}")
+    return scene
 
-    where: str
-    width: int
-    height: int
-    boxes: list[Any]
-    segments: list[Any]
 
-    @classmethod
-    def read(cls, record: Any, path: Path, where: str) -> _Scene:
-        """Read the metadata of a record's image, and check that it is of the same objects."""
-        try:
-            data = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise SourceFormatError(f"{where}: expected its metadata in {path}: {error}") from error
-        boxes, segments = (require_list(data, key, list, str(path)) for key in ("boxes", "segms"))
-        objects = require(record, "objects", list, where)
-        if not len(boxes) == len(segments) == len(objects):
-            got = f"{len(boxes)} boxes and {len(segments)} segms"
-            raise SourceFormatError(f"{path}: expected one box and segm for each of {len(objects)} objects, got {got}")
-        width, height = (require(data, key, int, str(path)) for key in ("width", "height"))
-        return cls(str(path), width, height, boxes, segments)
+def _regions(scene: Record, numbers: list[int], kind: str) -> list[Region] | Reject:
+    """The regions of these objects, or why one of them has none."""
+    found = []
+    for i in numbers:
+        where = f"{scene.where}, object {i}"
+        sides = Record({"box": scene.data["boxes"][i]}, where).values("box", int, float)
+        if len(sides) != 5:
+            raise SourceFormatError(f"{where}: expected x0, y0, x1, y1 and a score, got {sides}")
+        width, height = scene.data["width"], scene.data["height"]
+        box = clip_box(tuple(sides[:4]), width, height)
+        rle = _mask(scene.data["segms"][i], height, width, where) if kind == "mask" else None
+        if (box if kind == "box" else rle) is None:
+            return Reject(f"empty-{kind}", where)
+        found.append(Region(0, kind, i, box=box if kind == "box" else None, rle=rle))
+    return found
 
-    def regions(self, numbers: list[int], kind: str) -> list[Region] | Reject:
-        """The regions of these objects, or why one of them has none."""
-        found = []
-        for i in numbers:
-            where = f"{self.where}, object {i}"
-            sides = require_list({"box": self.boxes[i]}, "box", (int, float), where)
-            if len(sides) != 5:
-                raise SourceFormatError(f"{where}: expected x0, y0, x1, y1 and a score, got {sides}")
-            box = clip_box(tuple(sides[:4]), self.width, self.height)
-            rle = self._mask(i, where) if kind == "mask" else None
-            if (box if kind == "box" else rle) is None:
-                return Reject(f"empty-{kind}", where)
-            found.append(Region(0, kind, i, box=box if kind == "box" else None, rle=rle))
-        return found
 
-    def _mask(self, number: int, where: str) -> Rle | None:
-        """The mask of an object; polygons of fewer than three points draw nothing."""
-        try:
-            polygons = [[float(v) for point in polygon for v in point] for polygon in self.segments[number]]
-            rle = segmentation_to_rle(polygons, self.height, self.width) if polygons else None
-        except (TypeError, ValueError) as error:
-            raise SourceFormatError(f"{where}: expected polygons [[[x, y], ..], ..]: {error}") from error
-        return rle if rle and rle_area(rle) else None
+def _mask(segments: Any, height: int, width: int, where: str) -> Rle | None:
+    """The mask of an object; polygons of fewer than three points draw nothing."""
+    try:
+        polygons = [[float(v) for point in polygon for v in point] for polygon in segments]
+        rle = segmentation_to_rle(polygons, height, width) if polygons else None
+    except (TypeError, ValueError) as error:
+        raise SourceFormatError(f"{where}: expected polygons [[[x, y], ..], ..]: {error}") from error
+    return rle if rle and rle_area(rle) else None

@@ -13,15 +13,23 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions, clip_box, require
-from vistallm.coinit.sources.records import check_split, find_file, image_file, read_list, read_settings
-from vistallm.schema import ImageInfo, Region, Sample
+from vistallm.coinit.sources.base import (
+    Draft,
+    Reject,
+    Source,
+    SourceFormatError,
+    SourceImage,
+    SourceOptions,
+    chosen,
+    first_file,
+)
+from vistallm.coinit.sources.records import Record, read_list
+from vistallm.coinit.sources.shapes import clip_box
+from vistallm.schema import Region
 
-NUMBER = (int, float)
 _CHUNK = 1 << 22  # characters read at a time; a record of region_descriptions.json has some 7,000
 
 
@@ -40,10 +48,11 @@ class GenomeImage:
         """The id that leaks are searched by: "vg:1", or "vg:1|coco:5"."""
         return f"vg:{self.image_id}" + (f"|coco:{self.coco_id}" if self.coco_id is not None else "")
 
-    def path(self, folder: Path) -> Path:
-        """The file in a folder that holds VG_100K and VG_100K_2, or all images side by side."""
+    def find(self, folder: Path) -> SourceImage:
+        """The image in a folder that holds VG_100K and VG_100K_2, or all images side by side."""
         name = self.file.rpartition("/")[2]
-        return image_file(folder, self.file, name, f"VG_100K/{name}", f"VG_100K_2/{name}", f"images/{self.file}")
+        path = first_file(folder, self.file, name, f"VG_100K/{name}", f"VG_100K_2/{name}", f"images/{self.file}")
+        return SourceImage(path, self.key, self.width, self.height)
 
 
 def read_images(options: SourceOptions, image_data: str = "") -> dict[int, GenomeImage]:
@@ -54,20 +63,18 @@ def read_images(options: SourceOptions, image_data: str = "") -> dict[int, Genom
     """
     folders = [folder for folder in (options.root, options.images, options.root.parent) if folder is not None]
     found = [folder / "image_data.json" for folder in folders if (folder / "image_data.json").is_file()]
-    path = Path(image_data) if image_data else found[0] if found else find_file(options.root, "image_data.json")
+    path = Path(image_data) if image_data else found[0] if found else options.find_file("image_data.json")
     images = {}
-    for number, record in enumerate(read_list(path)):
-        where = f"{path}, record {number}"
-        image_id, url = require(record, "image_id", int, where), require(record, "url", str, where)
-        coco_id = record.get("coco_id")
-        width, height = require(record, "width", int, where), require(record, "height", int, where)
-        file = "/".join(url.split("/")[-2:])
-        images[image_id] = GenomeImage(image_id, width, height, None if coco_id is None else int(coco_id), file)
+    for number, value in enumerate(read_list(path)):
+        record = Record(value, f"{path}, record {number}")
+        image_id, file = record.integer("image_id"), "/".join(record.text("url").split("/")[-2:])
+        size = record.integer("width"), record.integer("height")
+        images[image_id] = GenomeImage(image_id, *size, record.optional("coco_id", int), file)
     return images
 
 
-def stream_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a JSON list one by one, each with its place for messages; the file is never whole in memory.
+def stream_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a JSON list one by one; the file is never whole in memory.
 
     Raises:
         SourceFormatError: the file is not a list, or ends within a record.
@@ -81,26 +88,16 @@ def stream_records(path: Path) -> Iterator[tuple[str, Any]]:
                 place += 1
             if text[place : place + 1] == "]":
                 return
+            where = f"{path}, record {number}"
             try:
                 record, place = decoder.raw_decode(text, place)
             except json.JSONDecodeError as error:
-                more = file.read(_CHUNK)
-                if not more:
-                    raise SourceFormatError(
-                        f"{path}, record {number}: not JSON ({error}); download it again"
-                    ) from error
+                if not (more := file.read(_CHUNK)):
+                    raise SourceFormatError(f"{where}: not JSON ({error}); download it again") from error
                 text, place = text[place:] + more, 0
                 continue
-            yield f"{path}, record {number}", record
+            yield Record(record, where)
             number += 1
-
-
-def chosen(settings: dict[str, str], key: str, *known: str) -> list[str]:
-    """The values of a comma-separated setting; raises ValueError naming those that are known."""
-    values = settings[key].split(",")
-    if unknown := [value for value in values if value not in known]:
-        raise ValueError(f"--set {key}: expected some of {','.join(known)}, got {unknown[0]!r}")
-    return values
 
 
 def image_at(images: dict[int, GenomeImage], image_id: int, where: str) -> GenomeImage:
@@ -129,13 +126,12 @@ class _Regions:
 
 def _read_regions(path: Path, images: dict[int, GenomeImage]) -> _Regions:
     table = _Regions([], array("q", [0]), array("q"), array("i"), array("q", [0]), bytearray())
-    for where, record in stream_records(path):
-        table.images.append(image_at(images, require(record, "id", int, where), where))
-        for place, region in enumerate(require(record, "regions", list, where)):
-            here = f"{where}, region {place}"
-            table.ids.append(require(region, "region_id", int, here))
-            table.boxes.extend(require(region, key, int, here) for key in ("x", "y", "width", "height"))
-            table.phrases += " ".join(require(region, "phrase", str, here).split()).encode()
+    for record in stream_records(path):
+        table.images.append(image_at(images, record.integer("id"), record.where))
+        for region in record.records("regions", "region"):
+            table.ids.append(region.integer("region_id"))
+            table.boxes.extend(region.integer(key) for key in ("x", "y", "width", "height"))
+            table.phrases += " ".join(region.text("phrase").split()).encode()
             table.ends.append(len(table.phrases))
         table.starts.append(len(table.ids))
     return table
@@ -152,42 +148,37 @@ class _RegionSource:
 
     def unit(self, index: int) -> Iterator[Draft | Reject]:
         """REG and REC samples of one image."""
-        table, image = self.table, self.table.images[index]
+        table, genome = self.table, self.table.images[index]
         rows = range(table.starts[index], table.starts[index + 1])
         phrases = {row: table.phrases[table.ends[row] : table.ends[row + 1]].decode() for row in rows}
         uses = Counter(phrase.lower() for phrase in phrases.values())
-        path = image.path(self.options.images or self.options.root)
+        image = genome.find(self.options.image_folder)
         for row, phrase in phrases.items():
-            tasks = [task for task, rows_drawn in self.drawn.items() if rows_drawn[row]]
-            where = f"region_descriptions.json, image {image.image_id}, region {table.ids[row]}"
+            tasks = [task for task, drawn in self.drawn.items() if drawn[row]]
+            if not tasks:
+                continue
+            where = f"region_descriptions.json, image {genome.image_id}, region {table.ids[row]}"
             x, y, width, height = table.boxes[4 * row : 4 * row + 4]
             box = clip_box((x, y, x + width, y + height), image.width, image.height)
-            if box is None and tasks:
+            if box is None:
                 yield Reject("empty-box", f"{where}: nothing of {(x, y, width, height)} is in the image")
                 continue
-            if not phrase and tasks:
+            if not phrase:
                 yield Reject("empty-phrase", where)
                 continue
             for task in tasks:
                 if task == "rec" and uses[phrase.lower()] > 1:
                     yield Reject("ambiguous-phrase", f"{where}: {phrase!r} names {uses[phrase.lower()]} regions")
                     continue
-                sample = Sample(
-                    id=f"visual-genome-{self.options.split}-{image.image_id}-{table.ids[row]}-{task}",
-                    task=task,
-                    source="visual-genome",
-                    images=[ImageInfo("", image.width, image.height)],
-                    fields={"expr": phrase},
-                    regions=[Region(0, "box", box=box)],
-                    meta={"image_ids": [image.key]},
-                )
-                yield Draft(sample, [path])
+                name = f"visual-genome-train-{genome.image_id}-{table.ids[row]}-{task}"
+                region = Region(0, "box", box=box)
+                yield image.draft(name, task, "visual-genome", fields={"expr": phrase}, regions=[region])
 
 
 def load_visual_genome(options: SourceOptions) -> Source:
     """Region captions and region REC; the split is `train`."""
-    check_split(options, "train")
-    settings = read_settings(options, tasks="reg,rec", portion="1.0", image_data="")
+    options.check_split("train")
+    settings = options.read_settings(tasks="reg,rec", portion="1.0", image_data="")
     tasks = chosen(settings, "tasks", "reg", "rec")
     try:
         portion = float(settings["portion"])
@@ -196,7 +187,7 @@ def load_visual_genome(options: SourceOptions) -> Source:
     if not 0 < portion <= 1:
         raise ValueError(f"--set portion: expected a share above 0 and up to 1, got {settings['portion']!r}")
     images = read_images(options, settings["image_data"])
-    table = _read_regions(find_file(options.root, "region_descriptions.json"), images)
+    table = _read_regions(options.find_file("region_descriptions.json"), images)
     drawn = {
         task: np.random.default_rng([options.seed, number]).random(len(table.ids)) < portion
         for number, task in enumerate(("reg", "rec"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,12 @@ from vistallm.coinit.sources.base import (
     Reject,
     Source,
     SourceFormatError,
+    SourceImage,
     SourceOptions,
-    read_json,
-    read_json_lines,
-    require,
-)
-from vistallm.coinit.sources.records import (
-    RecordSource,
-    check_split,
     coco_image,
-    find_file,
-    image_file,
-    read_list,
-    read_settings,
-    require_list,
+    first_file,
 )
-from vistallm.schema import ImageInfo, Sample
+from vistallm.coinit.sources.records import Record, RecordSource, file_source, read_json_lines, read_list, read_object
 
 _SETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 UNKNOWN = "unknown"
@@ -48,158 +37,135 @@ UNKNOWN = "unknown"
 
 def load_vqav2(options: SourceOptions) -> Source:
     """VQAv2; splits train, val, test and test-dev (both of the images of test2015, without answers)."""
-    read_settings(options)
-    questions = _questions(options.root, check_split(options, *_SETS))
-    answers = _annotations(options.root, options.split) if options.split in ("train", "val") else None
+    options.read_settings()
+    questions = _questions(options, options.check_split(*_SETS))
+    answers = _annotations(options, options.split) if options.split in ("train", "val") else None
     if answers is not None and (missing := questions.keys() ^ answers.keys()):
         raise SourceFormatError(
             f"{options.root}, {options.split}: expected the same question_id in questions and annotations; "
             f"{len(missing)} are in one of them only, such as {min(missing)}"
         )
-    maker = _Maker(options, "vqav2", "test2015" if answers is None else _SETS[options.split])
-
+    subset = "test2015" if answers is None else _SETS[options.split]
     unknown: tuple[str, list[str]] = (UNKNOWN, [])
 
-    def make(record: Any, _: int) -> Iterator[Draft | Reject]:
+    def make(record: Any, _: int) -> Iterator[Draft]:
         question_id, image_id, question, answer, ten = record
-        meta: dict[str, Any] = {"question_id": question_id} | ({} if ten else {"unlabelled": True})
-        values = {"question": question, "answer": answer} | ({"answers": ten} if ten else {})
-        yield maker.draft("vqa", str(question_id), image_id, values, **meta)
+        yield _image(options, subset, image_id).draft(
+            f"vqav2-{options.split}-{question_id}",
+            "vqa",
+            "vqav2",
+            fields={"question": question, "answer": answer} | ({"answers": ten} if ten else {}),
+            meta={"question_id": question_id} | ({} if ten else {"unlabelled": True}),
+        )
 
-    return RecordSource(
-        Packed((key, *asked, *(answers[key] if answers else unknown)) for key, asked in questions.items()), make
-    )
+    rows = ((key, *asked, *(answers[key] if answers else unknown)) for key, asked in questions.items())
+    return RecordSource(Packed(rows), make)
 
 
 def load_vqa_e(options: SourceOptions) -> Source:
     """VQA-E: questions of VQAv2 whose answer an image caption explains; splits train, val."""
-    read_settings(options)
-    split = check_split(options, "train", "val")
-    path = find_file(options.root, f"VQA-E_{split}_set.json", f"vqa_E_{split}.jsonl")
+    options.read_settings()
+    split = options.check_split("train", "val")
+    path = options.find_file(f"VQA-E_{split}_set.json", f"vqa_E_{split}.jsonl")
     if path.suffix == ".jsonl":
         return _jsonl_source(options, "vqa-e", path, "explanation", "multiple_answers")
-    maker = _Maker(options, "vqa-e", _SETS[split])
 
-    def make(record: Any, number: int) -> Iterator[Draft | Reject]:
-        where = f"{path}, record {number}"
-        explanation = _first_text(require(record, "explanation", list, where), where)  # [text, its score]
-        answer = require(record, "multiple_choice_answer", str, where)
-        values = {"question": require(record, "question", str, where), "explanation": explanation, "answer": answer}
-        if "answers" in record:
-            values["answers"] = require_list(record, "answers", str, where)
-        yield maker.explained(str(number), require(record, "img_id", int, where), values)
+    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
+        explanation = _first_text(record.require("explanation", list), record)  # [text, its score]
+        fields: dict[str, Any] = {"question": record.text("question"), "explanation": explanation}
+        fields["answer"] = record.text("multiple_choice_answer")
+        if "answers" in record.data:
+            fields["answers"] = record.values("answers", str)
+        yield _explained("vqa-e", f"{split}-{number}", _image(options, _SETS[split], record.integer("img_id")), fields)
 
-    return RecordSource(Packed(read_list(path)), make)
+    return file_source(path, read_list(path), make)
 
 
 def load_vqa_x(options: SourceOptions) -> Source:
     """VQA-X: explanations by people; splits train (of VQAv2's train), val and test (both of its val)."""
-    read_settings(options)
-    split = check_split(options, "train", "val", "test")
-    names = (f"{split}_exp_anno.json", f"textual/{split}_exp_anno.json", f"Annotations/{split}_exp_anno.json")
-    path = find_file(options.root, *names, f"vqa_X_{split}.jsonl")
+    options.read_settings()
+    split = options.check_split("train", "val", "test")
+    names = [f"{folder}{split}_exp_anno.json" for folder in ("", "textual/", "Annotations/")]
+    path = options.find_file(*names, f"vqa_X_{split}.jsonl")
     if path.suffix == ".jsonl":
         return _jsonl_source(options, "vqa-x", path, "justification", "multiple_choice_answer")
     joined = "train" if split == "train" else "val"
-    questions, answers = _questions(options.root, joined), _annotations(options.root, joined)
-    maker = _Maker(options, "vqa-x", _SETS[joined])
+    questions, answers = _questions(options, joined), _annotations(options, joined)
 
-    def make(record: tuple[str, Any], _: int) -> Iterator[Draft | Reject]:
-        key, explanations = record
-        where = f"{path}, question {key}"
+    def make(item: tuple[str, Any], _: int) -> Iterator[Draft | Reject]:
+        key, explanations = item
+        record = Record({"explanations": explanations}, f"{path}, question {key}")
         if not key.isdigit() or int(key) not in questions or int(key) not in answers:
-            raise SourceFormatError(f"{where}: expected a question_id of VQAv2 {joined}, got {key!r}")
-        image_id, question = questions[int(key)]
-        answer, ten = answers[int(key)]
-        if not isinstance(explanations, list):
-            raise SourceFormatError(f"{where}: expected a list of explanations, got {explanations!r:.80}")
-        for place, explanation in enumerate(explanations if split == "train" else explanations[:1]):
-            values = {"question": question, "explanation": explanation, "answer": answer, "answers": ten}
-            yield maker.explained(f"{key}-{place}", image_id, values, question_id=int(key))
+            raise record.fault(f"expected a question_id of VQAv2 {joined}, got {key!r}")
+        (image_id, question), (answer, ten) = questions[int(key)], answers[int(key)]
+        texts = record.values("explanations", str)
+        for place, text in enumerate(texts if split == "train" else texts[:1]):
+            fields = {"question": question, "explanation": text, "answer": answer, "answers": ten}
+            image = _image(options, _SETS[joined], image_id)
+            yield _explained("vqa-x", f"{split}-{key}-{place}", image, fields, {"question_id": int(key)})
 
-    return RecordSource(Packed(_items(path)), make)
-
-
-def _items(path: Path) -> list[tuple[str, Any]]:
-    data = read_json(path)
+    data = read_object(path).data
     if not isinstance(data, dict):
         raise SourceFormatError(f"{path}: expected question ids with their explanations, got {type(data).__name__}")
-    return list(data.items())
+    return RecordSource(Packed(data.items()), make)
 
 
-def _questions(root: Path, split: str) -> dict[int, tuple[int, str]]:
+def _questions(options: SourceOptions, split: str) -> dict[int, tuple[int, str]]:
     """question_id -> (image_id, question)."""
     name = f"v2_OpenEnded_mscoco_{_SETS[split]}_questions.json"
-    path = find_file(root, name, f"Questions/{name}")
-    found = {}
-    for number, record in enumerate(require(read_json(path), "questions", list, str(path))):
-        where = f"{path}, questions {number}"
-        key, image_id = require(record, "question_id", int, where), require(record, "image_id", int, where)
-        found[key] = (image_id, require(record, "question", str, where).strip())
-    return found
+    records = read_object(options.find_file(name, f"Questions/{name}")).records("questions")
+    return {r.integer("question_id"): (r.integer("image_id"), r.text("question").strip()) for r in records}
 
 
-def _annotations(root: Path, split: str) -> dict[int, tuple[str, list[str]]]:
+def _annotations(options: SourceOptions, split: str) -> dict[int, tuple[str, list[str]]]:
     """question_id -> (the most frequent answer, the ten answers)."""
     name = f"v2_mscoco_{_SETS[split]}_annotations.json"
-    path = find_file(root, name, f"Annotations/{name}")
     found = {}
-    for number, record in enumerate(require(read_json(path), "annotations", list, str(path))):
-        where = f"{path}, annotations {number}"
-        ten = [require(a, "answer", str, where) for a in require_list(record, "answers", dict, where)]
+    for record in read_object(options.find_file(name, f"Annotations/{name}")).records("annotations"):
+        ten = [Record(answer, record.where).text("answer") for answer in record.values("answers", dict)]
         if len(ten) != 10:
-            raise SourceFormatError(f"{where}: expected 10 answers, got {len(ten)}")
-        found[require(record, "question_id", int, where)] = (require(record, "multiple_choice_answer", str, where), ten)
+            raise record.fault(f"expected 10 answers, got {len(ten)}")
+        found[record.integer("question_id")] = (record.text("multiple_choice_answer"), ten)
     return found
 
 
 def _jsonl_source(options: SourceOptions, source: str, path: Path, explanation_key: str, answer_key: str) -> Source:
-    maker, folder = _Maker(options, source, ""), options.images or options.root
-
-    def make(record: Any, number: int) -> Iterator[Draft | Reject]:
-        where = f"{path}, record {number}"
-        file = require(record, "file_path", str, where)
+    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
+        file = record.text("file_path")
         digits = re.search(r"(\d{12})\.jpg$", file)
         if digits is None:
-            raise SourceFormatError(f"{where}: expected a COCO file name in 'file_path', got {file!r}")
-        answer, explanation = record.get(answer_key), record.get(explanation_key)
-        values = {
-            "question": require(record, "question", str, where),
-            "explanation": explanation if isinstance(explanation, str) else _first_text(explanation, where),
-            "answer": answer if isinstance(answer, str) else _first_text(answer, where),
+            raise record.fault(f"expected a COCO file name in 'file_path', got {file!r}")
+        fields = {
+            "question": record.text("question"),
+            "explanation": _first_text(record.data.get(explanation_key), record),
+            "answer": _first_text(record.data.get(answer_key), record),
         }
-        draft = maker.explained(str(number), int(digits[1]), values)
-        if isinstance(draft, Draft):
-            draft.images = [image_file(folder, file, Path(file).name)]
-        yield draft
+        image = SourceImage(first_file(options.image_folder, file, Path(file).name), f"coco:{int(digits[1])}")
+        yield _explained(source, f"{options.split}-{number}", image, fields)
 
-    return RecordSource(Packed(read_json_lines(path)), make)
+    return file_source(path, read_json_lines(path), make)
 
 
-def _first_text(values: Any, where: str) -> str:
-    if not isinstance(values, list) or not values or not isinstance(values[0], str):
-        raise SourceFormatError(f"{where}: expected a list that begins with a text, got {values!r:.80}")
-    return values[0]
+def _first_text(value: Any, record: Record) -> str:
+    """A text, or the first of a list."""
+    found = value[0] if isinstance(value, list) and value else value
+    if not isinstance(found, str):
+        raise record.fault(f"expected a list that begins with a text, got {value!r:.80}")
+    return found
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """Makes samples of one source; `subset` is the part of COCO that its images are of."""
+def _image(options: SourceOptions, subset: str, image_id: int) -> SourceImage:
+    """An image of a part of COCO, such as "train2014"."""
+    path = coco_image(options.image_folder, f"COCO_{subset}_{image_id:012d}.jpg")
+    return SourceImage(path, f"coco:{image_id}")
 
-    options: SourceOptions
-    source: str
-    subset: str
 
-    def draft(self, task: str, name: str, image_id: int, values: dict[str, Any], **meta: Any) -> Draft:
-        name, meta = f"{self.source}-{self.options.split}-{name}", {"image_ids": [f"coco:{image_id}"], **meta}
-        sample = Sample(name, task, self.source, [ImageInfo("", 0, 0)], fields=values, meta=meta)
-        folder = self.options.images or self.options.root
-        return Draft(sample, [coco_image(folder, f"COCO_{self.subset}_{image_id:012d}.jpg")])
-
-    def explained(self, name: str, image_id: int, values: dict[str, Any], **meta: Any) -> Draft | Reject:
-        """The explanation becomes a sentence, as "So the answer is .." follows it."""
-        explanation = " ".join(values["explanation"].split())
-        if not explanation:
-            return Reject("empty-text", f"{self.source}, {name}: expected an explanation, got none")
-        values["explanation"] = explanation if explanation[-1] in ".!?" else f"{explanation}."
-        return self.draft("vqa_e", name, image_id, values, **meta)
+def _explained(
+    source: str, name: str, image: SourceImage, fields: dict[str, Any], meta: dict[str, Any] | None = None
+) -> Draft | Reject:
+    """The explanation becomes a sentence, as "So the answer is .." follows it."""
+    explanation = " ".join(fields["explanation"].split())
+    if not explanation:
+        return Reject("empty-text", f"{source}, {name}: expected an explanation, got none")
+    fields["explanation"] = explanation if explanation[-1] in ".!?" else f"{explanation}."
+    return image.draft(f"{source}-{name}", "vqa_e", source, meta, fields=fields)
