@@ -150,14 +150,16 @@ def main(argv: list[str]) -> None:
     work = Workload(size, size * own["images"], own["tokens"], own["supervised"], own["instruction"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    plan = make_plan(config, work)
+    plan, on_gpu = make_plan(config, work), device.type == "cuda"
+    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = build(config, device)
     speed = matrix_speed(device, resolve_precision(config) == "bf16-mixed")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()  # random weights were made in float32
     seconds = train_steps(model, made_batch(model, work).to(device), config, own)
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - libraries)
     print(f"{config.model.name}, {torch.cuda.get_device_name() if on_gpu else 'CPU'}, {resolve_precision(config)}")
-    report(plan, seconds, work, speed, peak)
+    report(plan, seconds, work, speed, torch.cuda.max_memory_allocated() if on_gpu else host)
 
 
 if __name__ == "__main__":

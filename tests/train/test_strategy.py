@@ -22,7 +22,7 @@ from vistallm.model.encoder import ImageEncoder
 from vistallm.train.callbacks import read_metrics
 from vistallm.train.checkpoint import is_whole, load_run, newest_checkpoint, read_state, resume_path
 from vistallm.train.optim import build_optimizer
-from vistallm.train.run import build, train
+from vistallm.train.run import build, build_model, train
 from vistallm.train.strategy import check_layout, resolve_precision
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +204,13 @@ def test_started_by_lightning_with_one_file_per_checkpoint(words, tmp_path, one_
         assert newest.is_file()
         newest.unlink()
     assert f"resuming from {tmp_path}/checkpoints/step-000004.ckpt" in done.stdout
+
+
+def test_only_the_first_process_holds_weights_before_they_are_shared_out(tiny_config, vocabulary, monkeypatch):
+    monkeypatch.setattr("vistallm.train.run.rank_zero_only.rank", 1)
+    config = tiny_config("strategy=fsdp", "model.encoder.weights=of_rank_0.safetensors")
+    model, _ = build_model(config, vocabulary, None)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,9 @@ class Part:
     """One of encoder, tokenizer and decoder.
 
     state: "trained", "lora" or "frozen"; parameters, trainable; unit: parameters of its largest layer (what FSDP
-    gathers at once); layers; forward, backward: operations of one micro-batch; saved: bytes of activations that
-    autograd keeps; kept: bytes that it keeps under activation checkpointing (the layers' inputs).
+    gathers at once); outside: those of no layer (gathered for the whole step); layers; forward, backward: operations
+    of one micro-batch; saved: bytes of activations that autograd keeps; kept: bytes that it keeps under activation
+    checkpointing (the layers' inputs).
     """
 
     name: str
@@ -107,6 +108,7 @@ class Part:
     parameters: int
     trainable: int
     unit: int
+    outside: int
     layers: int
     forward: float
     backward: float
@@ -253,13 +255,15 @@ def _measure(
             output.sum().backward()
     trainable = [p for p in module.parameters() if p.requires_grad]
     state = "frozen" if not trainable else "trained" if len(trainable) == len(list(module.parameters())) else "lora"
+    sizes = [_count(layer.parameters()) for layer in layers]
     width = next(p.shape[0] for p in layers[0].parameters() if p.ndim == 1)  # of its first norm
     return Part(
         name=name,
         state=state,
         parameters=_count(module.parameters()),
         trainable=_count(trainable),
-        unit=max(_count(layer.parameters()) for layer in layers),
+        unit=max(sizes),
+        outside=_count(module.parameters()) - sum(sizes),
         layers=len(layers),
         forward=forward.get_total_flops(),
         backward=backward.get_total_flops() if output.requires_grad else 0,
@@ -276,6 +280,7 @@ def _memory(config: Config, plan: Plan, gpus: int) -> dict[str, float]:
     """Bytes per GPU: fp32 weights, gradients and Adam's moments of what trains, bf16 weights of what is frozen."""
     shards = gpus if config.strategy == "fsdp" else 1
     memory = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0, "gathered layers": 0.0, "activations": 0.0}
+    layer = 0.0
     for part in plan.parts:
         frozen = part.parameters - part.trainable
         memory["weights"] += (4 * part.trainable + 2 * frozen) / shards
@@ -283,11 +288,13 @@ def _memory(config: Config, plan: Plan, gpus: int) -> dict[str, float]:
         memory["optimizer"] += 8 * part.trainable / shards
         memory["activations"] += part.activations(plan.checkpointing)
         if config.strategy == "fsdp":
-            # Two layers in bf16 (one computes, the next arrives) and one layer's gradients on their way, in fp32.
-            bytes_each = 8 if part.trainable else 4
-            memory["gathered layers"] = max(memory["gathered layers"], bytes_each * part.unit)
+            # Two layers in bf16 (one computes, the next arrives) and one layer's gradients on their way, in fp32; what
+            # belongs to no layer (word embeddings, LM head) is one more unit, which stays gathered.
+            layer = max(layer, (8 if part.trainable else 4) * part.unit)
+            memory["gathered layers"] += (6 if part.trainable else 2) * part.outside
         elif part.trainable:
             memory["gathered layers"] += 2 * part.trainable  # autocast's bf16 copies of fp32 weights
+    memory["gathered layers"] += layer
     if config.strategy == "fsdp" and config.train.cpu_offload:
         plan.host = sum(memory.pop(what) for what in ("weights", "gradients", "optimizer"))
     return memory | {"runtime": RUNTIME}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -91,25 +91,30 @@ def shard(model: VistaLLM, mesh: Any, config: Config) -> None:
     Every process ends with its part of rank 0's weights and with rank 0's buffers; the models of the others may be
     empty (`build_empty`). Trainable parameters of one unit must have one dtype; frozen ones may have another.
     """
-    empty = any(parameter.is_meta for parameter in model.parameters())
-    # Detached: fully_shard moves the parameters themselves to the device.
-    whole = {name: p.detach() for name, p in model.named_parameters()} if dist.get_rank() == 0 else {}
     dtype = torch.bfloat16 if resolve_precision(config) == "bf16-mixed" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(torch.cuda.is_available()) if config.train.cpu_offload else OffloadPolicy()
     for unit in [*repeated_layers(model), model]:
+        # Unit by unit: a node never holds more than one copy and a unit, also where the parts stay in its memory.
+        # Detached: fully_shard moves the parameters themselves to the device.
+        whole = {name: p.detach() for name, p in unit.named_parameters() if not isinstance(p, DTensor)}
         fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    if empty:
-        model.to_empty(device="cpu" if config.train.cpu_offload else mesh.device_type)
-    with torch.no_grad():
-        for name, part in model.named_parameters():
-            assert isinstance(part, DTensor)
-            full = whole.pop(name) if whole else torch.empty(part.shape, dtype=part.dtype)
-            sent = distribute_tensor(full.to(mesh.device_type), mesh, part.placements)  # scatters from rank 0
-            part.to_local().copy_(sent.to_local())
-        for buffer in model.buffers():  # also those that are no part of the state
-            buffer.data = buffer.data.to(mesh.device_type)
-            dist.broadcast(buffer, 0)
+        for module in unit.modules():
+            if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                module.to_empty(device="cpu" if config.train.cpu_offload else mesh.device_type, recurse=False)
+        for name, full in whole.items():
+            _receive(unit.get_parameter(name), full, mesh)
+    for buffer in model.buffers():  # also those that are no part of the state
+        buffer.data = buffer.data.to(mesh.device_type)
+        dist.broadcast(buffer, 0)
+
+
+@torch.no_grad()
+def _receive(part: nn.Parameter, full: Tensor, mesh: Any) -> None:
+    """Fill this process's part of a parameter from rank 0's `full`; of the others' only shape and dtype are read."""
+    assert isinstance(part, DTensor)
+    sent = torch.empty(full.shape, dtype=full.dtype) if full.is_meta else full
+    part.to_local().copy_(distribute_tensor(sent.to(mesh.device_type), mesh, part.placements).to_local())
 
 
 def compile_layers(model: VistaLLM, backend: str | None) -> None:
