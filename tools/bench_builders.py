@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import resource
@@ -49,36 +50,33 @@ def write_refs(root: Path, samples: int) -> None:
     folder.mkdir(parents=True)
     name = "COCO_train2014_000000000001.jpg"
     cv2.imwrite(str(root / name), np.full((480, 640, 3), 127, np.uint8))
-    refs, annotations, images = [], [], []
+    refs, annotations = [], []
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     for i in range(-(-samples // SAMPLES_PER_REF)):
         x, y, r = rng.uniform((100, 100, 20), (500, 380, 90))
-        angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
         parts = [np.stack([x + s * r * np.cos(angle), y + s * r * np.sin(angle)], 1).round(2) for s in (1.0, 0.5)]
         texts = [f"the {word} one of row {i % 97}" for word in ("left", "red", "second")[: 2 + (i % 3 == 0)]]
         sentences = [{"sent_id": 3 * i + j, "sent": t, "raw": t, "tokens": t.split()} for j, t in enumerate(texts)]
-        ids = {"ref_id": i, "ann_id": i, "image_id": i // 3, "category_id": 1}
-        refs.append({**ids, "split": "train", "sentences": sentences, "file_name": name, "sent_ids": [3 * i]})
-        box = [x - r, y - r, 2 * r, 2 * r]
-        polygons = [part.ravel().tolist() for part in parts]
-        shape = {"bbox": box, "segmentation": polygons, "area": 1.0, "iscrowd": 0}
-        annotations.append({"id": i, "image_id": i // 3, "category_id": 1, **shape})
+        common = {"image_id": i // 3, "category_id": 1}
+        refs.append({"ref_id": i, "ann_id": i, **common, "split": "train", "sentences": sentences})
+        refs[-1] |= {"file_name": name, "sent_ids": [3 * i]}
+        annotations.append({"id": i, **common, "bbox": [x - r, y - r, 2 * r, 2 * r], "area": 1.0, "iscrowd": 0})
+        annotations[-1]["segmentation"] = [part.ravel().tolist() for part in parts]
     images = [{"id": i, "file_name": name, "height": 480, "width": 640} for i in range(len(refs) // 3 + 1)]
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     record = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     (folder / "instances.json").write_text(json.dumps(record))
 
 
-def write_photos(root: Path, count: int) -> list[Path]:
+def write_photos(root: Path, count: int) -> None:
     """A jsonl folder of one sample per image; the files are as large as photos (JPEG data with a tail of noise)."""
     root.mkdir(parents=True)
-    rng, paths, lines = np.random.default_rng(0), [], []
+    rng, lines = np.random.default_rng(0), []
     picture = cv2.imencode(".jpg", rng.integers(0, 255, (48, 64, 3), np.uint8))[1].tobytes()
     for i in range(count):
-        paths.append(root / f"{i}.jpg")
-        paths[-1].write_bytes(picture + rng.bytes(PHOTO - len(picture)))
+        (root / f"{i}.jpg").write_bytes(picture + rng.bytes(PHOTO - len(picture)))
         lines.append({"id": str(i), "task": "caption", "images": [f"{i}.jpg"], "fields": {"caption": f"picture {i}"}})
     (root / "train.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return paths
 
 
 def run(source: str, root: Path, out: Path, workers: int = 1) -> Any:
@@ -86,14 +84,6 @@ def run(source: str, root: Path, out: Path, workers: int = 1) -> Any:
     shutil.rmtree(out, ignore_errors=True)
     with contextlib.redirect_stderr(io.StringIO()):
         return build(source, SOURCES[source], SourceOptions(root, "train"), BuildOptions(out, workers=workers))
-
-
-def copy_files(paths: list[Path], out: Path) -> None:
-    """What a plain copy of the images takes."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    for path in paths:
-        shutil.copyfile(path, out / path.name)
 
 
 def write_plainly(samples: list[tuple[Any, list[bytes]]], path: Path) -> None:
@@ -136,14 +126,19 @@ def bench_speed(folder: Path, samples: int, photos: int, rounds: int) -> None:
     )
     print(f"records: {rates(count, ours)} samples/s on one core, of {count}; the image has {image} bytes")
     print(f"         json and tarfile alone, of finished samples: {rates(count, plain)}")
-    paths = write_photos(folder / "photos", photos)
-    size = sum(path.stat().st_size for path in paths) / 1e6
-    run("jsonl", folder / "photos", out)
+    pictures, copy, size = folder / "photos", folder / "copy", photos * PHOTO / 1e6
+    write_photos(pictures, photos)
+    run("jsonl", pictures, out)
+
+    def copy_files() -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(pictures, copy, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("*.jsonl"))
+
     for sync, where in ((os.sync, "disk"), (lambda: None, "kernel")):
         ours, copied = interleave(
             3 * rounds,
-            lambda sync=sync: (run("jsonl", folder / "photos", out), sync()),
-            lambda sync=sync: (copy_files(paths, folder / "copy"), sync()),
+            lambda sync=sync: (run("jsonl", pictures, out), sync()),
+            lambda sync=sync: (copy_files(), sync()),
         )
         print(f"images:  {rates(size, ours)} MB/s to the {where}, {photos} files of {PHOTO} bytes;")
         print(f"         file copy {rates(size, copied)}: {copied[0] / ours[0]:.0%} of it")
@@ -151,22 +146,20 @@ def bench_speed(folder: Path, samples: int, photos: int, rounds: int) -> None:
 
 def in_child(step: Callable[[], Any]) -> float:
     """Peak memory in MB of a step in a forked process, its own children's largest included, beyond the start."""
-    read, write = os.pipe()
-    if not (child := os.fork()):
-        status = 1
-        with contextlib.suppress(BaseException):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            step()
-            peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-            os.write(write, json.dumps((max(peaks) - before) / 1024).encode())
-            status = 0
-        os._exit(status)
-    os.close(write)
-    with os.fdopen(read) as file:
-        text = file.read()
-    if os.waitpid(child, 0)[1] or not text:
+
+    def measure() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        found.put((max(peaks) - before) / 1024)
+
+    context = multiprocessing.get_context("fork")
+    found, child = context.SimpleQueue(), context.Process(target=measure)
+    child.start()
+    child.join()
+    if child.exitcode:
         raise RuntimeError("the measured process failed")
-    return json.loads(text)
+    return found.get()
 
 
 def bench_memory(folder: Path, samples: int = 200_000) -> None:
@@ -176,9 +169,8 @@ def bench_memory(folder: Path, samples: int = 200_000) -> None:
     parsed = in_child(lambda: (json.loads(files[0].read_bytes()), pickle.loads(files[1].read_bytes())))
     peak = in_child(lambda: run("refcoco", folder / "large", folder / "large-out", workers=2))
     size = sum(file.stat().st_size for file in files) / 1e6
-    print(
-        f"memory:  {peak:,.0f} MB at its peak, {samples} samples; parsing the files ({size:,.0f} MB) {parsed:,.0f} MB"
-    )
+    print(f"memory:  {peak:,.0f} MB at its peak, {samples} samples; ", end="")
+    print(f"parsing the files ({size:,.0f} MB) {parsed:,.0f} MB")
 
 
 def main() -> int:

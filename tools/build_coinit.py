@@ -97,14 +97,8 @@ def build_source(arguments: argparse.Namespace) -> int:
         i, n = map(int, arguments.part.split("/"))
     except ValueError:
         raise ValueError(f"--part: expected i/n such as 0/8, got {arguments.part!r}") from None
-    options = BuildOptions(
-        out=arguments.out,
-        samples_per_shard=arguments.samples_per_shard,
-        max_side=arguments.max_side,
-        exclude=arguments.exclude,
-        workers=arguments.workers,
-        part=(i, n),
-    )
+    names = ("out", "samples_per_shard", "max_side", "exclude", "workers")
+    options = BuildOptions(**{name: getattr(arguments, name) for name in names}, part=(i, n))
     started = time.perf_counter()
     result = build(arguments.source, SOURCES[arguments.source], source, options)
     seconds = time.perf_counter() - started
@@ -120,17 +114,17 @@ def build_source(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; a fault of the user's is one line on stderr and exit code 1."""
     arguments = parse_arguments(argv)
+    of_shards = {"check": run_check, "eval-images": list_images}
+    builders = {"mini": build_mini, **dict.fromkeys(SOURCES, build_source)}
     try:
-        if arguments.source == "check":
-            return run_check(arguments)
-        if arguments.source == "eval-images":
-            return list_images(arguments)
-        if arguments.source not in SOURCES and arguments.source != "mini":
-            names = ", ".join(["mini", *SOURCES])
-            raise ValueError(f"source: expected one of {names}; or check, eval-images; got {arguments.source!r}")
+        if arguments.source in of_shards:
+            return of_shards[arguments.source](arguments)
+        if arguments.source not in builders:
+            known = f"one of {', '.join(builders)}; or {', '.join(of_shards)}"
+            raise ValueError(f"source: expected {known}; got {arguments.source!r}")
         if arguments.out is None:
             raise ValueError(f"{arguments.source}: expected --out DIR, the folder to write shards into")
-        return build_mini(arguments) if arguments.source == "mini" else build_source(arguments)
+        return builders[arguments.source](arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

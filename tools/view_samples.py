@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.coinit.tasks import find_task, render
-from vistallm.regions.masks import rle_to_mask
+from vistallm.regions.masks import box_polygon, rle_to_mask
 from vistallm.schema import IGNORE_INDEX, Region, Sample, Sequence
 
 TILE, GAP, LINE = 340, 8, 17  # of the sheet: width of a tile, space around it, height of a text line, in pixels
@@ -67,8 +67,7 @@ def draw_image(
     for region in said or ():
         rings = region.polygons or []
         if region.kind == "box" and region.box is not None:
-            x0, y0, x1, y1 = region.box
-            rings = [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])]
+            rings = [box_polygon(np.reshape(region.box, (2, 2)), 4)]
         for ring in (np.round(np.asarray(ring) * factor).astype(np.int32) for ring in rings):
             cv2.polylines(image, [ring], True, (255, 255, 255), 1, cv2.LINE_AA)
             for x, y in ring.tolist():
@@ -106,13 +105,16 @@ def draw_row(sample: Sample, width: int = TILE) -> np.ndarray:
     for index, pixels in enumerate(sample.pixels):
         factor = min(scale, width / 1.6 / pixels.shape[0])
         panels.append(draw_image(pixels, [r for r in sample.regions if r.image == index], factor))
-    row = np.full((max(panel.shape[0] for panel in panels), width, 3), 255, np.uint8)
-    x = 0
-    for panel in panels:
-        part = panel[:, : width - x]
-        row[: part.shape[0], x : x + part.shape[1]] = part
-        x += panel.shape[1] + GAP
-    return row
+    height = max(panel.shape[0] for panel in panels)
+    row = np.hstack([_place(panel, height, panel.shape[1] + GAP) for panel in panels])
+    return _place(row[:, :width], height, width)
+
+
+def _place(image: np.ndarray, height: int, width: int, margin: int = 0) -> np.ndarray:
+    """The image at the upper left of a white canvas, (height, width, 3) uint8."""
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    canvas[margin : margin + image.shape[0], margin : margin + image.shape[1]] = image
+    return canvas
 
 
 def sample_texts(sample: Sample, template: int) -> tuple[str, str, str]:
@@ -138,14 +140,12 @@ def png_sheet(samples: list[Sample], template: int, columns: int = 4) -> np.ndar
         for row, (line, colour) in enumerate(lines):
             ImageDraw.Draw(canvas).text((0, image.shape[0] + 3 + row * LINE), line, fill=colour, font=font)
         drawn.append(np.asarray(canvas))
-    rows = []
+    white, rows = np.full((1, 1, 3), 255, np.uint8), []
     for start in range(0, len(drawn), columns):
         group = drawn[start : start + columns]
-        row = np.full((max(t.shape[0] for t in group) + 2 * GAP, columns * (TILE + 2 * GAP), 3), 255, np.uint8)
-        for place, tile in enumerate(group):
-            x = place * (TILE + 2 * GAP) + GAP
-            row[GAP : GAP + tile.shape[0], x : x + TILE] = tile
-        rows.append(row)
+        height = max(tile.shape[0] for tile in group) + 2 * GAP
+        group += [white] * (columns - len(group))
+        rows.append(np.hstack([_place(tile, height, TILE + 2 * GAP, GAP) for tile in group]))
     return np.concatenate(rows)
 
 
@@ -184,12 +184,10 @@ def token_spans(sequence: Sequence, builder) -> str:  # noqa: ANN001
 def _words(text: str) -> str:
     """A text as HTML, the numbers of its placeholders [0,2] underlined in the colours of their objects."""
 
-    def mark(match: re.Match[str]) -> str:
-        styles = (f"border-color:rgb{COLOURS[int(number) % len(COLOURS)]}" for number in match[1].split(","))
-        marks = (f'<i style="{s}">{n}</i>' for s, n in zip(styles, match[1].split(","), strict=True))
-        return f"[{','.join(marks)}]"
+    def mark(number: re.Match[str]) -> str:
+        return f'<i style="border-color:rgb{COLOURS[int(number[0]) % len(COLOURS)]}">{number[0]}</i>'
 
-    return re.sub(r"\[(\d+(?:,\d+)*)\]", mark, html.escape(text))
+    return re.sub(r"\[\d+(?:,\d+)*\]", lambda found: re.sub(r"\d+", mark, found[0]), html.escape(text))
 
 
 def figure(sample: Sample, builder) -> str:  # noqa: ANN001
@@ -219,9 +217,8 @@ def figure(sample: Sample, builder) -> str:  # noqa: ANN001
         f"<p>{_words(_short(q))}</p><p><b>{_words(_short(a))}</b></p>" for q, a in sample.fields.get("rounds", ())
     )
     texts = f"{rounds}<p>{_words(instruction)}</p><p><b>{_words(answer)}</b></p>"
-    return (
-        f'<figure><h2>{html.escape(heading)}</h2><div class="images">{"".join(pictures)}</div>{texts}{tokens}</figure>'
-    )
+    shown = f'<h2>{html.escape(heading)}</h2><div class="images">{"".join(pictures)}</div>'
+    return f"<figure>{shown}{texts}{tokens}</figure>"
 
 
 def html_page(samples: list[Sample], builder, title: str) -> str:  # noqa: ANN001

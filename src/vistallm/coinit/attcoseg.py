@@ -8,7 +8,7 @@ neither, with the reason. Frame: boxes are (x0, y0, x1, y1), pixels of the image
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -19,9 +19,7 @@ Box = tuple[float, float, float, float]
 PLACES = ("left", "right", "top", "bottom")
 # An object is at a side when its middle is in the third there; up to _CLEAR one may disagree, so the image is not used.
 _SIDE, _CLEAR = 1 / 3, 0.45
-_PART = (
-    0.8  # share of a box inside a target's box from which on it is a part of that object ("red door" of the red bus)
-)
+_PART = 0.8  # share of a box inside a target's from which on it is a part of that object ("red door" of the red bus)
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,11 @@ class Findings:
         else:
             self.examples[key], self.words[key] = things, words
 
+    def lacks(self, key: tuple[str, str], words: frozenset[str]) -> None:
+        """Take the image as a counter-example of a value."""
+        self.counters.append(key)
+        self.words[key] = words
+
 
 def name_words(names: list[str]) -> frozenset[str]:
     """The single words of names in lower case, also without a plural's -s or -es ("buses", "horses")."""
@@ -140,22 +143,29 @@ def find_thing(box: Box, words: frozenset[str], things: list[Thing], limits: Lim
 
 
 def find_attributes(objects: list[Named], things: list[Thing], words: Words, limits: Limits) -> Findings:
-    """What the image is to every value that words say."""
+    """What the image is to every value that words say; the values of a scale exclude each other."""
     findings = Findings()
     for (attribute, _), values in words.scales.items():
-        _find_scale(attribute, values, objects, things, limits, findings)
+        clear, unclear = _sort_objects(objects, values)
+        of_value = {value: {e.thing for e in entries if e.thing is not None} for value, entries in clear.items()}
+        for value, entries in clear.items():
+            targets = [things[index] for index in sorted(of_value[value])]
+            if value in unclear or any(of_value[value] & of_value[other] for other in clear if other != value):
+                findings.left_out["two-values"] += 1
+            elif _outside(entries, targets) > limits.outside:
+                findings.left_out["without-mask"] += 1
+            else:
+                seen = _all_words(entry for entry in entries if entry.thing is not None)
+                findings.accept((attribute, value), targets, seen, limits)
+        seen = _all_words(entry for entries in clear.values() for entry in entries)
+        for value in dict.fromkeys(values.values()) if clear else ():
+            if value not in clear and value not in unclear:
+                findings.lacks((attribute, value), seen)
     return findings
 
 
-def _find_scale(
-    attribute: str,
-    values: dict[str, str],
-    objects: list[Named],
-    things: list[Thing],
-    limits: Limits,
-    findings: Findings,
-) -> None:
-    """The values of one scale, which exclude each other."""
+def _sort_objects(objects: list[Named], values: dict[str, str]) -> tuple[dict[str, list[Named]], set[str]]:
+    """The objects of each value of a scale, and the values that some object has together with another one."""
     clear: dict[str, list[Named]] = {}
     unclear: set[str] = set()
     for entry in objects:
@@ -165,24 +175,11 @@ def _find_scale(
             clear.setdefault(min(said), []).append(entry)
         else:  # "red and white", or both: neither value is the object's
             unclear |= hinted
-    of_value = {value: {e.thing for e in entries if e.thing is not None} for value, entries in clear.items()}
-    for value, entries in clear.items():
-        found = sorted(of_value[value])
-        if value in unclear or any(of_value[value] & of_value[other] for other in clear if other != value):
-            findings.left_out["two-values"] += 1
-            continue
-        targets = [things[index] for index in found]
-        if _outside(entries, targets) > limits.outside:
-            findings.left_out["without-mask"] += 1
-            continue
-        seen = frozenset[str]().union(*(entry.words for entry in entries if entry.thing is not None))
-        findings.accept((attribute, value), targets, seen, limits)
-    if clear:
-        seen = frozenset[str]().union(*(entry.words for entries in clear.values() for entry in entries))
-        for value in dict.fromkeys(values.values()):
-            if value not in clear and value not in unclear:
-                findings.counters.append((attribute, value))
-                findings.words[attribute, value] = seen
+    return clear, unclear
+
+
+def _all_words(things: Iterable[Named | Thing]) -> frozenset[str]:
+    return frozenset(word for thing in things for word in thing.words)
 
 
 def _outside(entries: list[Named], targets: list[Thing]) -> int:
@@ -207,10 +204,9 @@ def find_positions(things: list[Thing], width: int, height: int, limits: Limits,
         if unsure:
             findings.left_out["unclear-side"] += 1
         elif inside:
-            findings.accept(key, inside, frozenset[str]().union(*(thing.words for thing in inside)), limits)
+            findings.accept(key, inside, _all_words(inside), limits)
         elif things:
-            findings.counters.append(key)
-            findings.words[key] = frozenset[str]().union(*(thing.words for thing in things))
+            findings.lacks(key, _all_words(things))
 
 
 def named_objects(

@@ -74,7 +74,7 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
     )
     recipe = _recipe(name, load, source_options, job, probes)
     _claim(options.out, job.rows / "recipe.json", recipe)
-    numbers = list(range(-(-len(source) // job.units_per_shard)))[options.part[0] :: options.part[1]]
+    numbers = list(range(options.part[0], job.shards, options.part[1]))
     _run(job, numbers)
     return _collect(job, numbers)
 
@@ -158,14 +158,12 @@ def _run(job: Job, numbers: list[int]) -> None:
 
 def _collect(job: Job, numbers: list[int]) -> Result:
     """Count what the rows of this part say; write index.json and rejects.jsonl when the split has every row."""
-    count = -(-len(job.units) // job.units_per_shard)
-    records = [job.record(number) for number in numbers]
-    result = Result(shards=count, done=sum(map(job.is_done, range(count))))
-    for record in records:
+    result = Result(shards=job.shards, done=sum(map(job.is_done, range(job.shards))))
+    for record in map(job.record, numbers):
         result.samples += record["row"]["samples"]
         result.size += record["row"]["bytes"]
         result.rejects.update(reason for reason, _ in record["rejects"])
-    if result.done == count:
+    if result.done == result.shards:
         with (job.options.out / ROWS / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two parts or splits may get here at once
             if job.split not in _write_index(job.options.out):

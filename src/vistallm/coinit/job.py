@@ -61,6 +61,11 @@ class Job:
         """Folder of the split's recipe and rows."""
         return self.options.out / ROWS / self.split
 
+    @property
+    def shards(self) -> int:
+        """How many there are, empty ones included."""
+        return -(-len(self.units) // self.units_per_shard)
+
     def row_file(self, number: int) -> Path:
         """Where a shard's row lies when the shard is done."""
         return self.rows / f"{number:06d}.json"

@@ -46,6 +46,5 @@ def evaluation_images(folders: list[Path]) -> set[str]:
         for name, row in read_index(folder)["shards"].items():
             if not is_training(row["split"]):
                 for record in records(folder / name):
-                    ids = record.get("meta", {}).get("image_ids", [])
-                    found.update(part for image in ids for part in str(image).split("|"))
+                    found |= sample_images(Sample.from_json(record))
     return found
