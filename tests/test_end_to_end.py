@@ -200,6 +200,12 @@ def test_checkpoints(refuse, tmp_path, stage_one, tiny_words, mini_root):
     assert "another model" in refuse("eval.py", f"ckpt={stage_one[0]}", "model.decoder.layers=1", f"run_dir={tmp_path}")
     assert "found nothing there" in refuse("eval.py", f"ckpt={tmp_path / 'gone'}")
     assert "got neither" in refuse("eval.py")
+    assert "found nothing there" in refuse("tools/export.py", tmp_path / "gone", tmp_path / "out")
+    older = shutil.copytree(stage_one[0], tmp_path / "older")
+    (older / "config.yaml").write_text((older / "config.yaml").read_text().replace("bin_sigma:", "bin_width:"))
+    for command in (("eval.py", f"ckpt={older}"), ("tools/export.py", older, tmp_path / "out")):
+        assert "of another version? Change there: unknown key 'train.bin_width'" in refuse(*command)
+    assert "expected strategy=fsdp, got auto" in refuse("train.py", *words, "train.cpu_offload=true")
 
 
 def test_predictions_files(refuse, tmp_path):
