@@ -45,14 +45,13 @@ class JsonLines:
             raise ValueError(f"expected samples in {self.path}, which is missing or empty; check --root and --split")
         with self.path.open("rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.numbers, self.starts, self.ends = array("q"), array("q"), array("q")
-        start = 0
+        self.numbers, self.starts, start = array("q"), array("q"), 0
         for number, line in enumerate(iter(self.data.readline, b""), 1):
             if line.strip():
                 self.numbers.append(number)
                 self.starts.append(start)
-                self.ends.append(start + len(line))
             start += len(line)
+        self.starts.append(start)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -61,7 +60,7 @@ class JsonLines:
         """The sample of a line, or why it is left out; raises SourceFormatError when it is not as documented."""
         line = Record(None, f"{self.path}, line {self.numbers[index]}")
         try:
-            value = json.loads(self.data[self.starts[index] : self.ends[index]])
+            value = json.loads(self.data[self.starts[index] : self.starts[index + 1]].strip())
         except ValueError as error:
             raise line.fault(f"not JSON ({error})") from error
         yield self._draft(replace(line, data=value))

@@ -152,7 +152,7 @@ class _RefMaker:
             segmentation = annotation.require("segmentation", list, dict)
             try:
                 rle = segmentation_to_rle(segmentation, image.height, image.width)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 raise annotation.fault(str(error)) from error
             rejects += [Reject("short-polygon", annotation.where)] * short_parts(segmentation)
             if box is None:

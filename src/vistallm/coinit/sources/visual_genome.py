@@ -8,7 +8,6 @@ unit is one image. A phrase that an image's regions use twice names no single bo
 from __future__ import annotations
 
 import json
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from vistallm.coinit.sources.base import (
     Draft,
+    Packed,
     Reject,
     Source,
     SourceFormatError,
@@ -26,10 +26,11 @@ from vistallm.coinit.sources.base import (
     chosen,
     first_file,
 )
-from vistallm.coinit.sources.records import Record, read_list
+from vistallm.coinit.sources.records import Record, RecordSource, read_list
 from vistallm.coinit.sources.shapes import clip_box
 from vistallm.schema import Region
 
+_Region = tuple[int, tuple[int, ...], str]  # id, box (x, y, width, height) in pixels, phrase
 _CHUNK = 1 << 22  # characters read at a time; a record of region_descriptions.json has some 7,000
 
 
@@ -107,74 +108,6 @@ def image_at(images: dict[int, GenomeImage], image_id: int, where: str) -> Genom
     return images[image_id]
 
 
-@dataclass
-class _Regions:
-    """Regions in columns, which forked workers share: 5 million take some 350 MB, as dicts 6 GB.
-
-    Attributes:
-        images: their images, in file order; starts: first region of each image, and the end.
-        ids: (N,) region ids; boxes: (4 N,) x, y, width, height in pixels; ends: end of each phrase in `phrases`.
-    """
-
-    images: list[GenomeImage]
-    starts: array[int]
-    ids: array[int]
-    boxes: array[int]
-    ends: array[int]
-    phrases: bytearray
-
-
-def _read_regions(path: Path, images: dict[int, GenomeImage]) -> _Regions:
-    table = _Regions([], array("q", [0]), array("q"), array("i"), array("q", [0]), bytearray())
-    for record in stream_records(path):
-        table.images.append(image_at(images, record.integer("id"), record.where))
-        for region in record.records("regions", "region"):
-            table.ids.append(region.integer("region_id"))
-            table.boxes.extend(region.integer(key) for key in ("x", "y", "width", "height"))
-            table.phrases += " ".join(region.text("phrase").split()).encode()
-            table.ends.append(len(table.phrases))
-        table.starts.append(len(table.ids))
-    return table
-
-
-@dataclass(frozen=True)
-class _RegionSource:
-    options: SourceOptions
-    table: _Regions
-    drawn: dict[str, np.ndarray]  # task -> (N,) bool: the regions drawn for it
-
-    def __len__(self) -> int:
-        return len(self.table.images)
-
-    def unit(self, index: int) -> Iterator[Draft | Reject]:
-        """REG and REC samples of one image."""
-        table, genome = self.table, self.table.images[index]
-        rows = range(table.starts[index], table.starts[index + 1])
-        phrases = {row: table.phrases[table.ends[row] : table.ends[row + 1]].decode() for row in rows}
-        uses = Counter(phrase.lower() for phrase in phrases.values())
-        image = genome.find(self.options.image_folder)
-        for row, phrase in phrases.items():
-            tasks = [task for task, drawn in self.drawn.items() if drawn[row]]
-            if not tasks:
-                continue
-            where = f"region_descriptions.json, image {genome.image_id}, region {table.ids[row]}"
-            x, y, width, height = table.boxes[4 * row : 4 * row + 4]
-            box = clip_box((x, y, x + width, y + height), image.width, image.height)
-            if box is None:
-                yield Reject("empty-box", f"{where}: nothing of {(x, y, width, height)} is in the image")
-                continue
-            if not phrase:
-                yield Reject("empty-phrase", where)
-                continue
-            for task in tasks:
-                if task == "rec" and uses[phrase.lower()] > 1:
-                    yield Reject("ambiguous-phrase", f"{where}: {phrase!r} names {uses[phrase.lower()]} regions")
-                    continue
-                name = f"visual-genome-train-{genome.image_id}-{table.ids[row]}-{task}"
-                region = Region(0, "box", box=box)
-                yield image.draft(name, task, "visual-genome", fields={"expr": phrase}, regions=[region])
-
-
 def load_visual_genome(options: SourceOptions) -> Source:
     """Region captions and region REC; the split is `train`."""
     options.check_split("train")
@@ -187,10 +120,51 @@ def load_visual_genome(options: SourceOptions) -> Source:
     if not 0 < portion <= 1:
         raise ValueError(f"--set portion: expected a share above 0 and up to 1, got {settings['portion']!r}")
     images = read_images(options, settings["image_data"])
-    table = _read_regions(options.find_file("region_descriptions.json"), images)
+    # 5.4 million regions are some 300 MB packed (57 bytes each), and forked workers share them.
+    packed = Packed(_read_regions(options.find_file("region_descriptions.json"), images))
+    starts = np.cumsum([0, *(len(packed[i][1]) for i in range(len(packed)))]).tolist()
     drawn = {
-        task: np.random.default_rng([options.seed, number]).random(len(table.ids)) < portion
+        task: np.random.default_rng([options.seed, number]).random(starts[-1]) < portion
         for number, task in enumerate(("reg", "rec"))
         if task in tasks
     }
-    return _RegionSource(options, table, drawn)
+
+    def make(record: tuple[int, list[_Region]], index: int) -> Iterator[Draft | Reject]:
+        image_id, regions = record
+        image = images[image_id].find(options.image_folder)
+        uses = Counter(phrase.lower() for _, _, phrase in regions)
+        for row, (region_id, (x, y, width, height), phrase) in enumerate(regions, starts[index]):
+            tasks = [task for task, rows in drawn.items() if rows[row]]
+            if not tasks:
+                continue
+            where = f"region_descriptions.json, image {image_id}, region {region_id}"
+            box = clip_box((x, y, x + width, y + height), image.width, image.height)
+            if box is None:
+                yield Reject("empty-box", f"{where}: nothing of {(x, y, width, height)} is in the image")
+                continue
+            if not phrase:
+                yield Reject("empty-phrase", where)
+                continue
+            for task in tasks:
+                if task == "rec" and uses[phrase.lower()] > 1:
+                    yield Reject("ambiguous-phrase", f"{where}: {phrase!r} names {uses[phrase.lower()]} regions")
+                    continue
+                name, region = f"visual-genome-train-{image_id}-{region_id}-{task}", Region(0, "box", box=box)
+                yield image.draft(name, task, "visual-genome", fields={"expr": phrase}, regions=[region])
+
+    return RecordSource(packed, make)
+
+
+def _read_regions(path: Path, images: dict[int, GenomeImage]) -> Iterator[tuple[int, list[_Region]]]:
+    """The regions of each image, in file order."""
+    for record in stream_records(path):
+        image = image_at(images, record.integer("id"), record.where)
+        regions = [
+            (
+                region.integer("region_id"),
+                tuple(region.integer(key) for key in ("x", "y", "width", "height")),
+                " ".join(region.text("phrase").split()),
+            )
+            for region in record.records("regions", "region")
+        ]
+        yield image.image_id, regions
