@@ -32,7 +32,7 @@ from vistallm.coinit import attcoseg as rules
 from vistallm.coinit.attcoseg import Findings, Limits, Thing, Words, name_words, read_words
 from vistallm.coinit.sources.base import Draft, Source, SourceImage, SourceOptions, chosen, coco_image, first_file
 from vistallm.coinit.sources.records import Record, read_object
-from vistallm.coinit.sources.shapes import merge_rles, rle_area, segmentation_to_rle
+from vistallm.coinit.sources.shapes import merge_rles, read_mask, rle_area
 from vistallm.coinit.sources.visual_genome import GenomeImage, read_images, stream_records
 from vistallm.schema import ImageInfo, Region, Rle, Sample
 
@@ -144,14 +144,8 @@ class _MaskFile:
 
     def mask(self, image_id: int, things: list[Thing]) -> Rle:
         """The masks of things of an image, united."""
-        image, rles = self.images[image_id], []
-        for annotation in (self.annotations[image_id][thing.number] for thing in things):
-            segmentation = annotation.require("segmentation", list, dict)
-            try:
-                rles.append(segmentation_to_rle(segmentation, image.height, image.width))
-            except (ValueError, TypeError) as error:
-                raise annotation.fault(str(error)) from error
-        return merge_rles(rles)
+        image, found = self.images[image_id], [self.annotations[image_id][thing.number] for thing in things]
+        return merge_rles([read_mask(annotation, image.height, image.width) for annotation in found])
 
 
 def _read_table(options: SourceOptions, masks: _MaskFile, limits: Limits) -> _Table:

@@ -29,7 +29,7 @@ from vistallm.coinit.sources.base import (
     coco_image,
 )
 from vistallm.coinit.sources.records import Record, RecordSource, read_list, read_object, read_pickle, repair_text
-from vistallm.coinit.sources.shapes import clip_box, rle_area, segmentation_to_rle, short_parts
+from vistallm.coinit.sources.shapes import clip_box, read_mask, rle_area, short_parts
 from vistallm.schema import Region
 
 _SPLITS = {"refcoco": ("testA", "testB"), "refcoco+": ("testA", "testB"), "refcocog": ("test",)}
@@ -149,12 +149,8 @@ class _RefMaker:
         for number, annotation in enumerate(annotations):
             x, y, w, h = annotation.data["bbox"]
             box = clip_box((x, y, x + w, y + h), image.width, image.height)
-            segmentation = annotation.require("segmentation", list, dict)
-            try:
-                rle = segmentation_to_rle(segmentation, image.height, image.width)
-            except (ValueError, TypeError, OverflowError) as error:
-                raise annotation.fault(str(error)) from error
-            rejects += [Reject("short-polygon", annotation.where)] * short_parts(segmentation)
+            rle = read_mask(annotation, image.height, image.width)
+            rejects += [Reject("short-polygon", annotation.where)] * short_parts(annotation.data["segmentation"])
             if box is None:
                 outside = f"bbox {[x, y, w, h]} in {image.width} x {image.height}"
                 rejects.append(Reject("empty-box", f"{annotation.where}: {outside}"))

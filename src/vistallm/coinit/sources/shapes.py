@@ -6,6 +6,7 @@ from typing import Any
 
 from pycocotools import mask as coco
 
+from vistallm.coinit.sources.records import Record
 from vistallm.regions import masks
 from vistallm.schema import Rle
 
@@ -43,6 +44,15 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> Rle:
             raise ValueError(f"segmentation: expected run lengths of size {[height, width]}, got size {size}")
     rles = [masks.segmentation_to_rle(piece, height, width) for piece in pieces]
     return rles[0] if len(rles) == 1 else merge_rles(rles)
+
+
+def read_mask(annotation: Record, height: int, width: int) -> Rle:
+    """The mask of an annotation of COCO's form; raises SourceFormatError where `segmentation_to_rle` finds fault."""
+    segmentation = annotation.require("segmentation", list, dict)
+    try:
+        return segmentation_to_rle(segmentation, height, width)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise annotation.fault(str(error)) from error
 
 
 def merge_rles(rles: list[Rle]) -> Rle:
