@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vistallm.config import load_config
 from vistallm.data.stream import RejectLog
@@ -206,11 +207,21 @@ def test_started_by_lightning_with_one_file_per_checkpoint(words, tmp_path, one_
     assert f"resuming from {tmp_path}/checkpoints/step-000004.ckpt" in done.stdout
 
 
-def test_only_the_first_process_holds_weights_before_they_are_shared_out(tiny_config, vocabulary, monkeypatch):
-    monkeypatch.setattr("vistallm.train.run.rank_zero_only.rank", 1)
-    config = tiny_config("strategy=fsdp", "model.encoder.weights=of_rank_0.safetensors")
-    model, _ = build_model(config, vocabulary, None)
-    assert all(parameter.is_meta for parameter in model.parameters())
+@pytest.mark.parametrize("words", [["train.decoder=full"], [*LORA, "precision=bf16", "train.frozen_bf16=true"]])
+def test_only_the_first_process_holds_weights_before_they_are_shared_out(
+    words, tiny_config, vocabulary, monkeypatch, tmp_path
+):
+    """Names, shapes and dtypes agree, whatever dtype the language model was saved in: parts are sent by them."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    LlamaForCausalLM(LlamaConfig(vocab_size=60, **sizes)).half().save_pretrained(tmp_path)
+    facts = []
+    for rank in range(2):
+        monkeypatch.setattr("vistallm.train.run.rank_zero_only.rank", rank)
+        config = tiny_config("strategy=fsdp", f"model.decoder.weights={tmp_path}", *words)
+        model, _ = build_model(config, vocabulary, None)
+        assert all(parameter.is_meta == (rank == 1) for parameter in model.parameters())
+        facts.append({name: (p.shape, p.dtype) for name, p in model.named_parameters()})
+    assert list(facts[0].items()) == list(facts[1].items())
 
 
 @pytest.mark.parametrize(

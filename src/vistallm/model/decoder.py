@@ -43,7 +43,10 @@ def build_decoder(
             "for it; install it, or use model.decoder.attention=sdpa, which needs none"
         )
     if shape is not None:
-        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention)
+        # The shape's file names the dtype of its weights, which need not be the one wanted here.
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype, attn_implementation=config.attention
+        )
     elif config.weights is not None:
         decoder = _read(config.weights, dtype, config.attention)
     else:
