@@ -146,7 +146,8 @@ def test_patches_go_straight_to_the_decoder(tiny_config, vocabulary, mini_root):
     batch = collate(rows, vocabulary)
     expected = model.tokenizer.projection(model.tokenizer.feature_norm(model.encoder(batch.images)))
     torch.testing.assert_close(model.image_tokens(batch), expected)
-    assert model.input_embeddings(batch)[0].isclose(expected[0, 7], atol=1e-4).all(-1).any(), "a slot holds the eighth patch"
+    slots = model.input_embeddings(batch)[0].isclose(expected[0, 7], atol=1e-4).all(-1)
+    assert slots.any(), "a slot holds the eighth patch"
     assert model(batch).loss.isfinite()
     with pytest.raises(ValueError, match=r"expected queries=16.*got queries=4.*set model\.tokenizer\.queries=16"):
         VistaLLM(tiny_config("model.tokenizer.kind=patches"), vocabulary)
