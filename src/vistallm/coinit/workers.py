@@ -8,12 +8,26 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 _function: list[Callable[[Any], Any]] = []  # set in a worker alone, before its first call
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    """Keep the function, and end this process when the parent is killed: it would wait for work for ever."""
+    _function.append(function)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(argument: Any) -> Any:
@@ -39,7 +53,7 @@ def run_forked(function: Callable[[Any], Any], arguments: Sequence[Any], workers
     gc.freeze()  # the collector would write into pages that the workers share
     context = multiprocessing.get_context("fork")
     # An executor, unlike a multiprocessing pool, notices when a worker is killed.
-    with ProcessPoolExecutor(workers, context, initializer=_function.append, initargs=(function,)) as executor:
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(function,)) as executor:
         futures = [executor.submit(_call, argument) for argument in arguments]
         try:
             for future in as_completed(futures):
