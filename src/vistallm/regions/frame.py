@@ -102,6 +102,12 @@ def square_resize(
 def _square_of_reduced(image: np.ndarray, frame: Frame, colour: list[float]) -> np.ndarray:
     """The square of an image that was decoded at a scale of 1/n, which has filtered it for most of the way."""
     scale, size = round(frame.side / max(image.shape)), (frame.size, frame.size)
+    whole = [length * frame.size for length in (*frame.padding, frame.width, frame.height)]
+    if not any(length % frame.side for length in whole):  # the image fills whole pixels: only it is resized
+        left, top, width, height = (length // frame.side for length in whole)
+        right, bottom = frame.size - left - width, frame.size - top - height
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        return cv2.copyMakeBorder(resized, top, bottom, left, right, cv2.BORDER_CONSTANT, value=colour)
     if not any(length % scale for length in (frame.side, *frame.padding)):
         left, top = (padding // scale for padding in frame.padding)
         bottom, right = (frame.side // scale - start - n for start, n in zip((top, left), image.shape[:2], strict=True))
