@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import optuna
 
 from vistallm.ablation.arms import Run, slug
+from vistallm.ablation.results import read_score
 from vistallm.ablation.runner import Runner
 from vistallm.config import load_config
 from vistallm.evaluate.benchmarks import load_benchmarks
@@ -82,10 +82,10 @@ def search(study: optuna.Study, space: dict[str, Any], fixed: list[str], runner:
                 study.tell(trial, state=states.FAIL)
             raise ValueError("\n".join(failures.values()))
         for trial, job in zip(asked, jobs, strict=True):
-            found = json.loads(runner.scores(job).read_text(encoding="utf-8"))["benchmarks"][benchmark]["scores"]
-            study.tell(trial, found[score])
+            found, _ = read_score(runner.scores(job), (benchmark, score))
+            study.tell(trial, found)
             print(
-                f"trial {trial.number}: {score} {found[score]:.4f} with {', '.join(job[0].words[-len(space) :])}",
+                f"trial {trial.number}: {score} {found:.4f} with {', '.join(job[0].words[-len(space) :])}",
                 flush=True,
             )
 

@@ -163,8 +163,8 @@ def _ablation(name: str, entry: dict[str, Any], recipes: dict[str, Any], extra: 
 
 def make_run(recipes: dict[str, Any], recipe: str, words: Words, extra: Words = ()) -> Run:
     """Return the run of a recipe with an arm's words; its start is the plain run of the recipe named by `start`."""
-    if unknown := {recipe} - set(recipes):
-        raise ValueError(f"no recipe {unknown.pop()!r}; there are {', '.join(recipes)}")
+    if recipe not in recipes:
+        raise ValueError(f"no recipe {recipe!r}; there are {', '.join(recipes)}")
     entry = recipes[recipe]
     own = tuple(word for word in words if not word.startswith(("decode.", "start=")))
     named = [word.removeprefix("start=") for word in words if word.startswith("start=")]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -111,7 +110,10 @@ def collect(ablation: Ablation, runner: Runner, seeds: int) -> Result:
         arm = Arm(name)
         for seed in range(seeds):
             if (path := runner.scores((run, seed))).is_file():
-                _add(arm, seed, json.loads(path.read_text(encoding="utf-8")), ablation.metric)
+                score, ceiling = read_score(path, ablation.metric)
+                arm.seeds.append(seed)
+                arm.scores.append(score)
+                arm.ceilings += [ceiling] if ceiling is not None else []
                 logs = [read_columns(runner.folder((part, seed)) / "metrics.csv") for part in run.chain]
                 arm.samples.append(float(sum(log["samples"].sum() for log in logs)))
                 arm.tokens.append(float(sum(log["tokens"].sum() for log in logs)))
@@ -122,15 +124,13 @@ def collect(ablation: Ablation, runner: Runner, seeds: int) -> Result:
     return Result(ablation, arms, comparisons)
 
 
-def _add(arm: Arm, seed: int, content: dict[str, Any], metric: tuple[str, str]) -> None:
+def read_score(path: Path, metric: tuple[str, str]) -> tuple[float, float | None]:
+    """Read a (benchmark, score) of a scores.json and its ceiling, None without one; ValueError for no such score."""
     benchmark, score = metric
-    row = content["benchmarks"][benchmark]
+    row = json.loads(path.read_text(encoding="utf-8"))["benchmarks"][benchmark]
     if score not in row["scores"]:
         raise ValueError(f"{benchmark} has no score {score!r}; it has {', '.join(row['scores'])}")
-    arm.seeds.append(seed)
-    arm.scores.append(row["scores"][score])
-    if row["ceiling"]:
-        arm.ceilings.append(row["ceiling"][score])
+    return row["scores"][score], row["ceiling"][score] if row["ceiling"] else None
 
 
 def compare(best: Arm, other: Arm) -> Comparison:

@@ -88,14 +88,11 @@ class Runner:
         return self.folder(job) / job[0].scores / "scores.json"
 
     def _finish(self, job: Job) -> None:
-        run, seed = job
-        if run.start:
-            self._train((run.start, seed))
         self._train(job)
         with self._locked(self.folder(job)) as lock:
             if not self.scores(job).is_file():
-                words = [f"ckpt={self.folder(job)}", f"run_dir={self.scores(job).parent}", *run.decode]
-                words += [f"benchmarks=[{','.join(run.benchmarks)}]"]
+                words = [f"ckpt={self.folder(job)}", f"run_dir={self.scores(job).parent}", *job[0].decode]
+                words += [f"benchmarks=[{','.join(job[0].benchmarks)}]"]
                 self._call("eval.py", words, self.folder(job), lock)
 
     def _train(self, job: Job) -> None:

@@ -19,7 +19,7 @@ from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.attention import checkpoint_contexts, training_attention
 from vistallm.model.decoder import add_lora, build_decoder, embedding_weight, initialise_new_rows
 from vistallm.model.encoder import ImageEncoder
-from vistallm.model.tokenizer import PatchProjection, Tokenizer, build_tokenizer
+from vistallm.model.tokenizer import InstructionGuidedTokenizer, Tokenizer, build_tokenizer
 from vistallm.model.weights import load_tokenizer_weights
 from vistallm.schema import IGNORE_INDEX, Batch
 
@@ -64,14 +64,13 @@ class VistaLLM(nn.Module):
             initialise_new_rows(matrix, first_new, bin_ids, torch.as_tensor(vocabulary.bin_values))
         width = decoder.config.hidden_size
         tokenizer = build_tokenizer(config.model.tokenizer, len(vocabulary.instruction), self.encoder, width)
-        if isinstance(tokenizer, PatchProjection):
-            pass
-        elif config.model.tokenizer.weights is not None:
-            load_tokenizer_weights(tokenizer, config.model.tokenizer.weights, vocabulary)
-        else:
-            bins = torch.as_tensor(vocabulary.bin_values)
-            words = embedding_weight(tokenizer.qformer)
-            initialise_new_rows(words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
+        if isinstance(tokenizer, InstructionGuidedTokenizer):
+            if config.model.tokenizer.weights is not None:
+                load_tokenizer_weights(tokenizer, config.model.tokenizer.weights, vocabulary)
+            else:
+                bins = torch.as_tensor(vocabulary.bin_values)
+                words = embedding_weight(tokenizer.qformer)
+                initialise_new_rows(words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
         self.tokenizer: Tokenizer = tokenizer
         self.decoder = self.with_lora(decoder, config) if config.train.decoder == "lora" else decoder
         if config.train.activation_checkpointing:
