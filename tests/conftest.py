@@ -32,7 +32,7 @@ def tiny_words():
 @pytest.fixture(scope="session")
 def mini_root(tmp_path_factory):
     """Shards of 306 training samples (18 files of 17), 30 to validate and 30 to test, two of each task."""
-    from vistallm.coinit.mini import build_mini
+    from vistallm.mini.build import build_mini
 
     root = tmp_path_factory.mktemp("shards") / "mini"
     build_mini(root, workers=1, train=306, val=30, test=30, samples_per_shard=17)

@@ -26,7 +26,6 @@ from unittest.mock import patch
 
 import torch
 
-from vistallm.coinit.tasks import TASKS
 from vistallm.config import Config
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
 from vistallm.data.stream import evaluation_sequences
@@ -35,6 +34,7 @@ from vistallm.evaluate.grammar import RegionGrammar
 from vistallm.evaluate.parse import read_answer
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Sequence
+from vistallm.tasks import TASKS
 from vistallm.train.checkpoint import load_run
 from vistallm.train.run import quiet
 
@@ -135,7 +135,7 @@ def unreadable(answerer: Answerer, sequences: list[Sequence], size: int, number:
         for batch in batched(sequences[:left], size):
             for sequence, answer in zip(batch, random.answer(batch), strict=True):
                 task = TASKS[sequence.sample.task]
-                failures[read_answer(answer.text, sequence.frames, builder.codec, task)[1] or "readable"] += 1
+                failures[read_answer(answer.text, sequence.letterboxes, builder.codec, task)[1] or "readable"] += 1
     return failures
 
 

@@ -19,7 +19,7 @@ from pycocotools import mask as coco
 
 from mask_ceiling import read_masks
 from vistallm.regions.codec import RegionCodec
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
 from vistallm.regions.masks import (
     SAMPLERS,
     mask_to_polygons,
@@ -75,7 +75,7 @@ def fuzz(count: int, seed: int) -> int:
 
 def check(mask: np.ndarray, points: int, sampler: str, num_bins: int, holes: bool) -> None:
     """One mask through the codec; raises AssertionError (or anything else) where a promise is broken."""
-    frame = Frame(mask.shape[1], mask.shape[0], 224)
+    letterbox = Letterbox(mask.shape[1], mask.shape[0], 224)
     polygons = mask_to_polygons(mask, points, sampler, num_bins=num_bins, holes=holes)
     assert bool(polygons) == bool(mask.any()), "polygons exactly where there are pixels"
     if not polygons:
@@ -84,9 +84,9 @@ def check(mask: np.ndarray, points: int, sampler: str, num_bins: int, holes: boo
     assert min(map(len, polygons)) >= 3, "at least 3 per part"
     assert all(np.isfinite(p).all() and (p >= 0).all() and (p <= mask.shape[::-1]).all() for p in polygons), "inside"
     codec = RegionCodec(num_bins=num_bins, points=points)
-    text = codec.encode([Region(0, "mask", polygons=polygons)], [frame], "mask")
-    regions = codec.decode(text, [frame]).regions  # raises on an illegal bin or too few points
-    assert codec.encode(regions, [frame], "mask") == text, "text is a fixed point"
+    text = codec.encode([Region(0, "mask", polygons=polygons)], [letterbox], "mask")
+    regions = codec.decode(text, [letterbox]).regions  # raises on an illegal bin or too few points
+    assert codec.encode(regions, [letterbox], "mask") == text, "text is a fixed point"
     drawn = polygons_to_mask(regions[0].polygons or [], *mask.shape)
     assert (drawn == rle_to_mask(polygons_to_rle(regions[0].polygons or [], *mask.shape))).all(), "one drawing rule"
 

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 
 from vistallm.coinit.build import BuildOptions, build
+from vistallm.coinit.check import verify
 from vistallm.coinit.leaks import evaluation_images, read_ids
-from vistallm.coinit.mini import MiniRecipe, ensure_mini
 from vistallm.coinit.shards import read_index
 from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions
-from vistallm.coinit.verify import verify
+from vistallm.mini.build import MiniRecipe, ensure_mini
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from vistallm.regions.codec import RegionCodec
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
 from vistallm.regions.masks import (
     SAMPLERS,
     load_compiled,
@@ -61,14 +61,16 @@ def measure(masks: list[Rle], sampler: str, points: int, num_bins: int, options:
     start = time.perf_counter()
     for rle in masks:
         height, width = rle["size"]
-        frame = Frame(width, height, 224)
+        letterbox = Letterbox(width, height, 224)
         dense = rle_to_mask(rle).view(np.uint8)
         begun = time.perf_counter()
         polygons = mask_to_polygons(dense, points, sampler, num_bins=num_bins, **options)
         sampling += time.perf_counter() - begun
-        text = codec.encode([Region(0, "mask", polygons=polygons)], [frame], "mask")
+        text = codec.encode([Region(0, "mask", polygons=polygons)], [letterbox], "mask")
         tokens += text.count("<")
-        ious.append(rle_iou(polygons_to_rle(codec.decode(text, [frame]).regions[0].polygons or [], height, width), rle))
+        ious.append(
+            rle_iou(polygons_to_rle(codec.decode(text, [letterbox]).regions[0].polygons or [], height, width), rle)
+        )
     scores = np.array(ious)
     return {
         "sampler": sampler,

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     print(answer.text)
     parsed = None
     try:
-        parsed = builder.codec.decode(answer.text, sequence.frames)
+        parsed = builder.codec.decode(answer.text, sequence.letterboxes)
         set_confidence(parsed, answer.regions, answer.presence)
         print(json.dumps(parsed.to_json()))
     except RegionParseError as error:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vistallm.coinit.mini_layout import random_scene
-from vistallm.coinit.mini_scene import ATTRIBUTES, Scene
 from vistallm.config import load_config
 from vistallm.data.sequence import PAD_COLOUR
+from vistallm.mini.layout import random_scene
+from vistallm.mini.scene import ATTRIBUTES, Scene
 from vistallm.model.attention import training_attention
 from vistallm.model.encoder import ImageEncoder
-from vistallm.regions.frame import Frame, square_resize
+from vistallm.regions.letterbox import Letterbox, square_resize
 
 COVER = 0.3  # a patch is labelled with the object that covers at least this share of it
 
@@ -46,16 +46,16 @@ class SceneStream(IterableDataset):
         while True:
             scene = random_scene(rng, "train")
             image, masks = scene.render()
-            square, frame = square_resize(image, self.size, PAD_COLOUR)
-            yield (torch.from_numpy(square.transpose(2, 0, 1).copy()), *self._targets(scene, masks, frame))
+            square, letterbox = square_resize(image, self.size, PAD_COLOUR)
+            yield (torch.from_numpy(square.transpose(2, 0, 1).copy()), *self._targets(scene, masks, letterbox))
 
-    def _targets(self, scene: Scene, masks: np.ndarray, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+    def _targets(self, scene: Scene, masks: np.ndarray, letterbox: Letterbox) -> tuple[Tensor, Tensor, Tensor]:
         """Labels (P, 4) int64 with -1 off the objects, boxes (P, 4) float32 in [0, 1], pixels (P, patch^2) float32."""
         grid, patch, side = self.size // self.patch, self.patch, np.arange(self.size) + 0.5
-        spots = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2) * (frame.side / self.size) - frame.padding
+        spots = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2) * (letterbox.side / self.size) - letterbox.padding
         x, y = np.floor(spots).astype(int).T
-        inside = (x >= 0) & (y >= 0) & (x < frame.width) & (y < frame.height)
-        stack = masks[:, y.clip(0, frame.height - 1), x.clip(0, frame.width - 1)] & inside
+        inside = (x >= 0) & (y >= 0) & (x < letterbox.width) & (y < letterbox.height)
+        stack = masks[:, y.clip(0, letterbox.height - 1), x.clip(0, letterbox.width - 1)] & inside
         tiles = (
             stack.reshape(len(stack), grid, patch, grid, patch)
             .transpose(0, 1, 3, 2, 4)
@@ -64,7 +64,7 @@ class SceneStream(IterableDataset):
         cover = tiles.mean(-1)
         owner, on = cover.argmax(0), cover.max(0) >= COVER
         facts = [[names.index(getattr(o, key)) for key, names in ATTRIBUTES.items()] for o in scene.objects]
-        corners = [frame.to_unit(np.array(o.box, float).reshape(2, 2)).ravel() for o in scene.objects]
+        corners = [letterbox.to_unit(np.array(o.box, float).reshape(2, 2)).ravel() for o in scene.objects]
         labels = np.where(on[:, None], np.array(facts)[owner], -1)
         boxes = np.array(corners, np.float32)[owner]
         pixels = tiles[owner, np.arange(tiles.shape[1])].astype(np.float32)

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from vistallm.coinit.mini_scene import ATTRIBUTES
 from vistallm.config import load_config
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_codec, build_sequencer, split_shards
 from vistallm.data.reader import decode_sample, read_raw
 from vistallm.data.sequence import SequenceBuilder
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.mini.scene import ATTRIBUTES
 from vistallm.model.attention import training_attention
-from vistallm.model.tokenizer import InstructionGuidedTokenizer
+from vistallm.model.qformer import InstructionGuidedTokenizer
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.masks import rle_box, rle_to_mask
 from vistallm.schema import Batch, Sample, Sequence
@@ -77,22 +77,22 @@ def slots(sequence: Sequence, image: int, builder: SequenceBuilder) -> tuple[Ten
     The fourth is the corners (SLOTS, VERTICES, 2) in [0, 1] that the codec writes, parts in a row, -1 beyond the last.
     Masks and corners are known (not -1) only where the sample holds the object's RLE.
     """
-    sample, frame = sequence.sample, sequence.frames[image]
+    sample, letterbox = sequence.sample, sequence.letterboxes[image]
     labels, boxes = torch.full((SLOTS, len(ATTRIBUTES)), -1), torch.zeros(SLOTS, 4)
     masks, corners = torch.full((SLOTS, GRID**2), -1.0), torch.full((SLOTS, VERTICES, 2), -1.0)
     chosen = told_objects(sample, image)[:SLOTS]
     for slot, (*names, x0, y0, x1, y1) in enumerate(chosen):
         labels[slot] = torch.tensor([values.index(n) for n, values in zip(names, ATTRIBUTES.values(), strict=True)])
-        boxes[slot] = torch.from_numpy(frame.to_unit(np.array([[x0, y0], [x1, y1]], float)).ravel())
+        boxes[slot] = torch.from_numpy(letterbox.to_unit(np.array([[x0, y0], [x1, y1]], float)).ravel())
         for region in sample.regions:
             if region.image == image and region.rle is not None and box_key(rle_box(region.rle)) == (x0, y0, x1, y1):
                 crop = rle_to_mask(region.rle)[y0:y1, x0:x1].astype(np.uint8) * 255
                 small = cv2.resize(crop, (GRID, GRID), interpolation=cv2.INTER_AREA)
                 masks[slot] = torch.from_numpy((small > 127).astype(np.float32).ravel())
                 answer = builder.codec.decode(
-                    builder.codec.encode([dataclasses.replace(region, image=0)], [frame], "mask"), [frame]
+                    builder.codec.encode([dataclasses.replace(region, image=0)], [letterbox], "mask"), [letterbox]
                 )
-                walk = frame.to_unit(np.concatenate(answer.regions[0].polygons or []))[:VERTICES]
+                walk = letterbox.to_unit(np.concatenate(answer.regions[0].polygons or []))[:VERTICES]
                 corners[slot, : len(walk)] = torch.from_numpy(walk).float()
     return labels, boxes, masks, corners
 

@@ -25,9 +25,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vistallm.coinit.shards import read_index, read_shard
-from vistallm.coinit.tasks import find_task, render
 from vistallm.regions.masks import box_polygon, rle_to_mask
 from vistallm.schema import IGNORE_INDEX, Region, Sample, Sequence
+from vistallm.tasks import find_task, render
 
 TILE, GAP, LINE = 340, 8, 17  # of the sheet: width of a tile, space around it, height of a text line, in pixels
 PAGE_SIDE = 480  # of the page: longer side of an image
@@ -198,7 +198,7 @@ def figure(sample: Sample, builder) -> str:  # noqa: ANN001
     said: list[Region] = []
     try:
         sequence = builder.build(sample)
-        said = builder.codec.decode(sequence.answer, sequence.frames).regions
+        said = builder.codec.decode(sequence.answer, sequence.letterboxes).regions
         count, total = int((sequence.labels != IGNORE_INDEX).sum()), len(sequence.labels)
         tokens = f"<summary>{total} tokens, {count} supervised</summary>"
         tokens = f'<details open>{tokens}<div class="tokens">{token_spans(sequence, builder)}</div></details>'

@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from vistallm.regions.frame import Frame
+    from vistallm.regions.letterbox import Letterbox
 
 IGNORE_INDEX = -100
 SCHEMA_VERSION = 1
@@ -177,7 +177,7 @@ class Sequence:
         labels: (T,) int64, the answer's own ids and the end token, IGNORE_INDEX elsewhere.
         instruction_ids: (Q,) int64, the instruction in the instruction-guided tokenizer's own vocabulary.
         images: (K, 3, S, S) uint8, square RGB; the encoder normalises them.
-        frames: K coordinate maps, one per image.
+        letterboxes: K coordinate maps, one per image.
         prompt: the prompt text without image slots; answer: the answer text.
     """
 
@@ -185,7 +185,7 @@ class Sequence:
     labels: torch.Tensor
     instruction_ids: torch.Tensor
     images: torch.Tensor
-    frames: list[Frame]
+    letterboxes: list[Letterbox]
     prompt: str
     answer: str
     sample: Sample

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from vistallm.coinit.build import build
+from vistallm.coinit.check import verify
 from vistallm.coinit.images import image_size, read_image
 from vistallm.coinit.job import BuildOptions
 from vistallm.coinit.shards import read_index, read_shard
@@ -21,7 +22,6 @@ from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatErro
 from vistallm.coinit.sources.jsonl import load_jsonl
 from vistallm.coinit.sources.records import Record
 from vistallm.coinit.sources.shapes import clip_box, merge_rles, rle_area, segmentation_to_rle, short_parts
-from vistallm.coinit.verify import verify
 from vistallm.regions.masks import mask_to_rle, rle_box, rle_to_mask
 from vistallm.schema import ImageInfo, Region, Sample
 

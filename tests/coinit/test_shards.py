@@ -8,8 +8,8 @@ import zlib
 
 import pytest
 
-from vistallm.coinit.mini import MiniRecipe, make_sample
 from vistallm.coinit.shards import read_index, read_shard, write_shard
+from vistallm.mini.build import MiniRecipe, make_sample
 
 
 @pytest.fixture

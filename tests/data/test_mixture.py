@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from vistallm.coinit.tasks import TASKS
 from vistallm.config import Config, apply_overrides, load_config
 from vistallm.data.mixture import build_mixture, find_folders, require_folders, stage_weights
+from vistallm.tasks import TASKS
 
 COUNTS = {"one": {"rec": 100, "res": 100}, "two": {"vqa": 400}, "three": {"caption": 50, "nlvr2": 9}}
 

@@ -8,7 +8,7 @@ import pytest
 
 from vistallm.data.reader import decode_image, reduction
 from vistallm.data.sequence import PAD_COLOUR, SampleReject
-from vistallm.regions.frame import Frame, square_resize
+from vistallm.regions.letterbox import Letterbox, square_resize
 
 
 def photo(width, height, seed=0):
@@ -34,8 +34,8 @@ def test_reduced_decoding_is_full_decoding_then_resizing_within_an_error(width, 
     full = decode_image(data, (width, height), "a")
     small = decode_image(data, (width, height), "a", 224)
     assert small.shape == (-(-height // scale), -(-width // scale), 3)
-    (one, frame), (two, same) = (square_resize(image, 224, PAD_COLOUR, (width, height)) for image in (full, small))
-    assert frame == same == Frame(width, height, 224)
+    (one, letterbox), (two, same) = (square_resize(image, 224, PAD_COLOUR, (width, height)) for image in (full, small))
+    assert letterbox == same == Letterbox(width, height, 224)
     error = np.abs(one.astype(float) - two)
     assert error.mean() < 1.5, "grey levels of 255"
     assert np.percentile(error, 99) < 12

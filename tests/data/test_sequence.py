@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from vistallm.coinit.mini import MAKERS
 from vistallm.data.collate import collate
 from vistallm.data.sequence import SampleReject
+from vistallm.mini.build import MAKERS
 from vistallm.schema import IGNORE_INDEX
 
 
@@ -74,7 +74,7 @@ def test_every_answer_of_a_conversation_is_supervised(builder, samples, conversa
     supervised = (sequence.labels != IGNORE_INDEX).tolist()
     starts = [i for i in range(1, len(supervised)) if supervised[i] and not supervised[i - 1]]
     spans = [text.decode(sequence.input_ids[s : (supervised + [False]).index(False, s)]) for s in starts]
-    box = builder.codec.encode(conversation.regions[:1], sequence.frames, "box")
+    box = builder.codec.encode(conversation.regions[:1], sequence.letterboxes, "box")
     said = ["It is a star.", f"The bounding box is {box}.", "No, it is blue."]
     assert [span.replace(" ", "") for span in spans] == [f"{answer}</s>".replace(" ", "") for answer in said]
     assert torch.equal(sequence.labels[torch.tensor(supervised)], sequence.input_ids[torch.tensor(supervised)])

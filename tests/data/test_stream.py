@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from vistallm.coinit.shards import seal
-from vistallm.coinit.tasks import TASKS
 from vistallm.data import stream as module
 from vistallm.data.datamodule import split_shards
 from vistallm.data.order import Mixture, Shard
@@ -22,6 +21,7 @@ from vistallm.data.reader import RawSample, decode_sample, read_raw
 from vistallm.data.sequence import SampleReject
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
 from vistallm.schema import Sample
+from vistallm.tasks import TASKS
 
 ONCE = dict.fromkeys(TASKS, 1.0)
 

@@ -4,18 +4,18 @@ import copy
 
 import pytest
 
-from vistallm.coinit.mini import MAKERS, MiniRecipe, make_sample
-from vistallm.coinit.tasks import TASKS, render, split_placeholders
 from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.targets import target_of
+from vistallm.mini.build import MAKERS, MiniRecipe, make_sample
 from vistallm.regions.codec import RegionCodec
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import Prediction
+from vistallm.tasks import TASKS, render, split_placeholders
 
 PER_TASK = 10
 
 
-def write(text, sample, frames, codec):
+def write(text, sample, letterboxes, codec):
     """Text with its region placeholders written."""
     parts = []
     for part in split_placeholders(text):
@@ -23,14 +23,14 @@ def write(text, sample, frames, codec):
             parts.append(part)
         else:
             chosen = [region for number in part.objects for region in sample.regions if region.object == number]
-            parts.append(codec.encode(chosen, frames, part.kind or chosen[0].kind))
+            parts.append(codec.encode(chosen, letterboxes, part.kind or chosen[0].kind))
     return "".join(parts)
 
 
 def perfect(sample, codec):
-    frames = [Frame(i.width, i.height, 112) for i in sample.images]
-    prompt, answer = (write(text, sample, frames, codec) for text in render(sample, template=0))
-    parsed, failure = read_answer(answer, frames, codec, TASKS[sample.task])
+    letterboxes = [Letterbox(i.width, i.height, 112) for i in sample.images]
+    prompt, answer = (write(text, sample, letterboxes, codec) for text in render(sample, template=0))
+    parsed, failure = read_answer(answer, letterboxes, codec, TASKS[sample.task])
     return Prediction(
         id=sample.id,
         benchmark=f"mini_{sample.task}",

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from vistallm.coinit.mini import MAKERS
 from vistallm.evaluate import benchmarks as B
 from vistallm.evaluate import predictions as P
 from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
+from vistallm.mini.build import MAKERS
 from vistallm.regions.masks import mask_to_rle, polygons_to_rle
 from vistallm.schema import Parsed, Prediction, Region
 

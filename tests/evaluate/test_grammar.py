@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 
-from vistallm.coinit.tasks import TASKS
 from vistallm.config import load_config
 from vistallm.data.datamodule import build_codec
 from vistallm.data.vocabulary import Vocabulary
@@ -13,10 +12,11 @@ from vistallm.evaluate.grammar import RegionGrammar, Rule, rule_of
 from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.token_table import Token, TokenTable
 from vistallm.regions.codec import RegionParseError
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
+from vistallm.tasks import TASKS
 
 POINTS = 6
-FRAMES = [Frame(90, 60, 48)] * 3
+FRAMES = [Letterbox(90, 60, 48)] * 3
 
 
 @pytest.fixture(scope="module")

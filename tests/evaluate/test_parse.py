@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vistallm.coinit.tasks import TASKS
 from vistallm.evaluate.parse import READERS, read_answer
 from vistallm.evaluate.targets import box_of
 from vistallm.regions.codec import RegionCodec
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
+from vistallm.tasks import TASKS
 
-FRAME = Frame(100, 80, 112)
+FRAME = Letterbox(100, 80, 112)
 CODEC = RegionCodec(num_bins=101, points=12)
 MASK = "<m_st><bin_10><bin_20><bin_50><bin_20><bin_50><bin_60><m_ed>"
 BOX = "<b_st><bin_10><bin_20><bin_50><bin_60><b_ed>"
 POINT = "<p_st><bin_10><bin_20><p_ed>"
 
 
-def read(text, task, frames=(FRAME,)):
-    return read_answer(text, frames, CODEC, TASKS[task])
+def read(text, task, letterboxes=(FRAME,)):
+    return read_answer(text, letterboxes, CODEC, TASKS[task])
 
 
 def test_every_task_has_a_reader():
@@ -92,18 +92,18 @@ def test_unreadable(text, task, reason):
 
 
 def test_several_images():
-    frames = [FRAME, Frame(40, 60, 112)]
-    assert read(MASK, "coseg", frames)[1] == "no-image"
-    assert read(f"image 3: {MASK}", "coseg", frames)[1] == "bad-image"
-    parsed, _ = read(f"The images are 1 and 2. image 1: {MASK} image 2: {MASK}", "attcoseg", frames)
+    letterboxes = [FRAME, Letterbox(40, 60, 112)]
+    assert read(MASK, "coseg", letterboxes)[1] == "no-image"
+    assert read(f"image 3: {MASK}", "coseg", letterboxes)[1] == "bad-image"
+    parsed, _ = read(f"The images are 1 and 2. image 1: {MASK} image 2: {MASK}", "attcoseg", letterboxes)
     assert [region.image for region in parsed.regions] == [0, 1]
 
 
 def test_spaces_that_a_tokenizer_adds_change_nothing(predictions, codec):
     for prediction in predictions:
-        frames = [Frame(i["width"], i["height"], 112) for i in prediction.images]
+        letterboxes = [Letterbox(i["width"], i["height"], 112) for i in prediction.images]
         spaced = re.sub(r"([.,:()]|<[^>]+>)", r" \1 ", prediction.text)
-        parsed, failure = read_answer(spaced, frames, codec, TASKS[prediction.task])
+        parsed, failure = read_answer(spaced, letterboxes, codec, TASKS[prediction.task])
         assert failure is None, spaced
         assert [r.to_json() for r in parsed.regions] == [r.to_json() for r in prediction.parsed.regions]
         if prediction.task not in ("caption", "reg") and parsed.kind == "text":

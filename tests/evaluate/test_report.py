@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from vistallm.coinit.tasks import TASKS
 from vistallm.evaluate import analysis, gallery, plots
 from vistallm.evaluate import benchmarks as B
 from vistallm.evaluate.confidence import set_confidence
 from vistallm.evaluate.report import TITLES, write_report
 from vistallm.regions.codec import RegionCodec
+from vistallm.tasks import TASKS
 
 BENCHMARKS = B.load_benchmarks()
 VOID = {"meta", "input", "rect", "path", "circle", "image", "polyline", "use", "br", "line"}

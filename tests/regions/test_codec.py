@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistallm.regions.codec import RegionCodec, RegionParseError
-from vistallm.regions.frame import Frame, square_resize
+from vistallm.regions.letterbox import Letterbox, square_resize
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
 
-FRAME = Frame(640, 427, 224)
+FRAME = Letterbox(640, 427, 224)
 
 
 @pytest.fixture(params=["tokens", "text"])
@@ -19,7 +19,7 @@ def codec(request):
 def test_one_square_has_the_known_tokens():
     mask = np.zeros((100, 100), bool)
     mask[10:20, 30:50] = True
-    text = RegionCodec().encode([Region(0, "mask", rle=mask_to_rle(mask))], [Frame(100, 100, 64)], "mask")
+    text = RegionCodec().encode([Region(0, "mask", rle=mask_to_rle(mask))], [Letterbox(100, 100, 64)], "mask")
     corners = [(300, 100), (500, 100), (500, 200), (300, 200)]
     assert text == "<m_st>" + "".join(f"<bin_{x}><bin_{y}>" for x, y in corners) + "<m_ed>"
 
@@ -50,11 +50,11 @@ def test_several_images_objects_and_parts_come_back(codec):
         Region(0, "mask", 1, polygons=[triangle, triangle + 100]),
         Region(0, "mask", 2, polygons=[triangle + 30]),
     ]
-    frames = [Frame(200, 200, 64)] * 3
-    text = codec.encode(regions, frames, "mask")
+    letterboxes = [Letterbox(200, 200, 64)] * 3
+    text = codec.encode(regions, letterboxes, "mask")
     assert text.startswith("image 1: ")
     assert " image 3: " in text
-    parsed = codec.decode("The images are 1 and 3. " + text.replace(">", "> "), frames)
+    parsed = codec.decode("The images are 1 and 3. " + text.replace(">", "> "), letterboxes)
     assert [(r.image, r.object, len(r.polygons)) for r in parsed.regions] == [(0, 0, 2), (0, 1, 1), (2, 2, 1)]
     assert parsed.answer == "The images are 1 and 3."
     np.testing.assert_allclose(parsed.regions[0].polygons[1], triangle + 100, atol=0.11)
@@ -90,7 +90,7 @@ def test_regions_of_several_images_need_their_number():
 def test_empty_mask_and_wrong_image_are_refused():
     empty = Region(0, "mask", rle=mask_to_rle(np.zeros((9, 9), bool)))
     with pytest.raises(ValueError, match="at least one pixel"):
-        RegionCodec().encode([empty], [Frame(9, 9, 8)], "mask")
+        RegionCodec().encode([empty], [Letterbox(9, 9, 8)], "mask")
     with pytest.raises(ValueError, match="1 images"):
         RegionCodec().encode([Region(1, "point", point=(1, 2))], [FRAME], "point")
 
@@ -103,12 +103,12 @@ polygons = st.lists(st.tuples(*coordinate), min_size=3, max_size=12).map(lambda 
 @given(st.lists(st.tuples(st.integers(0, 1), st.lists(polygons, min_size=1, max_size=3)), max_size=4), st.booleans())
 def test_mask_text_is_a_fixed_point(objects, as_text):
     codec = RegionCodec(coords="text" if as_text else "tokens")
-    frames = [FRAME, Frame(640, 500, 224)]
+    letterboxes = [FRAME, Letterbox(640, 500, 224)]
     regions = [Region(image, "mask", k, polygons=parts) for k, (image, parts) in enumerate(objects)]
-    text = codec.encode(regions, frames, "mask")
-    parsed = codec.decode(text, frames)
+    text = codec.encode(regions, letterboxes, "mask")
+    parsed = codec.decode(text, letterboxes)
     assert len(parsed.regions) == len(regions)
-    assert codec.encode(parsed.regions, frames, "mask") == text
+    assert codec.encode(parsed.regions, letterboxes, "mask") == text
 
 
 @settings(deadline=None, max_examples=100)
@@ -130,20 +130,20 @@ def test_boxes_and_points_come_back_within_half_a_bin(boxes):
 @settings(deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 256))
 def test_frame_maps_back(width, height, size):
-    frame = Frame(width, height, size)
+    letterbox = Letterbox(width, height, size)
     points = np.array([(0, 0), (width, height), (width / 3, height / 7)])
-    unit = frame.to_unit(points)
+    unit = letterbox.to_unit(points)
     assert (unit >= 0).all()
     assert (unit <= 1).all()
-    np.testing.assert_allclose(frame.to_pixels(unit), points, atol=1e-4)
+    np.testing.assert_allclose(letterbox.to_pixels(unit), points, atol=1e-4)
 
 
 def test_square_resize_pads_in_the_middle():
     image = np.full((2, 4, 3), 200, np.uint8)
-    square, frame = square_resize(image, 4, (1, 2, 3))
+    square, letterbox = square_resize(image, 4, (1, 2, 3))
     assert square.shape == (4, 4, 3)
     assert (square[1:3] == 200).all()
     assert (square[[0, 3]] == (1, 2, 3)).all()
-    np.testing.assert_allclose(frame.to_unit(np.array([(0, 0), (4, 2)])), [(0, 0.25), (1, 0.75)])
+    np.testing.assert_allclose(letterbox.to_unit(np.array([(0, 0), (4, 2)])), [(0, 0.25), (1, 0.75)])
     with pytest.raises(ValueError, match="uint8"):
         square_resize(image.astype(float), 4, (0, 0, 0))

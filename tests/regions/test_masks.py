@@ -7,9 +7,10 @@ from hypothesis.extra.numpy import arrays
 from numba.core.dispatcher import Dispatcher
 from pycocotools import mask as coco
 
-from vistallm.regions import fit, outline, raster, samplers, straight
+from vistallm.regions import contours, fit, raster, samplers, straight
 from vistallm.regions.codec import RegionCodec
-from vistallm.regions.frame import Frame
+from vistallm.regions.contours import as_mask, outline_rings
+from vistallm.regions.letterbox import Letterbox
 from vistallm.regions.masks import (
     SAMPLERS,
     canonical_polygons,
@@ -24,7 +25,6 @@ from vistallm.regions.masks import (
     rle_to_polygons,
     segmentation_to_rle,
 )
-from vistallm.regions.outline import as_mask, outline_rings
 from vistallm.schema import Region
 
 masks = st.tuples(st.integers(1, 24), st.integers(1, 24)).flatmap(lambda shape: arrays(np.bool_, shape))
@@ -119,12 +119,12 @@ def test_any_mask_keeps_the_promises(mask, points, sampler, num_bins, holes):
     assert min(map(len, polygons)) >= 3
     assert all((p >= 0).all() and (p <= mask.shape[::-1]).all() and p.dtype == np.float32 for p in polygons)
     assert all(signed_area(p) > 0 for p in polygons)
-    frame = Frame(mask.shape[1], mask.shape[0], 64)
+    letterbox = Letterbox(mask.shape[1], mask.shape[0], 64)
     codec = RegionCodec(num_bins=num_bins, points=points)
-    text = codec.encode([Region(0, "mask", polygons=polygons)], [frame], "mask")
+    text = codec.encode([Region(0, "mask", polygons=polygons)], [letterbox], "mask")
     assert text.count("<bin_") <= 2 * points
-    back = codec.decode(text, [frame]).regions
-    assert codec.encode(back, [frame], "mask") == text
+    back = codec.decode(text, [letterbox]).regions
+    assert codec.encode(back, [letterbox], "mask") == text
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -228,7 +228,7 @@ def test_a_triangle_of_whole_pixels_comes_back_as_its_own_corners():
 def test_load_compiled_compiles_what_python_calls():
     load_compiled()
     compiled = [straight._merge, straight._intersect]
-    for module in (fit, outline, raster, samplers):
+    for module in (fit, contours, raster, samplers):
         compiled += [f for name, f in vars(module).items() if isinstance(f, Dispatcher) and not name.startswith("_")]
     assert len(compiled) > 8
     assert [f.py_func.__name__ for f in compiled if not f.signatures] == []
@@ -331,7 +331,7 @@ def test_large_image_and_single_pixel_image():
     assert iou(polygons_to_mask(polygons, 6000, 8000), large.astype(bool)) > 0.99
     speck = np.zeros((6000, 8000), np.uint8)
     speck[10, 20] = 1
-    text = RegionCodec().encode([Region(0, "mask", rle=mask_to_rle(speck))], [Frame(8000, 6000, 64)], "mask")
+    text = RegionCodec().encode([Region(0, "mask", rle=mask_to_rle(speck))], [Letterbox(8000, 6000, 64)], "mask")
     assert text.count("<bin_") == 8
 
 

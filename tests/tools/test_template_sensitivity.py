@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vistallm.coinit.tasks import load_templates
 from vistallm.schema import Parsed, Prediction
+from vistallm.tasks import load_templates
 
 TOOL = Path(__file__).parents[2] / "tools" / "template_sensitivity.py"
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from vistallm.coinit.shards import read_shard, write_index, write_shard
-from vistallm.coinit.tasks import TASKS
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import ImageInfo
+from vistallm.tasks import TASKS
 from vistallm.train.module import VistaModule
 
 ANY = ["data.max_reject_share=1.0", "trainer.max_steps=9"]  # 36 samples: more than an epoch

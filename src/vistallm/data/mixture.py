@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vistallm.coinit.shards import read_index
-from vistallm.coinit.tasks import TASKS
 from vistallm.config import Config, DataConfig
 from vistallm.data.order import Column, Mixture, Shard
 from vistallm.data.remote import Files, is_remote, join
+from vistallm.tasks import TASKS
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,11 @@ import cv2
 import numpy as np
 import torch
 
-from vistallm.coinit.tasks import (
+from vistallm.data.vocabulary import Vocabulary, encode, token_ids
+from vistallm.regions.codec import RegionCodec
+from vistallm.regions.letterbox import Letterbox, square_resize
+from vistallm.schema import IGNORE_INDEX, Sample, Sequence
+from vistallm.tasks import (
     TASKS,
     TemplateRange,
     earlier_rounds,
@@ -23,10 +27,6 @@ from vistallm.coinit.tasks import (
     write_answer,
     write_instruction,
 )
-from vistallm.data.vocabulary import Vocabulary, encode, token_ids
-from vistallm.regions.codec import RegionCodec
-from vistallm.regions.frame import Frame, square_resize
-from vistallm.schema import IGNORE_INDEX, Sample, Sequence
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in [0, 1]; OpenAI CLIP, as the authors' release uses
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -85,13 +85,13 @@ class SequenceBuilder:
     def _build(self, sample: Sample, rng: random.Random | None, answered: bool) -> Sequence:
         if sample.task not in TASKS:
             raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
-        images, frames = self._images(sample)
+        images, letterboxes = self._images(sample)
         try:
             texts = [text for pair in earlier_rounds(sample) for text in pair]
             texts.append(write_instruction(sample, None if rng else self.template, rng, self.templates))
             if answered:
                 texts.append(write_answer(sample))
-            texts = [self.write_regions(text, sample, frames) for text in texts]
+            texts = [self.write_regions(text, sample, letterboxes) for text in texts]
         except (KeyError, ValueError) as error:
             raise SampleReject("bad-text", f"{sample.id}: {error}") from error
         instructions, answers = texts[0::2], texts[1::2]
@@ -101,7 +101,7 @@ class SequenceBuilder:
             labels=torch.from_numpy(np.array(labels)),
             instruction_ids=torch.from_numpy(np.array(self._instruction_ids(" ".join(instructions)))),
             images=images,
-            frames=frames,
+            letterboxes=letterboxes,
             prompt=instructions[-1],
             answer=answers[-1] if answered else "",
             sample=sample,
@@ -131,7 +131,7 @@ class SequenceBuilder:
             raise SampleReject("too-long", f"{sample.id}: {len(ids)} tokens, data.max_length is {self.max_length}")
         return ids, labels
 
-    def write_regions(self, text: str, sample: Sample, frames: list[Frame]) -> str:
+    def write_regions(self, text: str, sample: Sample, letterboxes: list[Letterbox]) -> str:
         """Replace `{regions:...}` placeholders by region tokens; raises ValueError for a missing object."""
         written = []
         for part in split_placeholders(text):
@@ -139,18 +139,18 @@ class SequenceBuilder:
                 written.append(part)
                 continue
             chosen = [find_region(sample, number, part.kind) for number in part.objects]
-            written.append(self.codec.encode(chosen, frames, part.kind or chosen[0].kind))
+            written.append(self.codec.encode(chosen, letterboxes, part.kind or chosen[0].kind))
         return "".join(written)
 
-    def _images(self, sample: Sample) -> tuple[torch.Tensor, list[Frame]]:
+    def _images(self, sample: Sample) -> tuple[torch.Tensor, list[Letterbox]]:
         assert sample.pixels, "the stream decodes the images before building"
         images = np.empty((len(sample.images), 3, self.image_size, self.image_size), np.uint8)
-        frames = []
+        letterboxes = []
         for planes, pixels, info in zip(images, sample.pixels, sample.images, strict=True):
-            square, frame = square_resize(pixels, self.image_size, self.pad_colour, (info.width, info.height))
+            square, letterbox = square_resize(pixels, self.image_size, self.pad_colour, (info.width, info.height))
             cv2.split(square, list(planes))
-            frames.append(frame)
-        return torch.from_numpy(images), frames
+            letterboxes.append(letterbox)
+        return torch.from_numpy(images), letterboxes
 
     def _opening_ids(self, images: int) -> list[int]:
         """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""

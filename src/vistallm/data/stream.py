@@ -18,13 +18,13 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vistallm.coinit.tasks import TASKS
 from vistallm.data.collate import collate
 from vistallm.data.order import Epoch, Mixture, Visit, check_layout, lane_groups
 from vistallm.data.reader import MAX_PIXELS, RawSample, decode_sample, read_raw
 from vistallm.data.remote import Files, is_remote
 from vistallm.data.sequence import SampleReject, SequenceBuilder
 from vistallm.schema import Batch, Sequence
+from vistallm.tasks import TASKS
 
 REJECTS_BEFORE_STOP = 100  # samples read before the share of rejects is judged
 

@@ -15,10 +15,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vistallm.coinit.mini import mini_words
-from vistallm.coinit.tasks import TASKS, load_templates
 from vistallm.config import ModelConfig
+from vistallm.mini.build import mini_words
 from vistallm.regions.codec import RegionCodec
+from vistallm.tasks import TASKS, load_templates
 
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 PRINTABLE = [chr(code) for code in range(33, 127)]

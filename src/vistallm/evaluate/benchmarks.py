@@ -18,15 +18,15 @@ import numpy as np
 from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
 
-from vistallm.coinit.tasks import find_task
 from vistallm.evaluate.export import EXPORTS
 from vistallm.evaluate.families import FAMILIES, GROUPS
 from vistallm.evaluate.family import Family, NamedScores, group_mean
 from vistallm.evaluate.predictions import as_filed, by_benchmark
 from vistallm.evaluate.targets import fact, target_regions
 from vistallm.regions.codec import RegionCodec
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import Prediction
+from vistallm.tasks import find_task
 
 BENCHMARKS_FILE = Path(__file__).resolve().parents[3] / "configs" / "benchmarks.yaml"
 SCORES_VERSION = 1
@@ -237,9 +237,9 @@ def mask_ceiling(predictions: list[Prediction], benchmark: Benchmark, codec: Reg
     perfect = []
     for prediction in (predictions[i] for i in places):
         sizes = [(int(image["width"]), int(image["height"])) for image in prediction.images]
-        frames = [Frame(width, height, max(width, height)) for width, height in sizes]
+        letterboxes = [Letterbox(width, height, max(width, height)) for width, height in sizes]
         regions = [region for region in target_regions(prediction) if coco_mask.area(region.rle) > 0]
-        parsed = codec.decode(codec.encode(regions, frames, "mask"), frames, "mask")
+        parsed = codec.decode(codec.encode(regions, letterboxes, "mask"), letterboxes, "mask")
         perfect.append(dataclasses.replace(prediction, parsed=parsed, failure=None))
     return _summarise(benchmark, _measure(benchmark, perfect))
 

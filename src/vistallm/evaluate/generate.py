@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vistallm.coinit.tasks import find_task
 from vistallm.config import Config
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
@@ -29,6 +28,7 @@ from vistallm.evaluate.targets import target_of
 from vistallm.evaluate.token_table import TokenTable
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Prediction, Sequence
+from vistallm.tasks import find_task
 
 
 @dataclass
@@ -121,7 +121,7 @@ def generate_predictions(
 def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder, benchmark: str) -> Prediction:
     """Read a generated answer and set it beside its target."""
     sample = sequence.sample
-    parsed, failure = read_answer(answer.text, sequence.frames, builder.codec, find_task(sample.task))
+    parsed, failure = read_answer(answer.text, sequence.letterboxes, builder.codec, find_task(sample.task))
     if parsed is not None:
         set_confidence(parsed, answer.regions, answer.presence)
     return Prediction(

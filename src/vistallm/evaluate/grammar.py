@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from vistallm.coinit.tasks import find_task, write_answer
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.token_table import SAYS, SEPARATORS, STARTS, STOPS, Token, TokenTable
 from vistallm.schema import Sample
+from vistallm.tasks import find_task, write_answer
 
 KINDS = {None: 0, "mask": 1, "box": 2, "point": 3}
 NUMBERS = np.array([0, 0, 4, 2])  # of one object, by kind; a mask has no fixed number

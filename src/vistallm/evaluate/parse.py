@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from vistallm.coinit.tasks import Task
 from vistallm.regions.codec import RegionCodec, RegionParseError
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import Parsed
+from vistallm.tasks import Task
 
 Read = tuple[str | None, str | None]
 """What was read and None, or None and the reason it could not be read."""
@@ -65,7 +65,9 @@ def read_words(text: str, family: str) -> Read:
     return READERS[family](text.strip())
 
 
-def read_answer(text: str, frames: Sequence[Frame], codec: RegionCodec, task: Task) -> tuple[Parsed | None, str | None]:
+def read_answer(
+    text: str, letterboxes: Sequence[Letterbox], codec: RegionCodec, task: Task
+) -> tuple[Parsed | None, str | None]:
     """Read a generated answer: its text with markers, without the end token.
 
     Returns:
@@ -74,7 +76,7 @@ def read_answer(text: str, frames: Sequence[Frame], codec: RegionCodec, task: Ta
         "no-region", "wrong-kind", "wrong-count", "empty", "no-choice", "no-yes-or-no", "no-true-or-false".
     """
     try:
-        parsed = codec.decode(text, list(frames), None if task.kind == "text" else task.kind)
+        parsed = codec.decode(text, list(letterboxes), None if task.kind == "text" else task.kind)
     except RegionParseError as error:
         return None, error.reason
     if task.kind == "text":

@@ -14,7 +14,6 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from vistallm.coinit.tasks import TASKS
 from vistallm.evaluate import analysis
 from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
 from vistallm.evaluate.families import SCORE_NAMES
@@ -22,6 +21,7 @@ from vistallm.evaluate.gallery import make_card, pick, short_text
 from vistallm.evaluate.plots import Figure, curve, line_plot, read_columns, sparkline
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.schema import Prediction
+from vistallm.tasks import TASKS
 
 TITLES = {
     "caption": "Image captions",

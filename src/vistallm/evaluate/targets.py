@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from vistallm.coinit.tasks import find_task
 from vistallm.metrics.functional import union_rle
 from vistallm.regions.masks import polygons_to_rle, rle_box
 from vistallm.schema import Prediction, Region, Rle, Sample
+from vistallm.tasks import find_task
 
 
 def target_of(sample: Sample, answer: str) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig
 from vistallm.config import Config
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.attention import checkpoint_contexts, training_attention
-from vistallm.model.decoder import add_lora, build_decoder, embedding_weight, initialise_new_rows
 from vistallm.model.encoder import ImageEncoder
-from vistallm.model.tokenizer import InstructionGuidedTokenizer, Tokenizer, build_tokenizer
+from vistallm.model.language_model import add_lora, build_decoder, embedding_weight, initialise_new_rows
+from vistallm.model.qformer import InstructionGuidedTokenizer, Tokenizer, build_tokenizer
 from vistallm.model.weights import load_tokenizer_weights
 from vistallm.schema import IGNORE_INDEX, Batch
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.decoder import initialise_new_rows
 from vistallm.model.keys import check_keys, reading
-from vistallm.model.tokenizer import InstructionGuidedTokenizer
+from vistallm.model.language_model import initialise_new_rows
+from vistallm.model.qformer import InstructionGuidedTokenizer
 
 WORDS = "qformer.embeddings.word_embeddings.weight"
 INSTRUCTBLIP_NAMES = {  # prefix in an InstructBLIP checkpoint (Hugging Face layout) -> prefix here

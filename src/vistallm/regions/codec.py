@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from vistallm.regions.frame import Frame
+from vistallm.regions.letterbox import Letterbox
 from vistallm.regions.masks import box_polygon, canonical_polygons, check_options, rle_box, rle_to_polygons
 from vistallm.schema import REGION_KINDS, Parsed, Region
 
@@ -87,12 +87,12 @@ class RegionCodec:
 
         self._sample = lru_cache(maxsize=cache_size)(sample)
 
-    def encode(self, regions: list[Region], frames: list[Frame], kind: str) -> str:
+    def encode(self, regions: list[Region], letterboxes: list[Letterbox], kind: str) -> str:
         """Write regions, in image order, as one group per image.
 
         Args:
             regions: one per object, of any image; masks are taken from `polygons`, else sampled from `rle`.
-            frames: the sample's images; with more than one, every group says its image.
+            letterboxes: the sample's images; with more than one, every group says its image.
             kind: "mask", "box" or "point": how the regions are written; a box can be taken from a mask.
 
         Returns:
@@ -103,26 +103,26 @@ class RegionCodec:
         """
         if kind not in REGION_KINDS:
             raise ValueError(f"region kind: expected one of {', '.join(REGION_KINDS)}, got {kind!r}")
-        if any(not 0 <= r.image < len(frames) for r in regions):
+        if any(not 0 <= r.image < len(letterboxes) for r in regions):
             raise ValueError(
-                f"regions lie in images {sorted({r.image for r in regions})}, but there are {len(frames)} images"
+                f"regions lie in images {sorted({r.image for r in regions})}, but there are {len(letterboxes)} images"
             )
         if not regions:
             return self._write_group([], kind)
         groups = []
-        for index, frame in enumerate(frames):
-            objects = [self._object_bins(r, frame, kind) for r in regions if r.image == index]
+        for index, letterbox in enumerate(letterboxes):
+            objects = [self._object_bins(r, letterbox, kind) for r in regions if r.image == index]
             if objects:
-                prefix = f"image {index + 1}: " if len(frames) > 1 else ""
+                prefix = f"image {index + 1}: " if len(letterboxes) > 1 else ""
                 groups.append(prefix + self._write_group(objects, kind))
         return " ".join(groups)
 
-    def decode(self, text: str, frames: list[Frame], kind: str | None = None) -> Parsed:
+    def decode(self, text: str, letterboxes: list[Letterbox], kind: str | None = None) -> Parsed:
         """Read every region group of an answer.
 
         Args:
             text: the answer, with markers; white space between tokens is ignored.
-            frames: the sample's images, in the order of their numbers.
+            letterboxes: the sample's images, in the order of their numbers.
             kind: what an empty bracket of `coords="text"` stands for, "mask" if not given; tokens say it themselves.
 
         Returns:
@@ -140,9 +140,9 @@ class RegionCodec:
             kinds.add(found)
             if not objects:
                 continue
-            image = self._image_index(match["image"], len(frames))
+            image = self._image_index(match["image"], len(letterboxes))
             for parts in objects:
-                regions.append(self._region(found, parts, image, len(regions), frames[image]))
+                regions.append(self._region(found, parts, image, len(regions), letterboxes[image]))
         rest = pattern.sub(" ", text)
         if self.coords == "tokens" and (stray := _ANY_MARKER.search(rest)):
             raise RegionParseError(
@@ -152,25 +152,25 @@ class RegionCodec:
             raise RegionParseError("mixed-kinds", f"expected regions of one kind, got {', '.join(sorted(kinds))}")
         return Parsed(kinds.pop() if kinds else "text", regions, re.sub(r"\s+", " ", rest).strip())
 
-    def quantise(self, points: np.ndarray, frame: Frame) -> np.ndarray:
+    def quantise(self, points: np.ndarray, letterbox: Letterbox) -> np.ndarray:
         """Original pixels -> bins: (n, 2) float, clipped to the image -> (n, 2) int64 in 0..num_bins-1."""
-        return np.rint(frame.to_unit(points) * (self.num_bins - 1)).astype(np.int64)
+        return np.rint(letterbox.to_unit(points) * (self.num_bins - 1)).astype(np.int64)
 
-    def restore(self, bins: np.ndarray, frame: Frame) -> np.ndarray:
+    def restore(self, bins: np.ndarray, letterbox: Letterbox) -> np.ndarray:
         """Bins -> original pixels: (n, 2) int in 0..num_bins-1 -> (n, 2) float32, clipped to the image."""
-        return frame.to_pixels(np.asarray(bins).reshape(-1, 2) / (self.num_bins - 1))
+        return letterbox.to_pixels(np.asarray(bins).reshape(-1, 2) / (self.num_bins - 1))
 
-    def _object_bins(self, region: Region, frame: Frame, kind: str) -> list[np.ndarray]:
+    def _object_bins(self, region: Region, letterbox: Letterbox, kind: str) -> list[np.ndarray]:
         """One region -> its parts as (n, 2) bins; a box has one part of two points, a point one of one."""
         if kind == "point":
             if region.point is None:
                 raise ValueError(f"expected a region with a point, got {region}")
-            return [self.quantise(np.array(region.point), frame)]
+            return [self.quantise(np.array(region.point), letterbox)]
         if kind == "box":
             box = region.box if region.box is not None else region.rle and rle_box(region.rle)
             if not box:
                 raise ValueError(f"expected a region with a box or a mask, got {region}")
-            return [self.quantise(np.array(box), frame)]
+            return [self.quantise(np.array(box), letterbox)]
         polygons: Sequence[np.ndarray] | None = region.polygons
         if polygons is None and region.rle is not None:
             height, width = region.rle["size"]
@@ -179,15 +179,15 @@ class RegionCodec:
             raise ValueError(
                 "expected a region with a mask of at least one pixel, got an empty or missing mask; drop the object"
             )
-        return self._mask_bins(polygons, frame)
+        return self._mask_bins(polygons, letterbox)
 
-    def _mask_bins(self, polygons: Sequence[np.ndarray], frame: Frame) -> list[np.ndarray]:
+    def _mask_bins(self, polygons: Sequence[np.ndarray], letterbox: Letterbox) -> list[np.ndarray]:
         """Polygons -> canonical parts in bins; parts that quantisation flattens are dropped, but never all of them."""
-        parts = canonical_polygons([self.quantise(p, frame) for p in polygons])
+        parts = canonical_polygons([self.quantise(p, letterbox) for p in polygons])
         if parts:
             return parts
         # The whole object is thinner than a bin: write the smallest box around it that the bins can draw.
-        flat = np.concatenate([self.quantise(p, frame) for p in polygons])
+        flat = np.concatenate([self.quantise(p, letterbox) for p in polygons])
         low = np.minimum(flat.min(0), self.num_bins - 2)
         return [box_polygon(np.stack([low, np.maximum(flat.max(0), low + 1)]), self.points)]
 
@@ -233,7 +233,7 @@ class RegionCodec:
             raise RegionParseError("bad-image", f"expected an image from 1 to {count}, got {written}")
         return int(written) - 1
 
-    def _region(self, kind: str, parts: list[list[int]], image: int, number: int, frame: Frame) -> Region:
+    def _region(self, kind: str, parts: list[list[int]], image: int, number: int, letterbox: Letterbox) -> Region:
         """Checked bins of one object -> Region in original pixels."""
         polygons = []
         for values in parts:
@@ -243,7 +243,7 @@ class RegionCodec:
                 raise RegionParseError("bad-bin", f"expected bins up to {self.num_bins - 1}, got {max(values)}")
             if len(values) % 2:
                 raise RegionParseError("odd-count", f"expected x, y pairs, got {len(values)} numbers")
-            polygons.append(self.restore(np.array(values), frame))
+            polygons.append(self.restore(np.array(values), letterbox))
         if kind == "mask":
             if min(map(len, polygons)) < MIN_VERTICES:
                 raise RegionParseError("too-few-points", f"expected at least {MIN_VERTICES} vertices in each part")

@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 from pycocotools import mask as coco
 
-from vistallm.regions.outline import MIN_VERTICES, as_mask, outline_rings
+from vistallm.regions.contours import MIN_VERTICES, as_mask, outline_rings
 from vistallm.regions.raster import draw_polygon
 from vistallm.regions.samplers import adaptive_points, curvature_points, uniform_points
 from vistallm.schema import Rle

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from vistallm.regions.outline import MIN_VERTICES
+from vistallm.regions.contours import MIN_VERTICES
 
 _SUBPIXELS = 5  # the rule's fifths of a pixel; column c is crossed between fifths 5c+2 and 5c+3, around its centre
 FINEST_STEP = 1 / _SUBPIXELS  # pixels: finer vertices draw nothing else

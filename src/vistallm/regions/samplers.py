@@ -11,8 +11,8 @@ import heapq
 import numpy as np
 from numba import njit
 
+from vistallm.regions.contours import MIN_VERTICES, edge_samples
 from vistallm.regions.fit import fit_rings
-from vistallm.regions.outline import MIN_VERTICES, edge_samples
 from vistallm.regions.raster import FINEST_STEP, polish_rings
 from vistallm.regions.straight import straight_rings
 

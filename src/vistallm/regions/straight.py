@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numba import njit
 
-from vistallm.regions.outline import MIN_VERTICES, edge_samples
+from vistallm.regions.contours import MIN_VERTICES, edge_samples
 from vistallm.regions.raster import FINEST_STEP, error_raster, polish, settle, snap_whole
 
 _TOLERANCE = 0.75  # pixels: half an edge, and what the drawing rule's fifths add

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from vistallm.coinit.tasks import TASKS
+from vistallm.tasks import TASKS
 from vistallm.train.checkpoint import is_whole
 from vistallm.train.module import VistaModule
 

@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import IMAGE_TOKENS
-from vistallm.model.decoder import add_lora
 from vistallm.model.encoder import ImageEncoder
-from vistallm.model.tokenizer import Tokenizer, build_tokenizer
+from vistallm.model.language_model import add_lora
+from vistallm.model.qformer import Tokenizer, build_tokenizer
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.codec import RegionCodec
 from vistallm.schema import IGNORE_INDEX, Batch

@@ -38,7 +38,7 @@ class StopAtSignal(Callback):
         for number in SIGNALS:
             signal.signal(number, self._ask)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, number: int, letterbox: FrameType | None) -> None:
         self.asked = True
 
     def on_train_batch_end(

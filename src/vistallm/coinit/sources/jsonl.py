@@ -20,9 +20,9 @@ from vistallm.coinit.images import image_size
 from vistallm.coinit.sources.base import Draft, Reject, SourceOptions
 from vistallm.coinit.sources.records import Record
 from vistallm.coinit.sources.shapes import clip_box, rle_area, segmentation_to_rle
-from vistallm.coinit.tasks import TASKS
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import REGION_KINDS, ImageInfo, Region, Sample
+from vistallm.tasks import TASKS
 
 _KEYS = ("id", "task", "images", "image_ids", "fields", "regions", "instruction", "answer", "meta")
 _SHAPES = {"box": "box", "point": "point", "rle": "mask", "polygons": "mask", "mask": "mask"}  # key -> kind

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from vistallm.coinit.mini_layout import random_scene
-from vistallm.coinit.mini_scene import COLOURS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, SceneObject, draw
+from vistallm.mini.layout import random_scene
+from vistallm.mini.scene import COLOURS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, SceneObject, draw
 
 
 @pytest.fixture(scope="module")

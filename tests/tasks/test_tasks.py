@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from vistallm.coinit.tasks import TASKS, RegionSlot, find_task, load_templates, render, split_placeholders
 from vistallm.schema import ImageInfo, Sample
+from vistallm.tasks import TASKS, RegionSlot, find_task, load_templates, render, split_placeholders
 
 
 def sample(task, fields=None, **values):

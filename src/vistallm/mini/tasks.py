@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vistallm.coinit import expressions as ex
-from vistallm.coinit.expressions import Expression, article, attributes_of
-from vistallm.coinit.mini_draft import Draft, Maker, absent, draw_pair, pick, point_of, referred, region_of, scene_with
-from vistallm.coinit.mini_layout import random_scene
-from vistallm.coinit.mini_scene import ATTRIBUTES, COLOURS, NOUN, SHAPES, Attributes, Scene
+from vistallm.mini import expressions as ex
+from vistallm.mini.draft import Draft, Maker, absent, draw_pair, pick, point_of, referred, region_of, scene_with
+from vistallm.mini.expressions import Expression, article, attributes_of
+from vistallm.mini.layout import random_scene
+from vistallm.mini.scene import ATTRIBUTES, COLOURS, NOUN, SHAPES, Attributes, Scene
 
 QUESTIONS = {
     "colour": "What colour is {}?",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from vistallm.coinit.mini_scene import (
+from vistallm.mini.scene import (
     COLOURS,
     HELD_OUT,
     SIZES,

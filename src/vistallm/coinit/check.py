@@ -21,7 +21,11 @@ from tqdm import tqdm
 from vistallm.coinit.leaks import is_training, records, sample_images
 from vistallm.coinit.mojibake import broken_text
 from vistallm.coinit.shards import read_index, read_shard
-from vistallm.coinit.tasks import (
+from vistallm.coinit.workers import run_forked
+from vistallm.regions.codec import RegionCodec, RegionParseError
+from vistallm.regions.letterbox import Letterbox
+from vistallm.schema import Region, Sample
+from vistallm.tasks import (
     TASKS,
     RegionSlot,
     earlier_rounds,
@@ -30,10 +34,6 @@ from vistallm.coinit.tasks import (
     write_answer,
     write_instruction,
 )
-from vistallm.coinit.workers import run_forked
-from vistallm.regions.codec import RegionCodec, RegionParseError
-from vistallm.regions.frame import Frame
-from vistallm.schema import Region, Sample
 
 _SIDES = ("instruction", "answer")
 FIRST = 5  # faults of each kind that are kept with their text
@@ -223,7 +223,7 @@ class SampleChecker:
 
     def _text_faults(self, sample: Sample) -> Iterator[Fault]:
         """The evaluation template must fill, placeholders name objects that have regions, and the answer read back."""
-        frames = [Frame(info.width, info.height, max(info.width, info.height)) for info in sample.images]
+        letterboxes = [Letterbox(info.width, info.height, max(info.width, info.height)) for info in sample.images]
         try:
             texts = [
                 (f"earlier {name}", text)
@@ -242,9 +242,9 @@ class SampleChecker:
             if broken := broken_text(text):
                 yield "mojibake", f"the {name} holds {broken!r}; read the source's texts as UTF-8"
             try:
-                written, regions = self._write(text, sample, frames)
+                written, regions = self._write(text, sample, letterboxes)
                 if regions and name.endswith("answer"):
-                    parsed = self.codec.decode(written, frames)
+                    parsed = self.codec.decode(written, letterboxes)
                     if [r.image for r in parsed.regions] != [r.image for r in regions]:
                         yield (
                             "parse-back",
@@ -255,7 +255,7 @@ class SampleChecker:
             except ValueError as error:
                 yield "placeholder", f"the {name}: {error}"
 
-    def _write(self, text: str, sample: Sample, frames: list[Frame]) -> tuple[str, list[Region]]:
+    def _write(self, text: str, sample: Sample, letterboxes: list[Letterbox]) -> tuple[str, list[Region]]:
         """A text with its regions written as when streaming, and these regions in the order of writing."""
         written, regions = [], []
         for part in split_placeholders(text):
@@ -264,7 +264,7 @@ class SampleChecker:
                 continue
             found = [find_region(sample, number, part.kind) for number in part.objects]
             found.sort(key=lambda region: region.image)
-            written.append(self.codec.encode(found, frames, part.kind or found[0].kind))
+            written.append(self.codec.encode(found, letterboxes, part.kind or found[0].kind))
             regions += found
         return "".join(written), regions
 

@@ -122,7 +122,7 @@ def load_templates(task: str, templates: TemplateRange = None) -> tuple[str, ...
         return load_templates(task)[: max(1, find_task(task).mini if templates == "mini" else templates)]
     if find_task(task).own_texts:
         return ()
-    text = resources.files("vistallm.coinit").joinpath("templates", f"{task}.txt").read_text(encoding="utf-8")
+    text = resources.files("vistallm.tasks").joinpath("templates", f"{task}.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vistallm.coinit.expressions import Expression, attributes_of, matches, refer
-from vistallm.coinit.mini_layout import random_attributes, random_scene
-from vistallm.coinit.mini_scene import PLACE_NAMES, Attributes, Scene
+from vistallm.mini.expressions import Expression, attributes_of, matches, refer
+from vistallm.mini.layout import random_attributes, random_scene
+from vistallm.mini.scene import PLACE_NAMES, Attributes, Scene
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
 

@@ -10,11 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vistallm.coinit import mini
-from vistallm.coinit.mini import MAKERS, MiniRecipe, build_mini, ensure_mini, make_sample, mini_words
-from vistallm.coinit.mini_scene import ATTRIBUTES, HELD_OUT
-from vistallm.coinit.tasks import TASKS, load_templates, render
+from vistallm.mini import build
+from vistallm.mini.build import MAKERS, MiniRecipe, build_mini, ensure_mini, make_sample, mini_words
+from vistallm.mini.scene import ATTRIBUTES, HELD_OUT
 from vistallm.regions.masks import rle_box, rle_to_mask
+from vistallm.tasks import TASKS, load_templates, render
 
 RECIPE = MiniRecipe(seed=11)
 WORD = {value: name for name, values in ATTRIBUTES.items() for value in values}
@@ -212,8 +212,8 @@ def test_captions_name_every_object_from_left_to_right():
 
 def test_points_lie_in_their_object():
     rng = np.random.default_rng(0)
-    from vistallm.coinit.mini_draft import point_of
-    from vistallm.coinit.mini_layout import random_scene
+    from vistallm.mini.draft import point_of
+    from vistallm.mini.layout import random_scene
 
     for _ in range(100):
         scene = random_scene(rng)
@@ -273,7 +273,7 @@ def test_ensure_mini_builds_once_and_again_for_another_recipe(tmp_path, monkeypa
     root = ensure_mini(tmp_path / "data" / "mini", **sizes)
     before = (root / "index.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(mini, "build_mini", lambda *a, **k: pytest.fail("built twice"))
+        patch.setattr(build, "build_mini", lambda *a, **k: pytest.fail("built twice"))
         ensure_mini(root, **sizes)
     ensure_mini(root, seed=4, **sizes)
     assert (root / "index.json").read_bytes() != before

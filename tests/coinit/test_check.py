@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vistallm.coinit.check import FIRST, SampleChecker, verify
 from vistallm.coinit.leaks import evaluation_images, read_ids
-from vistallm.coinit.mini import MiniRecipe, build_mini, make_sample
 from vistallm.coinit.mojibake import broken_text
 from vistallm.coinit.shards import read_index, write_index, write_shard
-from vistallm.coinit.verify import FIRST, SampleChecker, verify
+from vistallm.mini.build import MiniRecipe, build_mini, make_sample
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vistallm.coinit.mini_scene import ATTRIBUTES, HELD_OUT, NOUN, Attributes, Scene, SceneObject
+from vistallm.mini.scene import ATTRIBUTES, HELD_OUT, NOUN, Attributes, Scene, SceneObject
 
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 EXTREMES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}

@@ -16,13 +16,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vistallm.coinit import expressions, mini_draft, mini_layout, mini_multi, mini_scene, mini_tasks, shards
-from vistallm.coinit.mini_draft import Draft
-from vistallm.coinit.mini_layout import random_scene
-from vistallm.coinit.mini_multi import MULTI_MAKERS, MULTI_WORDS
-from vistallm.coinit.mini_scene import ATTRIBUTES, SHAPES, Scene, SceneObject
-from vistallm.coinit.mini_tasks import SINGLE_MAKERS, SINGLE_WORDS
+from vistallm.coinit import shards
 from vistallm.coinit.shards import EncodedImage, Row, read_index, write_index, write_shard
+from vistallm.mini import expressions
+from vistallm.mini.draft import Draft
+from vistallm.mini.layout import random_scene
+from vistallm.mini.multi import MULTI_MAKERS, MULTI_WORDS
+from vistallm.mini.scene import ATTRIBUTES, PLACE_NAMES, SHAPES, Scene, SceneObject
+from vistallm.mini.tasks import SINGLE_MAKERS, SINGLE_WORDS
 from vistallm.schema import ImageInfo, Sample
 
 __all__ = ["MiniRecipe", "Scene", "SceneObject", "build_mini", "ensure_mini", "mini_words", "random_scene"]
@@ -50,10 +51,9 @@ class MiniRecipe:
 
     def digest(self) -> str:
         """Hash of the recipe and of the source files that carry it out: a change of either rebuilds the set."""
-        code = (expressions, mini_scene, mini_layout, mini_draft, mini_tasks, mini_multi, shards)
         digest = hashlib.sha256(json.dumps([vars(self), TRAIN_WEIGHTS], sort_keys=True).encode())
-        for path in (__file__, *(module.__file__ for module in code)):
-            digest.update(Path(str(path)).read_bytes())
+        for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(str(shards.__file__))):
+            digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
 
     def plan(self, split: str) -> list[tuple[str, int]]:
@@ -124,7 +124,7 @@ def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **siz
     else:
         # Fresh interpreters, not multiprocessing: a fork can hang after torch has started threads, and a spawned
         # child would import the caller's main script, torch and all, before its first sample.
-        command = [sys.executable, "-m", "vistallm.coinit.mini", str(out), json.dumps(vars(recipe))]
+        command = [sys.executable, "-m", "vistallm.mini.build", str(out), json.dumps(vars(recipe))]
         builders = [subprocess.Popen([*command, str(i), str(workers)], stdout=subprocess.PIPE) for i in range(workers)]
         for text, builder in [(builder.communicate()[0], builder) for builder in builders]:
             if builder.returncode != 0:
@@ -165,7 +165,7 @@ def mini_words() -> list[str]:
     """Every word that the fields of mini samples can hold, sorted; with the templates' words, a whole vocabulary."""
     attributes = [value for values in ATTRIBUTES.values() for value in values]
     nouns = [expressions.plural(shape) for shape in SHAPES]
-    places = [*expressions.PLACES.values(), *expressions.EXTREMES.values(), *mini_scene.PLACE_NAMES, "a an A An"]
+    places = [*expressions.PLACES.values(), *expressions.EXTREMES.values(), *PLACE_NAMES, "a an A An"]
     text = " ".join([*attributes, *nouns, *places, *SINGLE_WORDS, *MULTI_WORDS])
     for mark in ".,?()":
         text = text.replace(mark, f" {mark} ")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from vistallm.coinit.expressions import article, attributes_of, matches, plural
-from vistallm.coinit.mini_draft import Draft, Maker, draw_pair, pick, region_of, scene_with
-from vistallm.coinit.mini_layout import random_scene
-from vistallm.coinit.mini_scene import ATTRIBUTES, PLACE_NAMES, SHAPES, Attributes, Scene, SceneObject
+from vistallm.mini.draft import Draft, Maker, draw_pair, pick, region_of, scene_with
+from vistallm.mini.expressions import article, attributes_of, matches, plural
+from vistallm.mini.layout import random_scene
+from vistallm.mini.scene import ATTRIBUTES, PLACE_NAMES, SHAPES, Attributes, Scene, SceneObject
 
 STATEMENTS = {
     "both": "Both images contain {}.",

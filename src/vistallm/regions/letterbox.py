@@ -13,7 +13,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Frame:
+class Letterbox:
     """How one image lies in its padded square.
 
     Attributes:
@@ -66,7 +66,7 @@ class Frame:
 
 def square_resize(
     image: np.ndarray, size: int, pad_colour: tuple[int, ...] | np.ndarray, original: tuple[int, int] | None = None
-) -> tuple[np.ndarray, Frame]:
+) -> tuple[np.ndarray, Letterbox]:
     """Pad an image to a centred square and resize it.
 
     Args:
@@ -86,36 +86,38 @@ def square_resize(
         raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}; convert it to RGB first")
     colour = np.asarray(pad_colour, np.float64).round().tolist()
     if original is not None and original != image.shape[1::-1]:
-        return _square_of_reduced(image, frame := Frame(*original, size), colour), frame
-    frame = Frame(image.shape[1], image.shape[0], size)
-    left, top = frame.padding
-    right, bottom = frame.side - frame.width - left, frame.side - frame.height - top
+        return _square_of_reduced(image, letterbox := Letterbox(*original, size), colour), letterbox
+    letterbox = Letterbox(image.shape[1], image.shape[0], size)
+    left, top = letterbox.padding
+    right, bottom = letterbox.side - letterbox.width - left, letterbox.side - letterbox.height - top
     # OpenCV's border is three times quicker than filling and copying with NumPy.
     square = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=colour)
-    if frame.side != size:
+    if letterbox.side != size:
         # INTER_AREA averages when shrinking (no aliasing); enlarging needs a real interpolation kernel.
-        kernel = cv2.INTER_AREA if frame.side > size else cv2.INTER_CUBIC
-        return cv2.resize(square, (size, size), interpolation=kernel).astype(np.uint8, copy=False), frame
-    return square, frame
+        kernel = cv2.INTER_AREA if letterbox.side > size else cv2.INTER_CUBIC
+        return cv2.resize(square, (size, size), interpolation=kernel).astype(np.uint8, copy=False), letterbox
+    return square, letterbox
 
 
-def _square_of_reduced(image: np.ndarray, frame: Frame, colour: list[float]) -> np.ndarray:
+def _square_of_reduced(image: np.ndarray, letterbox: Letterbox, colour: list[float]) -> np.ndarray:
     """The square of an image that was decoded at a scale of 1/n, which has filtered it for most of the way."""
-    scale, size = round(frame.side / max(image.shape)), (frame.size, frame.size)
-    whole = [length * frame.size for length in (*frame.padding, frame.width, frame.height)]
-    if not any(length % frame.side for length in whole):  # the image fills whole pixels: only it is resized
-        left, top, width, height = (length // frame.side for length in whole)
-        right, bottom = frame.size - left - width, frame.size - top - height
+    scale, size = round(letterbox.side / max(image.shape)), (letterbox.size, letterbox.size)
+    whole = [length * letterbox.size for length in (*letterbox.padding, letterbox.width, letterbox.height)]
+    if not any(length % letterbox.side for length in whole):  # the image fills whole pixels: only it is resized
+        left, top, width, height = (length // letterbox.side for length in whole)
+        right, bottom = letterbox.size - left - width, letterbox.size - top - height
         resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
         return cv2.copyMakeBorder(resized, top, bottom, left, right, cv2.BORDER_CONSTANT, value=colour)
-    if not any(length % scale for length in (frame.side, *frame.padding)):
-        left, top = (padding // scale for padding in frame.padding)
-        bottom, right = (frame.side // scale - start - n for start, n in zip((top, left), image.shape[:2], strict=True))
+    if not any(length % scale for length in (letterbox.side, *letterbox.padding)):
+        left, top = (padding // scale for padding in letterbox.padding)
+        bottom, right = (
+            letterbox.side // scale - start - n for start, n in zip((top, left), image.shape[:2], strict=True)
+        )
         square = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=colour)
         return cv2.resize(square, size, interpolation=cv2.INTER_LINEAR)
     # The padding ends within a pixel: one affine map, which takes twice the time, keeps the image where it belongs.
-    step = frame.side / frame.size / scale
-    x, y = (0.5 * step - 0.5 - padding / scale for padding in frame.padding)
+    step = letterbox.side / letterbox.size / scale
+    x, y = (0.5 * step - 0.5 - padding / scale for padding in letterbox.padding)
     inverse = np.array([[step, 0, x], [0, step, y]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, inverse, size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=colour)

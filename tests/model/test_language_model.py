@@ -12,7 +12,7 @@ from vistallm.config import DecoderConfig, load_config
 from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_codec, build_sequencer
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.decoder import build_decoder, initialise_new_rows
+from vistallm.model.language_model import build_decoder, initialise_new_rows
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.optim import set_trainable
 
