@@ -28,12 +28,12 @@ import torch
 
 from vistallm.config import Config
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
+from vistallm.data.sequence import Sequence
 from vistallm.data.stream import evaluation_sequences
 from vistallm.evaluate.generate import Answerer
 from vistallm.evaluate.grammar import RegionGrammar
 from vistallm.evaluate.parse import read_answer
 from vistallm.model.vistallm import VistaLLM
-from vistallm.schema import Sequence
 from vistallm.tasks import TASKS
 from vistallm.train.checkpoint import load_run
 from vistallm.train.run import quiet

@@ -39,7 +39,7 @@ def build(config: Config, device: torch.device) -> VistaLLM:
     config.model.tokenizer.text_tokenizer = None
     vocabulary = Vocabulary.build(config.model, build_codec(config))
     if vicuna:
-        vocabulary.text.add_tokens([f"<filler {i}>" for i in range(VICUNA_ROWS - vocabulary.first_new)])
+        vocabulary.lm.add_tokens([f"<filler {i}>" for i in range(VICUNA_ROWS - vocabulary.first_new)])
     with torch.device(device):
         model = VistaLLM(config, vocabulary)
     set_trainable(model, config.train)

@@ -57,7 +57,7 @@ def export(
     if language_model:
         plain = model.base_decoder().to(dtype)
         plain.save_pretrained(out / "language_model")
-        model.vocabulary.text.save_pretrained(out / "language_model")
+        model.vocabulary.lm.save_pretrained(out / "language_model")
         plain.float()
     step = re.search(r"step-(\d+)", checkpoint.name)
     facts = {"step": int(step[1]) if step else None, "merged": lora and merge}

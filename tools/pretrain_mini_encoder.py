@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vistallm.config import load_config
-from vistallm.data.sequence import PAD_COLOUR
+from vistallm.config import PAD_COLOUR, load_config
 from vistallm.mini.layout import random_scene
 from vistallm.mini.scene import ATTRIBUTES, Scene
 from vistallm.model.attention import training_attention

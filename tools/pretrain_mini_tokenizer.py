@@ -31,17 +31,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from vistallm.config import load_config
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_codec, build_sequencer, split_shards
 from vistallm.data.reader import decode_sample, read_raw
-from vistallm.data.sequence import SequenceBuilder
+from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.scene import ATTRIBUTES
 from vistallm.model.attention import training_attention
 from vistallm.model.qformer import InstructionGuidedTokenizer
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.masks import rle_box, rle_to_mask
-from vistallm.schema import Batch, Sample, Sequence
+from vistallm.schema import Batch, Sample
 
 SLOTS, GRID, VERTICES = 4, 12, 12  # objects told at most; cells of a mask in its box, per side; corners told at most
 ASKED = {"pope": "question", "vqa": "question", "vcr": "question", "nlvr2": "statement"}  # told by their words
@@ -216,7 +215,7 @@ def main() -> None:
         if step % 100 == 0:
             told = " ".join(f"{key} {value:.3f}" for key, value in scores.items())
             print(f"step {step} seconds {time.monotonic() - start:.0f} loss {loss:.3f} {told}", flush=True)
-    words = json.dumps([vocabulary.instruction.convert_ids_to_tokens(i) for i in range(len(vocabulary.instruction))])
+    words = json.dumps([vocabulary.qformer.convert_ids_to_tokens(i) for i in range(len(vocabulary.qformer))])
     save_file(
         {k: v.detach().to(torch.bfloat16).contiguous() for k, v in parts.items()}, arguments.out, {"tokens": words}
     )

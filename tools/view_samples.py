@@ -25,8 +25,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vistallm.coinit.shards import read_index, read_shard
+from vistallm.data.sequence import Sequence
 from vistallm.regions.masks import box_polygon, rle_to_mask
-from vistallm.schema import IGNORE_INDEX, Region, Sample, Sequence
+from vistallm.schema import IGNORE_INDEX, Region, Sample
 from vistallm.tasks import find_task, render
 
 TILE, GAP, LINE = 340, 8, 17  # of the sheet: width of a tile, space around it, height of a text line, in pixels
@@ -168,7 +169,7 @@ def token_spans(sequence: Sequence, builder) -> str:  # noqa: ANN001
     """Every token of a sequence as HTML, in order; a row of image slots is one span, supervised tokens have class s."""
     vocabulary, spans, slots = builder.vocabulary, [], 0
     known = set(vocabulary.region_tokens)
-    names = vocabulary.text.convert_ids_to_tokens(sequence.input_ids.tolist())
+    names = vocabulary.lm.convert_ids_to_tokens(sequence.input_ids.tolist())
     for token_id, label, name in zip(sequence.input_ids.tolist(), sequence.labels.tolist(), names, strict=True):
         if token_id == vocabulary.image_id:
             slots += 1
@@ -192,7 +193,7 @@ def _words(text: str) -> str:
 
 def figure(sample: Sample, builder) -> str:  # noqa: ANN001
     """One sample of the page."""
-    from vistallm.data.sequence import SampleReject
+    from vistallm.schema import SampleReject
 
     assert sample.pixels
     said: list[Region] = []

@@ -18,6 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in [0, 1]; OpenAI CLIP, as the authors' release uses
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOUR = tuple(round(255 * value) for value in CLIP_MEAN)  # uint8 RGB: padding is zero after normalisation
 GROUPS = {"stage": "1", "model": "mini", "data": "mini"}  # group -> the file that is taken when none is named
 
 

@@ -1,4 +1,4 @@
-"""The dataclasses that stages exchange: Sample -> Sequence -> Batch -> Prediction.
+"""The dataclasses that stages exchange: Sample -> Batch -> Prediction.
 
 In: nothing (this module imports no other module of the package). Out: typed records, with a shape beside every array.
 
@@ -17,14 +17,20 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from vistallm.regions.letterbox import Letterbox
-
 IGNORE_INDEX = -100
 SCHEMA_VERSION = 1
 
 RegionKind = Literal["mask", "box", "point"]
 REGION_KINDS: tuple[str, ...] = ("mask", "box", "point")
 Rle = dict[str, Any]  # COCO run lengths: {"size": [H, W], "counts": str (compressed)}
+
+
+class SampleReject(ValueError):
+    """A sample that can't be used; `reason` is a short word, for counting."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass
@@ -169,29 +175,6 @@ class Sample:
 
 
 @dataclass
-class Sequence:
-    """One sample as tokens, with its labels made at the same time.
-
-    Attributes:
-        input_ids: (T,) int64, prompt then answer then end token; image slots hold the image-patch token.
-        labels: (T,) int64, the answer's own ids and the end token, IGNORE_INDEX elsewhere.
-        instruction_ids: (Q,) int64, the instruction in the instruction-guided tokenizer's own vocabulary.
-        images: (K, 3, S, S) uint8, square RGB; the encoder normalises them.
-        letterboxes: K coordinate maps, one per image.
-        prompt: the prompt text without image slots; answer: the answer text.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    instruction_ids: torch.Tensor
-    images: torch.Tensor
-    letterboxes: list[Letterbox]
-    prompt: str
-    answer: str
-    sample: Sample
-
-
-@dataclass
 class Batch:
     """Sequences padded to one length; images of all samples are laid one after another, without padding images.
 
@@ -201,7 +184,6 @@ class Batch:
         images: (N, 3, S, S) uint8, N = sum of the samples' image counts.
         image_owner: (N,) int64, the row of the batch that each image belongs to, ascending.
         ids, tasks: B sample ids and task names.
-        sequences: the B sequences behind the rows at evaluation; empty in training (they would be copied by workers).
         rejects: samples that were rejected since the stream's last batch.
     """
 
@@ -214,7 +196,6 @@ class Batch:
     image_owner: torch.Tensor
     ids: list[str]
     tasks: list[str]
-    sequences: list[Sequence]
     rejects: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

@@ -31,7 +31,7 @@ def spans(text):
 def test_tokens_are_those_of_training(viewer, samples, builder, task):
     sequence = builder.build(samples[task][0])
     shown = spans(viewer.token_spans(sequence, builder))
-    text = builder.vocabulary.text
+    text = builder.vocabulary.lm
     kept = [(i, label) for i, label in zip(sequence.input_ids.tolist(), sequence.labels.tolist(), strict=True)]
     kept = [pair for pair in kept if pair[0] != builder.vocabulary.image_id]
     assert [name for _, name in shown] == text.convert_ids_to_tokens([i for i, _ in kept])

@@ -6,9 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
+from vistallm.config import PAD_COLOUR
 from vistallm.data.reader import decode_image, reduction
-from vistallm.data.sequence import PAD_COLOUR, SampleReject
 from vistallm.regions.letterbox import Letterbox, square_resize
+from vistallm.schema import SampleReject
 
 
 def photo(width, height, seed=0):

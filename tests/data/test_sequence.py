@@ -7,15 +7,14 @@ import random
 import pytest
 import torch
 
-from vistallm.data.collate import collate
-from vistallm.data.sequence import SampleReject
+from vistallm.data.sequence import collate
 from vistallm.mini.build import MAKERS
-from vistallm.schema import IGNORE_INDEX
+from vistallm.schema import IGNORE_INDEX, SampleReject
 
 
 @pytest.mark.parametrize("task", sorted(MAKERS))
 def test_labels_cover_exactly_the_answer_and_the_end_token(builder, samples, task):
-    text = builder.vocabulary.text
+    text = builder.vocabulary.lm
     for sample in samples[task]:
         sequence = builder.build(sample)
         supervised = sequence.labels != IGNORE_INDEX
@@ -32,7 +31,7 @@ def test_image_slots(builder, samples, task):
     for sample in samples[task]:
         sequence = builder.build(sample)
         images = len(sample.images)
-        text = builder.vocabulary.text.decode(sequence.input_ids).replace(" ", "")
+        text = builder.vocabulary.lm.decode(sequence.input_ids).replace(" ", "")
         assert (sequence.input_ids == builder.vocabulary.image_id).sum() == images * builder.queries
         assert sequence.images.shape == (images, 3, 48, 48)
         assert sequence.images.dtype == torch.uint8
@@ -45,9 +44,9 @@ def test_image_slots(builder, samples, task):
 def test_both_tokenizers_see_the_regions_of_the_prompt(builder, samples, task):
     vocabulary = builder.vocabulary
     sequence = builder.build(samples[task][0])
-    bins = [token for token in vocabulary.text.tokenize(sequence.prompt) if token.startswith("<bin_")]
+    bins = [token for token in vocabulary.lm.tokenize(sequence.prompt) if token.startswith("<bin_")]
     assert len(bins) >= 2
-    guided = vocabulary.instruction.convert_ids_to_tokens(sequence.instruction_ids)
+    guided = vocabulary.qformer.convert_ids_to_tokens(sequence.instruction_ids)
     assert [token for token in guided if token.startswith("<bin_")] == bins
     assert (guided[0], guided[-1]) == ("[CLS]", "[SEP]")
 
@@ -69,7 +68,7 @@ def conversation(samples):
 
 
 def test_every_answer_of_a_conversation_is_supervised(builder, samples, conversation):
-    text = builder.vocabulary.text
+    text = builder.vocabulary.lm
     sequence = builder.build(conversation, random.Random(0))
     supervised = (sequence.labels != IGNORE_INDEX).tolist()
     starts = [i for i in range(1, len(supervised)) if supervised[i] and not supervised[i - 1]]
@@ -86,7 +85,7 @@ def test_every_answer_of_a_conversation_is_supervised(builder, samples, conversa
     )
     assert whole.count("<im_start>") == 1
     assert (sequence.prompt, sequence.answer) == ("Is it red?", "No, it is blue.")
-    guided = builder.vocabulary.instruction.decode(sequence.instruction_ids).replace(" ", "")
+    guided = builder.vocabulary.qformer.decode(sequence.instruction_ids).replace(" ", "")
     assert guided == f"[CLS]Whatisit{box}?Where?Isitred?[SEP]"
     cut = dataclasses.replace(builder, max_instruction=5).build(conversation)
     assert cut.instruction_ids[:4].equal(sequence.instruction_ids[:4])
@@ -113,8 +112,8 @@ def test_a_prompt_alone_is_what_generation_reads_of_a_whole_sequence(builder, sa
     assert torch.equal(batches[0].input_ids[0], prompt.input_ids)
     assert torch.equal(whole.input_ids[: len(prompt.input_ids)], prompt.input_ids)
     last = [
-        *builder.vocabulary.text.encode(whole.answer, add_special_tokens=False),
-        builder.vocabulary.text.eos_token_id,
+        *builder.vocabulary.lm.encode(whole.answer, add_special_tokens=False),
+        builder.vocabulary.lm.eos_token_id,
     ]
     assert whole.input_ids[len(prompt.input_ids) :].tolist() == last
     assert (prompt.prompt, prompt.answer) == (whole.prompt, "")
@@ -164,5 +163,56 @@ def test_long_instructions_are_cut_for_the_image_tokenizer_alone(builder, sample
 
 def test_system_prompt_comes_first(builder, samples):
     told = dataclasses.replace(builder, system_prompt="Answer well.")
-    text = told.vocabulary.text
+    text = told.vocabulary.lm
     assert text.decode(told.build(samples["vqa"][0]).input_ids).replace(" ", "").startswith("<s>Answerwell.USER:")
+
+
+# -- collate ----------------------------------------------------------------------------------------------------------
+
+
+def rows(builder, samples):
+    return [builder.build(samples[task][0]) for task in ("attcoseg", "pope", "nlvr2", "caption")]
+
+
+def test_training_batch_is_right_padded(builder, samples):
+    sequences = rows(builder, samples)
+    batch = collate(sequences, builder.vocabulary)
+    for i, sequence in enumerate(sequences):
+        length = len(sequence.input_ids)
+        assert torch.equal(batch.input_ids[i, :length], sequence.input_ids)
+        assert torch.equal(batch.labels[i, :length], sequence.labels)
+        assert (batch.input_ids[i, length:] == builder.vocabulary.lm.pad_token_id).all()
+        assert (batch.labels[i, length:] == IGNORE_INDEX).all()
+        assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+    assert len(batch) == 4
+
+
+def test_generation_batch_is_left_padded_and_holds_no_answer(builder, samples):
+    sequences = rows(builder, samples)
+    batch = collate(sequences, builder.vocabulary, generation=True)
+    assert (batch.labels == IGNORE_INDEX).all()
+    for i, sequence in enumerate(sequences):
+        prompt = sequence.input_ids[sequence.labels == IGNORE_INDEX]
+        width = batch.input_ids.shape[1]
+        assert torch.equal(batch.input_ids[i, width - len(prompt) :], prompt)
+        assert batch.attention_mask[i].tolist() == [0] * (width - len(prompt)) + [1] * len(prompt)
+
+
+def test_instructions_are_right_padded_in_both(builder, samples):
+    sequences = rows(builder, samples)
+    for generation in (False, True):
+        batch = collate(sequences, builder.vocabulary, generation)
+        for i, sequence in enumerate(sequences):
+            length = len(sequence.instruction_ids)
+            assert torch.equal(batch.instruction_ids[i, :length], sequence.instruction_ids)
+            assert batch.instruction_mask[i].sum() == batch.instruction_mask[i, :length].sum() == length
+
+
+def test_images_lie_one_after_another_with_their_owner(builder, samples):
+    sequences = rows(builder, samples)
+    batch = collate(sequences, builder.vocabulary)
+    owners = [i for i, sequence in enumerate(sequences) for _ in sequence.images]
+    assert batch.image_owner.tolist() == owners
+    assert torch.equal(batch.images, torch.cat([s.images for s in sequences]))
+    assert batch.ids == [s.sample.id for s in sequences]
+    assert batch.tasks == ["attcoseg", "pope", "nlvr2", "caption"]

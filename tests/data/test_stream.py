@@ -18,9 +18,8 @@ from vistallm.data import stream as module
 from vistallm.data.datamodule import split_shards
 from vistallm.data.order import Mixture, Shard
 from vistallm.data.reader import RawSample, decode_sample, read_raw
-from vistallm.data.sequence import SampleReject
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
-from vistallm.schema import Sample
+from vistallm.schema import Sample, SampleReject
 from vistallm.tasks import TASKS
 
 ONCE = dict.fromkeys(TASKS, 1.0)

@@ -9,10 +9,10 @@ from vistallm.data.datamodule import build_codec
 from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, encode
 
 
-@pytest.mark.parametrize("tokenizer", ["text", "instruction"])
+@pytest.mark.parametrize("tokenizer", ["lm", "qformer"])
 def test_region_tokens_are_single_ids(vocabulary, tokenizer):
     made = getattr(vocabulary, tokenizer)
-    first = {"text": vocabulary.first_new, "instruction": vocabulary.instruction_first_new}[tokenizer]
+    first = {"lm": vocabulary.first_new, "qformer": vocabulary.qformer_first_new}[tokenizer]
     ids = [made.encode(token, add_special_tokens=False) for token in vocabulary.region_tokens]
     assert all(len(i) == 1 and i[0] >= first for i in ids)
     assert len({i[0] for i in ids}) == len(ids)
@@ -22,15 +22,15 @@ def test_region_tokens_are_single_ids(vocabulary, tokenizer):
 
 
 def test_image_tokens_are_not_in_the_instruction_tokenizer(vocabulary):
-    assert all(len(vocabulary.text.encode(t, add_special_tokens=False)) == 1 for t in IMAGE_TOKENS)
-    assert vocabulary.text.decode([vocabulary.image_id]) == "<im_patch>"
-    assert not set(IMAGE_TOKENS) & set(vocabulary.instruction.get_vocab())
+    assert all(len(vocabulary.lm.encode(t, add_special_tokens=False)) == 1 for t in IMAGE_TOKENS)
+    assert vocabulary.lm.decode([vocabulary.image_id]) == "<im_patch>"
+    assert not set(IMAGE_TOKENS) & set(vocabulary.qformer.get_vocab())
 
 
 def test_bin_ids_follow_their_coordinates(vocabulary):
     for made, ids in (
-        (vocabulary.text, vocabulary.bin_ids),
-        (vocabulary.instruction, vocabulary.instruction_bin_ids),
+        (vocabulary.lm, vocabulary.bin_ids),
+        (vocabulary.qformer, vocabulary.qformer_bin_ids),
     ):
         assert ids == sorted(ids)
         assert made.convert_ids_to_tokens(ids) == [f"<bin_{i}>" for i in range(33)]
@@ -38,7 +38,7 @@ def test_bin_ids_follow_their_coordinates(vocabulary):
     assert (vocabulary.bin_values[0], vocabulary.bin_values[-1]) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("tokenizer", ["text", "instruction"])
+@pytest.mark.parametrize("tokenizer", ["lm", "qformer"])
 def test_any_printable_text_is_encodable(vocabulary, tokenizer):
     made, rng = getattr(vocabulary, tokenizer), random.Random(0)
     letters = string.digits + string.ascii_letters + string.punctuation
@@ -58,12 +58,12 @@ def test_save_and_load_give_the_same_ids(vocabulary, tmp_path):
     vocabulary.save(tmp_path)
     loaded = Vocabulary.load(tmp_path)
     text = 'Is there a <p_st><bin_3><bin_4><p_ed> "zig-zag" thing? USER: <im_start><im_patch><im_end>'
-    for name in ("text", "instruction"):
+    for name in ("lm", "qformer"):
         old, new = getattr(vocabulary, name), getattr(loaded, name)
         assert old.get_vocab() == new.get_vocab()
         assert old.encode(text) == new.encode(text)
         assert old.special_tokens_map == new.special_tokens_map
-    for name in ("first_new", "instruction_first_new", "region_tokens", "bin_ids", "instruction_bin_ids", "image_id"):
+    for name in ("first_new", "qformer_first_new", "region_tokens", "bin_ids", "qformer_bin_ids", "image_id"):
         assert getattr(loaded, name) == getattr(vocabulary, name)
     assert (loaded.bin_values == vocabulary.bin_values).all()
 
@@ -71,8 +71,8 @@ def test_save_and_load_give_the_same_ids(vocabulary, tmp_path):
 def test_text_coordinates_add_no_region_token(tiny_config):
     config = tiny_config("coords=text")
     made = Vocabulary.build(config.model, build_codec(config))
-    assert made.bin_ids == made.instruction_bin_ids == made.region_tokens == []
-    assert len(made.instruction) == made.instruction_first_new
+    assert made.bin_ids == made.qformer_bin_ids == made.region_tokens == []
+    assert len(made.qformer) == made.qformer_first_new
 
 
 def test_a_folder_that_is_no_vocabulary(tmp_path):
@@ -88,9 +88,9 @@ def test_encode_is_the_wrappers_without_its_overhead(vocabulary):
         "(A) Yes, 3 of 4!  zyx",
         "Image 2:",
     ]
-    for tokenizer in (vocabulary.text, vocabulary.instruction):
+    for tokenizer in (vocabulary.lm, vocabulary.qformer):
         for text in texts:
             assert encode(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False)
-    vocabulary.instruction.backend_tokenizer.enable_truncation(2)
+    vocabulary.qformer.backend_tokenizer.enable_truncation(2)
     again = Vocabulary(**vars(vocabulary))
-    assert len(encode(again.instruction, texts[0])) > 2, "a file may ask for truncation"
+    assert len(encode(again.qformer, texts[0])) > 2, "a file may ask for truncation"

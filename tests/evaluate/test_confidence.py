@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import split_shards
 from vistallm.data.reader import decode_sample, read_raw
+from vistallm.data.sequence import collate
 from vistallm.evaluate import confidence as C
 from vistallm.evaluate.benchmarks import load_benchmarks, score
 from vistallm.evaluate.generate import Answerer, make_prediction
@@ -52,7 +52,7 @@ def test_confidences_equal_those_of_one_pass_over_the_answer(tiny_model, tiny_co
     sequences = [builder.build(world_samples[task][0]) for task in ("rec", "attcoseg", "gres", "res")]
     answerer = Answerer(tiny_model, tiny_config("decode.max_new_tokens=40"))
     answers = answerer.answer(sequences)
-    text = tiny_model.vocabulary.text
+    text = tiny_model.vocabulary.lm
     for sequence, answer in zip(sequences, answers, strict=True):
         ids = text.encode(answer.text, add_special_tokens=False)
         batch = collate([sequence], tiny_model.vocabulary, generation=True)

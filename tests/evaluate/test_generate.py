@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import split_shards
 from vistallm.data.reader import decode_sample, read_raw
+from vistallm.data.sequence import collate
 from vistallm.evaluate.benchmarks import load_benchmarks
 from vistallm.evaluate.generate import Answerer, Pace, generate_predictions, picked_images
 from vistallm.evaluate.grammar import RegionGrammar, rule_of
@@ -47,11 +47,11 @@ def alone(model, config, table, sequence):
     for _ in range(NEW_TOKENS):
         logits = model.decoder(inputs_embeds=embeddings, use_cache=False).logits[:, -1]
         written = torch.cat([written, grammar(written, logits).argmax(1, keepdim=True)], 1)
-        if written[0, -1] == model.vocabulary.text.eos_token_id:
+        if written[0, -1] == model.vocabulary.lm.eos_token_id:
             written = written[:, :-1]
             break
         embeddings = torch.cat([embeddings, model.decoder.get_input_embeddings()(written[:, -1:])], 1)
-    return model.vocabulary.text.decode(written[0].tolist())
+    return model.vocabulary.lm.decode(written[0].tolist())
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def parts():
 def write(table, rules, seed, tokens=60, constrained=True):
     """Generate answers from random scores that favour region tokens, `image k:`, "answer is" and the end."""
     generator = torch.Generator().manual_seed(seed)
-    text = table.vocabulary.text
+    text = table.vocabulary.lm
     favour = torch.from_numpy(table.classes >= Token.END) * 2.0
     favour[text.convert_tokens_to_ids([*"123:.", "image", "answer", "is"])] = 3.0
     grammar, ids = RegionGrammar(table, rules, POINTS, tokens), torch.zeros(len(rules), 0, dtype=torch.long)
@@ -106,7 +106,7 @@ def test_the_same_scores_without_the_grammar_are_unreadable(parts):
 
 def permitted(table, rule, written, tokens=60):
     """The tokens that may follow a written beginning."""
-    text = table.vocabulary.text
+    text = table.vocabulary.lm
     ids = torch.tensor([text.encode(written, add_special_tokens=False)], dtype=torch.long).reshape(1, -1)
     scores = RegionGrammar(table, [rule], POINTS, tokens)(ids, torch.zeros(1, len(text)))
     return set(text.convert_ids_to_tokens(torch.isfinite(scores[0]).nonzero().flatten().tolist()))
@@ -177,7 +177,7 @@ def test_choices_are_written_to_the_end(parts):
 
 def test_rows_of_a_batch_are_independent(parts):
     table = parts[1]
-    text = table.vocabulary.text
+    text = table.vocabulary.lm
     rules = [Rule("mask"), Rule("box", True), Rule(choices=("yes", "no")), Rule(images=3, words=True)]
     rows = ["<m_st><bin_1>", "The <b_st>", "yes", "image 1"]
     ids = torch.stack([torch.tensor(text.encode(row, add_special_tokens=False)[:1]) for row in rows])

@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vistallm.config import EncoderConfig
-from vistallm.data.sequence import CLIP_MEAN, CLIP_STD, PAD_COLOUR
+from vistallm.config import CLIP_MEAN, CLIP_STD, PAD_COLOUR, EncoderConfig
 from vistallm.model.encoder import ImageEncoder
 
 CONFIG = EncoderConfig(name="vistallm-mini", weights=None, layer=-1, image_size=48)

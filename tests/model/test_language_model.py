@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
 from vistallm.config import DecoderConfig, load_config
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_codec, build_sequencer
+from vistallm.data.sequence import collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.language_model import build_decoder, initialise_new_rows
 from vistallm.model.vistallm import VistaLLM
@@ -45,7 +45,7 @@ def test_lora_trains_adapters_and_new_rows_alone(tiny_config, vocabulary, builde
     assert trained
     assert all("lora_" in name or "trainable_tokens" in name for name in trained)
     assert rows["encoder"] == 0
-    new = len(vocabulary.text) - vocabulary.first_new
+    new = len(vocabulary.lm) - vocabulary.first_new
     token_rows = [p for n, p in model.named_parameters() if "trainable_tokens" in n and p.requires_grad]
     assert [tuple(p.shape) for p in token_rows] == [(new, 64), (new, 64)]
     sequences = [builder.build(samples[task][0]) for task in ("rec", "nlvr2")]
@@ -95,11 +95,11 @@ def test_vicuna_config_builds_through_the_same_classes(checkpoints, samples):
         ]
     )
     vocabulary = Vocabulary.build(config.model, build_codec(config))
-    assert vocabulary.text.pad_token == "<unk>", "no row is added for padding"
-    assert vocabulary.instruction.cls_token == "[CLS]"
+    assert vocabulary.lm.pad_token == "<unk>", "no row is added for padding"
+    assert vocabulary.qformer.cls_token == "[CLS]"
     model = VistaLLM(config, vocabulary).eval()
     old = LlamaForCausalLM.from_pretrained(checkpoints / "llama")
-    assert model.decoder.config.vocab_size == len(vocabulary.text) > vocabulary.first_new == 34
+    assert model.decoder.config.vocab_size == len(vocabulary.lm) > vocabulary.first_new == 34
     weight = model.decoder.get_input_embeddings().weight
     assert torch.equal(weight[: vocabulary.first_new], old.get_input_embeddings().weight)
     assert torch.equal(model.decoder.model.layers[1].mlp.up_proj.weight, old.model.layers[1].mlp.up_proj.weight)
@@ -157,7 +157,7 @@ def test_nothing_loads_half(damage, said, tmp_path, vocabulary):
     else:
         (tmp_path / "config.json").write_text(json.dumps(config | damage))
     with pytest.raises(ValueError, match=said):
-        build_decoder(DecoderConfig(weights=str(tmp_path)), vocabulary.text, torch.float32)
+        build_decoder(DecoderConfig(weights=str(tmp_path)), vocabulary.lm, torch.float32)
 
 
 def test_flash_attention_is_never_required(tmp_path, vocabulary):
@@ -166,8 +166,7 @@ def test_flash_attention_is_never_required(tmp_path, vocabulary):
     llama(tmp_path)
     for weights in (None, str(tmp_path)):
         with pytest.raises(ValueError, match=r"flash-attn is not installed.*model\.decoder\.attention=sdpa"):
-            build_decoder(DecoderConfig(weights, attention="flash_attention_2"), vocabulary.text, torch.float32)
+            build_decoder(DecoderConfig(weights, attention="flash_attention_2"), vocabulary.lm, torch.float32)
     assert (
-        build_decoder(DecoderConfig(str(tmp_path)), vocabulary.text, torch.float32).config._attn_implementation
-        == "sdpa"
+        build_decoder(DecoderConfig(str(tmp_path)), vocabulary.lm, torch.float32).config._attn_implementation == "sdpa"
     )

@@ -70,12 +70,12 @@ def test_merged_lora_is_a_full_model_and_the_adapter_is_plain_pefts(lora_run, tm
     assert not any("lora" in name for name in merged.state_dict())
     expected = TOOL["probe_logits"](model)
     torch.testing.assert_close(TOOL["probe_logits"](merged), expected, rtol=0, atol=1e-4)
-    ids = torch.randint(5, len(model.vocabulary.text), (1, 20))
+    ids = torch.randint(5, len(model.vocabulary.lm), (1, 20))
     with torch.no_grad():
         expected = model.decoder(input_ids=ids).logits
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "language_model")
         torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
-        assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "language_model")) == len(model.vocabulary.text)
+        assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "language_model")) == len(model.vocabulary.lm)
         base = type(plain)(plain.config)  # the base weights, as if they came from the hub
         wrapped = model.base_decoder().named_parameters(remove_duplicate=False)
         weights = {n.replace(".token_adapter", "").replace(".base_layer", ""): p for n, p in wrapped}

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from vistallm.config import TokenizerConfig
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_sequencer, split_shards
+from vistallm.data.sequence import collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.model.qformer import InstructionGuidedTokenizer
 from vistallm.model.vistallm import VistaLLM

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from vistallm.data.collate import collate
+from vistallm.data.sequence import collate
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import IGNORE_INDEX
 
@@ -91,7 +91,7 @@ def uncached(model, sequence, vocabulary, new_tokens):
     for _ in range(new_tokens):
         logits = model.decoder(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
         written.append(int(logits.argmax()))
-        if written[-1] == vocabulary.text.eos_token_id:
+        if written[-1] == vocabulary.lm.eos_token_id:
             break
         token = model.decoder.get_input_embeddings()(torch.tensor([[written[-1]]]))
         embeddings = torch.cat([embeddings, token], 1)
@@ -100,7 +100,7 @@ def uncached(model, sequence, vocabulary, new_tokens):
 
 @torch.no_grad()
 def test_batched_cached_answers_equal_single_and_uncached_ones(livelier, sequences, vocabulary):
-    end, pad = vocabulary.text.eos_token_id, vocabulary.text.pad_token_id
+    end, pad = vocabulary.lm.eos_token_id, vocabulary.lm.pad_token_id
 
     def answers(rows):
         ids = livelier.generate(collate(rows, vocabulary, generation=True), 12).tolist()
@@ -119,7 +119,7 @@ def test_batched_cached_answers_equal_single_and_uncached_ones(livelier, sequenc
 def test_generation_stops_at_the_end_token(livelier, sequences, vocabulary):
     first = uncached(livelier, sequences[0], vocabulary, 6)
     livelier.vocabulary = dataclasses.replace(vocabulary)
-    text = livelier.vocabulary.text
+    text = livelier.vocabulary.lm
     end, text.eos_token = text.eos_token, text.convert_ids_to_tokens(first[2])
     try:
         ids = livelier.generate(collate(sequences[:1], vocabulary, generation=True), 6)[0].tolist()

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_codec
+from vistallm.data.sequence import collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.vistallm import VistaLLM
 from vistallm.model.weights import load_tokenizer_weights
@@ -86,7 +86,7 @@ def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, layou
         (tmp_path / "model.safetensors.index.json").unlink()
     config = tiny_config(f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}")
     vocabulary = Vocabulary.build(config.model, build_codec(config))
-    assert vocabulary.instruction_first_new == len(NAMES)
+    assert vocabulary.qformer_first_new == len(NAMES)
     ours = VistaLLM(config, vocabulary).tokenizer.state_dict()
     for key, value in theirs.items():
         if key.startswith("qformer.") and "word_embeddings" not in key:
@@ -96,7 +96,7 @@ def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, layou
     assert torch.equal(ours["feature_norm.weight"], theirs["vision_model.post_layernorm.weight"])
     words = ours["qformer.embeddings.word_embeddings.weight"]
     assert torch.equal(words[: len(NAMES)], theirs["qformer.embeddings.word_embeddings.weight"])
-    near, far = ((words[vocabulary.instruction_bin_ids[i]] - words[len(NAMES) + 10]).norm() for i in (1, 30))
+    near, far = ((words[vocabulary.qformer_bin_ids[i]] - words[len(NAMES) + 10]).norm() for i in (1, 30))
     assert near != far, "new rows hold the coordinate code"
 
 
@@ -175,7 +175,7 @@ def test_own_file_matches_word_rows_by_name(tiny_model, vocabulary, tmp_path):
     """A file written with another order of words, and without some, fills the rows of the words it names."""
     path, key = tmp_path / "t.safetensors", "qformer.embeddings.word_embeddings.weight"
     state = {k: v.clone() for k, v in tiny_model.tokenizer.state_dict().items() if not k.startswith("projection.")}
-    names = vocabulary.instruction.convert_ids_to_tokens(list(range(len(vocabulary.instruction))))
+    names = vocabulary.qformer.convert_ids_to_tokens(list(range(len(vocabulary.qformer))))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:-5]
     state[key] = torch.randn(len(order), 32)
     tokens = [names[i] for i in order]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vistallm.config import TrainConfig
-from vistallm.data.collate import collate
+from vistallm.data.sequence import collate
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import build_optimizer, cast_frozen, keep_frozen_in_eval, set_trainable

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vistallm.config import save_config
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_sequencer, split_shards
+from vistallm.data.sequence import collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.checkpoint import find_checkpoint

@@ -10,17 +10,16 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from vistallm.coinit.shards import read_index
-from vistallm.config import Config
-from vistallm.data.collate import collate
+from vistallm.config import PAD_COLOUR, Config
 from vistallm.data.mixture import build_mixture, remote_files, require_folders
 from vistallm.data.remote import is_remote
-from vistallm.data.sequence import PAD_COLOUR, SequenceBuilder
+from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.build import ensure_mini
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.masks import load_compiled
-from vistallm.schema import Batch, Sequence
+from vistallm.schema import Batch
 from vistallm.tasks import TemplateRange
 
 MINI_ROOT = Path("data/mini")

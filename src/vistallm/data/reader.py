@@ -19,8 +19,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from vistallm.coinit.shards import broken_seal
 from vistallm.data.remote import Files
-from vistallm.data.sequence import SampleReject
-from vistallm.schema import Sample
+from vistallm.schema import Sample, SampleReject
 
 _NAME = re.compile(r"[^./\\][^/\\]*\.[A-Za-z0-9.]+")  # <key>.<extension>, no folder
 MAX_PIXELS = 50_000_000  # of one image

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from vistallm.data.vocabulary import Vocabulary, encode, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox, square_resize
-from vistallm.schema import IGNORE_INDEX, Sample, Sequence
+from vistallm.schema import IGNORE_INDEX, Batch, Sample, SampleReject
 from vistallm.tasks import (
     TASKS,
     TemplateRange,
@@ -28,17 +29,28 @@ from vistallm.tasks import (
     write_instruction,
 )
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in [0, 1]; OpenAI CLIP, as the authors' release uses
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOUR = tuple(round(255 * value) for value in CLIP_MEAN)  # uint8 RGB: padding is zero after normalisation
 
+@dataclass
+class Sequence:
+    """One sample as tokens, with its labels made at the same time.
 
-class SampleReject(ValueError):
-    """A sample that can't become a sequence; `reason` is a short word, for counting."""
+    Attributes:
+        input_ids: (T,) int64, prompt then answer then end token; image slots hold the image-patch token.
+        labels: (T,) int64, the answer's own ids and the end token, IGNORE_INDEX elsewhere.
+        instruction_ids: (Q,) int64, the instruction in the instruction-guided tokenizer's own vocabulary.
+        images: (K, 3, S, S) uint8, square RGB; the encoder normalises them.
+        letterboxes: K coordinate maps, one per image.
+        prompt: the prompt text without image slots; answer: the answer text.
+    """
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    input_ids: Tensor
+    labels: Tensor
+    instruction_ids: Tensor
+    images: Tensor
+    letterboxes: list[Letterbox]
+    prompt: str
+    answer: str
+    sample: Sample
 
 
 @dataclass
@@ -109,7 +121,7 @@ class SequenceBuilder:
 
     def _tokens(self, sample: Sample, instructions: list[str], answers: list[str]) -> tuple[list[int], list[int]]:
         """Token ids of the rounds, one after another, and their labels: every answer and the end token behind it."""
-        text = self.vocabulary.text
+        text = self.vocabulary.lm
         ids: list[int] = []
         labels: list[int] = []
         for number, instruction in enumerate(instructions):
@@ -142,7 +154,7 @@ class SequenceBuilder:
             written.append(self.codec.encode(chosen, letterboxes, part.kind or chosen[0].kind))
         return "".join(written)
 
-    def _images(self, sample: Sample) -> tuple[torch.Tensor, list[Letterbox]]:
+    def _images(self, sample: Sample) -> tuple[Tensor, list[Letterbox]]:
         assert sample.pixels, "the stream decodes the images before building"
         images = np.empty((len(sample.images), 3, self.image_size, self.image_size), np.uint8)
         letterboxes = []
@@ -156,7 +168,7 @@ class SequenceBuilder:
         """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""
         if images in self._openings:
             return list(self._openings[images])
-        text = self.vocabulary.text
+        text = self.vocabulary.lm
         start, end = token_ids(text, ["<im_start>", "<im_end>"])
         ids = [] if text.bos_token_id is None else [text.bos_token_id]
         ids += encode(text, f"{self.system_prompt} USER:".strip())
@@ -168,6 +180,37 @@ class SequenceBuilder:
         return list(ids)
 
     def _instruction_ids(self, instruction: str) -> list[int]:
-        tokenizer = self.vocabulary.instruction
+        tokenizer = self.vocabulary.qformer
         ids = encode(tokenizer, instruction)[: self.max_instruction - 2]
         return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+
+
+def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool = False) -> Batch:
+    """Pad `sequences` to one batch.
+
+    With `generation`, the rows hold the prompt only (no last answer), are padded on the left; without it
+    the answer is there.
+    """
+    # The last answer ends the sequence; those of earlier rounds belong to the prompt.
+    ends = [int((s.labels == IGNORE_INDEX).nonzero()[-1]) + 1 if generation else None for s in sequences]
+    ids = [s.input_ids[:end] for s, end in zip(sequences, ends, strict=True)]
+    labels = [s.labels[:end] for s, end in zip(sequences, ends, strict=True)]
+    counts = torch.tensor([len(s.images) for s in sequences])
+    pad = vocabulary.lm.pad_token_id
+    instruction = [s.instruction_ids for s in sequences]
+    return Batch(
+        input_ids=_pad(ids, pad, generation),
+        labels=_pad(labels, IGNORE_INDEX, generation),
+        attention_mask=_pad([torch.ones_like(i) for i in ids], 0, generation),
+        instruction_ids=_pad(instruction, vocabulary.qformer.pad_token_id),
+        instruction_mask=_pad([torch.ones_like(i) for i in instruction], 0),
+        images=torch.cat([s.images for s in sequences]),
+        image_owner=torch.repeat_interleave(torch.arange(len(sequences)), counts),
+        ids=[s.sample.id for s in sequences],
+        tasks=[s.sample.task for s in sequences],
+    )
+
+
+def _pad(rows: list[Tensor], value: int, left: bool = False) -> Tensor:
+    side = "left" if left else "right"
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)

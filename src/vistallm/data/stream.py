@@ -18,12 +18,11 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vistallm.data.collate import collate
 from vistallm.data.order import Epoch, Mixture, Visit, check_layout, lane_groups
 from vistallm.data.reader import MAX_PIXELS, RawSample, decode_sample, read_raw
 from vistallm.data.remote import Files, is_remote
-from vistallm.data.sequence import SampleReject, SequenceBuilder
-from vistallm.schema import Batch, Sequence
+from vistallm.data.sequence import Sequence, SequenceBuilder, collate
+from vistallm.schema import Batch, SampleReject
 from vistallm.tasks import TASKS
 
 REJECTS_BEFORE_STOP = 100  # samples read before the share of rejects is judged

@@ -1,6 +1,6 @@
-"""The two text tokenizers of a run: the decoder's and the instruction-guided tokenizer's, with the region tokens added.
+"""The two text tokenizers of a run, the language model's and the QFormer's, with the region tokens added.
 
-In: config and codec. Out: a `Vocabulary`, saved beside the weights so that a checkpoint never meets other token ids.
+In: config and codec. Out: a `Vocabulary`, saved beside the weights so that a checkpoint keeps its token ids.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vistallm.config import ModelConfig
-from vistallm.mini.build import mini_words
 from vistallm.regions.codec import RegionCodec
 from vistallm.tasks import TASKS, load_templates
 
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 PRINTABLE = [chr(code) for code in range(33, 127)]
+_STORED = ("first_new", "instruction_first_new", "region_tokens", "bin_values")  # keys of vocabulary.json
 
 
 @dataclass
@@ -29,21 +29,21 @@ class Vocabulary:
     """Both tokenizers and the ids that the model needs.
 
     Attributes:
-        text: the decoder's tokenizer; image_id: id of one image slot; first_new: ids from here on were added.
-        instruction: the QFormer's tokenizer, with the same region tokens; instruction_first_new: likewise.
-        bin_ids, instruction_bin_ids: ids of the coordinate tokens in order; bin_values: (num_bins,) their coordinates.
+        lm: the language model's tokenizer; first_new: its ids from here on were added.
+        qformer: the QFormer's tokenizer, with the same region tokens; qformer_first_new: as `first_new`.
+        region_tokens: all region tokens; bin_values: (num_bins,) float64, the coordinates of the `<bin_i>`, in [0, 1].
     """
 
-    text: PreTrainedTokenizerBase
-    instruction: PreTrainedTokenizerBase
+    lm: PreTrainedTokenizerBase
+    qformer: PreTrainedTokenizerBase
     first_new: int
-    instruction_first_new: int
+    qformer_first_new: int
     region_tokens: list[str]
     bin_values: np.ndarray
 
     def __post_init__(self) -> None:
         """A tokenizer.json may ask for truncation and padding, which `encode` must not do."""
-        for tokenizer in (self.text, self.instruction):
+        for tokenizer in (self.lm, self.qformer):
             fast = getattr(tokenizer, "backend_tokenizer", None)
             if fast is not None:
                 fast.no_truncation()
@@ -52,54 +52,48 @@ class Vocabulary:
     @classmethod
     def build(cls, model: ModelConfig, codec: RegionCodec) -> Vocabulary:
         """Load (or, for a model from scratch, make) both tokenizers and add the image and region tokens."""
-        text, instruction = _text_tokenizer(model), _instruction_tokenizer(model)
-        first_new, instruction_first_new = len(text), len(instruction)
-        text.add_tokens([*IMAGE_TOKENS, *codec.tokens])
-        instruction.add_tokens(codec.tokens)
-        return cls(text, instruction, first_new, instruction_first_new, codec.tokens, np.asarray(codec.bin_values))
+        lm, qformer = _lm_tokenizer(model), _qformer_tokenizer(model)
+        first_new, qformer_first_new = len(lm), len(qformer)
+        lm.add_tokens([*IMAGE_TOKENS, *codec.tokens])
+        qformer.add_tokens(codec.tokens)
+        return cls(lm, qformer, first_new, qformer_first_new, codec.tokens, np.asarray(codec.bin_values))
 
     @property
     def image_id(self) -> int:
         """Id of `<im_patch>`."""
-        return token_ids(self.text, IMAGE_TOKENS[:1])[0]
+        return token_ids(self.lm, IMAGE_TOKENS[:1])[0]
 
     @property
     def bin_ids(self) -> list[int]:
-        """Ids of `<bin_i>` in the decoder's vocabulary, ascending; empty for text coordinates."""
-        return token_ids(self.text, (t for t in self.region_tokens if t.startswith("<bin_")))
+        """Ids of `<bin_i>` in the language model's vocabulary, ascending; empty for text coordinates."""
+        return token_ids(self.lm, (t for t in self.region_tokens if t.startswith("<bin_")))
 
     @property
-    def instruction_bin_ids(self) -> list[int]:
+    def qformer_bin_ids(self) -> list[int]:
         """Ids of `<bin_i>` in the QFormer's vocabulary."""
-        return token_ids(self.instruction, (t for t in self.region_tokens if t.startswith("<bin_")))
+        return token_ids(self.qformer, (t for t in self.region_tokens if t.startswith("<bin_")))
 
     def save(self, folder: Path) -> None:
         """Write both tokenizers and the ids to `folder`."""
-        self.text.save_pretrained(folder / "text")
-        self.instruction.save_pretrained(folder / "instruction")
-        facts = {
-            "first_new": self.first_new,
-            "instruction_first_new": self.instruction_first_new,
-            "region_tokens": self.region_tokens,
-            "bin_values": self.bin_values.tolist(),
-        }
-        (folder / "vocabulary.json").write_text(json.dumps(facts))
+        self.lm.save_pretrained(folder / "text")
+        self.qformer.save_pretrained(folder / "instruction")
+        values = (self.first_new, self.qformer_first_new, self.region_tokens, self.bin_values.tolist())
+        (folder / "vocabulary.json").write_text(json.dumps(dict(zip(_STORED, values, strict=True))))
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
         """Inverse of `save`; raises ValueError when the folder is not one."""
         path = folder / "vocabulary.json"
         if not path.is_file():
-            raise ValueError(f"{folder}: expected the vocabulary of a run (vocabulary.json), found none")
+            raise ValueError(f"{folder}: expected the vocabulary of a run (vocabulary.json), got no such file")
         try:
-            facts = json.loads(path.read_text())
-            text = AutoTokenizer.from_pretrained(folder / "text")
-            instruction = AutoTokenizer.from_pretrained(folder / "instruction")
-            values = np.asarray(facts.pop("bin_values"))
-            return cls(text=text, instruction=instruction, bin_values=values, **facts)
+            stored = json.loads(path.read_text())
+            lm, qformer = (AutoTokenizer.from_pretrained(folder / name) for name in ("text", "instruction"))
+            first_new, qformer_first_new, region_tokens, values = (stored[name] for name in _STORED)
+            return cls(lm, qformer, first_new, qformer_first_new, region_tokens, np.asarray(values))
         except Exception as error:
-            said = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{folder}: cut short, or of another version ({said}); copy the run again") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{folder}: cut short, or of another version ({reason}); copy the run again") from error
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:
@@ -126,14 +120,14 @@ def loading(key: str, value: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error).strip()
-        reason = " ".join(said.split()) if isinstance(error, RuntimeError) else said.partition("\n")[0]
+        text = str(error).strip()
+        reason = " ".join(text.split()) if isinstance(error, RuntimeError) else text.partition("\n")[0]
         raise ValueError(
             f"{key}={value}: can't be loaded; give a whole local folder or a reachable hub name ({reason})"
         ) from error
 
 
-def _text_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+def _lm_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     weights = model.decoder.weights
     if weights is None:
         return _from_words({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
@@ -144,7 +138,7 @@ def _text_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _instruction_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+def _qformer_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer.text_tokenizer is None:
         return _from_words({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"})
     folder = Path(model.tokenizer.text_tokenizer)
@@ -168,6 +162,8 @@ def _from_words(special: dict[str, str]) -> PreTrainedTokenizerFast:
 
 def _task_words() -> list[str]:
     """Words and punctuation of the mini world: its sentences, answer forms and templates, sorted."""
+    from vistallm.mini.build import mini_words  # here, so that a pretrained vocabulary does not import the mini world
+
     tasks = [task for task in TASKS.values() if task.mini]
     texts = [*mini_words(), *(t.answer for t in tasks), *(t.plural or "" for t in tasks)]
     texts += [line for task in tasks for line in load_templates(task.name, "mini")]

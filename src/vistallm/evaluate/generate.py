@@ -15,10 +15,9 @@ import torch
 from tqdm import tqdm
 
 from vistallm.config import Config
-from vistallm.data.collate import collate
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
 from vistallm.data.reader import decode_sample, read_raw
-from vistallm.data.sequence import SequenceBuilder
+from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.stream import evaluation_sequences
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
@@ -27,7 +26,7 @@ from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.targets import target_of
 from vistallm.evaluate.token_table import TokenTable
 from vistallm.model.vistallm import VistaLLM
-from vistallm.schema import Prediction, Sequence
+from vistallm.schema import Prediction
 from vistallm.tasks import find_task
 
 
@@ -69,7 +68,7 @@ class Answerer:
 
     def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
         """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
-        device, decode, text, log = self.model.bin_ids.device, self.config.decode, self.model.vocabulary.text, None
+        device, decode, text, log = self.model.bin_ids.device, self.config.decode, self.model.vocabulary.lm, None
         if self.table is not None:
             rules = rules or [rule_of(sequence.sample) for sequence in sequences]
             grammar = RegionGrammar(self.table, rules, self.config.points, decode.max_new_tokens)

@@ -66,7 +66,7 @@ class Choices:
     """What is left to write of every row's choices, as token ids; rows without choices have none."""
 
     def __init__(self, rules: list[Rule], vocabulary: Vocabulary) -> None:
-        text = vocabulary.text
+        text = vocabulary.lm
         said = {choice for rule in rules for choice in rule.choices}
         written = {choice: [*text.encode(choice, add_special_tokens=False), text.eos_token_id] for choice in said}
         self.left = [[written[choice] for choice in rule.choices] for rule in rules]

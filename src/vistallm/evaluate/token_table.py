@@ -40,7 +40,7 @@ class TokenTable:
         """Read the decoder's vocabulary; raises ValueError for one that writes coordinates as text."""
         if not vocabulary.region_tokens:
             raise ValueError("the region grammar needs coords=tokens; with coords=text use decode.grammar=false")
-        text = vocabulary.text
+        text = vocabulary.lm
         names = [str(name) for name in text.convert_ids_to_tokens(list(range(len(text))))]
         pieces = any(name.startswith("##") for name in names)  # WordPiece marks what continues, others what starts
         joined = [name.startswith("##") if pieces else not name.startswith(("▁", "Ġ")) for name in names]

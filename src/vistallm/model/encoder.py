@@ -10,8 +10,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from vistallm.config import EncoderConfig
-from vistallm.data.sequence import CLIP_MEAN, CLIP_STD
+from vistallm.config import CLIP_MEAN, CLIP_STD, EncoderConfig
 from vistallm.data.vocabulary import loading
 from vistallm.model.keys import check_keys, reading
 

@@ -57,20 +57,20 @@ class VistaLLM(nn.Module):
         super().__init__()
         self.vocabulary, self.bin_sigma = vocabulary, config.train.bin_sigma
         self.encoder = ImageEncoder(config.model.encoder)
-        decoder: Any = build_decoder(config.model.decoder, vocabulary.text, dtype, decoder_config)
+        decoder: Any = build_decoder(config.model.decoder, vocabulary.lm, dtype, decoder_config)
         first_new, bin_ids = vocabulary.first_new, vocabulary.bin_ids
         self.register_buffer("bin_ids", torch.tensor(bin_ids, dtype=torch.long), persistent=False)
         for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
             initialise_new_rows(matrix, first_new, bin_ids, torch.as_tensor(vocabulary.bin_values))
         width = decoder.config.hidden_size
-        tokenizer = build_tokenizer(config.model.tokenizer, len(vocabulary.instruction), self.encoder, width)
+        tokenizer = build_tokenizer(config.model.tokenizer, len(vocabulary.qformer), self.encoder, width)
         if isinstance(tokenizer, InstructionGuidedTokenizer):
             if config.model.tokenizer.weights is not None:
                 load_tokenizer_weights(tokenizer, config.model.tokenizer.weights, vocabulary)
             else:
                 bins = torch.as_tensor(vocabulary.bin_values)
                 words = embedding_weight(tokenizer.qformer)
-                initialise_new_rows(words, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
+                initialise_new_rows(words, vocabulary.qformer_first_new, vocabulary.qformer_bin_ids, bins)
         self.tokenizer: Tokenizer = tokenizer
         self.decoder = self.with_lora(decoder, config) if config.train.decoder == "lora" else decoder
         if config.train.activation_checkpointing:
@@ -83,7 +83,7 @@ class VistaLLM(nn.Module):
 
     def with_lora(self, decoder: Any, config: Config) -> Any:
         """Wrap a decoder with LoRA in which the rows of the new tokens train, too."""
-        new_rows = range(self.vocabulary.first_new, len(self.vocabulary.text))
+        new_rows = range(self.vocabulary.first_new, len(self.vocabulary.lm))
         return add_lora(decoder, config.model.decoder, list(new_rows))
 
     def image_tokens(self, batch: Batch) -> Tensor:
@@ -125,7 +125,7 @@ class VistaLLM(nn.Module):
     @torch.inference_mode()
     def generate(self, batch: Batch, max_new_tokens: int, **arguments: object) -> Tensor:
         """Greedy answers for a left-padded batch: (B, G) int64 new token ids, padded after the end token."""
-        text = self.vocabulary.text
+        text = self.vocabulary.lm
         return self.decoder.generate(
             inputs_embeds=self.input_embeddings(batch),
             attention_mask=batch.attention_mask,

@@ -33,7 +33,7 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
     """Set the weights of `tokenizer` in place; a file of ours has no projection, which stays as it is.
 
     Args:
-        tokenizer: built with one word row per token of `vocabulary.instruction`.
+        tokenizer: built with one word row per token of `vocabulary.qformer`.
         path: a .safetensors file of ours, an InstructBLIP folder, or a hub name of one.
         vocabulary: word rows are matched by token where the file names its tokens, else by number (BERT's order); new
             tokens that the file does not have start as `initialise_new_rows` says.
@@ -51,14 +51,14 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
         state["query_tokens"] = state["query_tokens"][:, : own["query_tokens"].shape[1]]
     advice = "model.tokenizer.* and the width of the decoder must be the checkpoint's"
     check_keys(own, state, f"model.tokenizer.weights={path}", advice, free_rows=WORDS)  # rows are matched by token
-    rows, known = own[WORDS].clone(), vocabulary.instruction.get_vocab()
-    names = tokens or vocabulary.instruction.convert_ids_to_tokens(list(range(len(state[WORDS]))))
+    rows, known = own[WORDS].clone(), vocabulary.qformer.get_vocab()
+    names = tokens or vocabulary.qformer.convert_ids_to_tokens(list(range(len(state[WORDS]))))
     pairs = [(known[name], number) for number, name in enumerate(names) if name in known]
     places, numbers = (list(column) for column in zip(*pairs, strict=True))
     rows[places] = state[WORDS][numbers].to(rows.dtype)
     # New rows start from the mean of the loaded ones; those that the file has are then set once more.
     bins = torch.as_tensor(vocabulary.bin_values)
-    initialise_new_rows(rows, vocabulary.instruction_first_new, vocabulary.instruction_bin_ids, bins)
+    initialise_new_rows(rows, vocabulary.qformer_first_new, vocabulary.qformer_bin_ids, bins)
     rows[places] = state[WORDS][numbers].to(rows.dtype)
     state[WORDS] = rows
     tokenizer.load_state_dict(state, strict=False)

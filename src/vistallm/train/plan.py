@@ -77,7 +77,7 @@ def made_batch(model: VistaLLM, work: Workload) -> Batch:
     ids = torch.randint(5, model.vocabulary.first_new, (work.samples, work.tokens), generator=random)
     ids[:, :slots] = model.vocabulary.image_id
     words = (work.samples, work.instruction)
-    instruction = torch.randint(5, model.vocabulary.instruction_first_new, words, generator=random)
+    instruction = torch.randint(5, model.vocabulary.qformer_first_new, words, generator=random)
     pixels = (work.images, 3, model.encoder.image_size, model.encoder.image_size)
     return Batch(
         input_ids=ids,
@@ -89,7 +89,6 @@ def made_batch(model: VistaLLM, work: Workload) -> Batch:
         image_owner=torch.arange(work.samples).repeat_interleave(work.images // work.samples),
         ids=[str(number) for number in range(work.samples)],
         tasks=["res"] * work.samples,
-        sequences=[],
     )
 
 

@@ -49,7 +49,7 @@ def test_samples_become_sequences(sequences, number):
 def test_two_steps_on_all_sources(sequences, tiny_model, vocabulary):
     import torch
 
-    from vistallm.data.collate import collate
+    from vistallm.data.sequence import collate
 
     optimizer = torch.optim.SGD([p for p in tiny_model.parameters() if p.requires_grad], lr=1e-2)
     chosen = [sequence for group in sequences for sequence in group[:2]]
