@@ -121,6 +121,7 @@ class TrainConfig:
     warmup: float = 0.03  # share of the steps
     final_lr: float = 0.0  # share of lr at the end of the cosine
     gradient_clip: float = 1.0  # global norm
+    loss_weight: str = "token"  # token | sample | sqrt: what counts the same in a step's loss (train/module.py)
     bin_sigma: float = 0.0  # bins; > 0 spreads a coordinate's target over its neighbours (Gaussian); 0 = cross-entropy
     activation_checkpointing: bool = False
     cpu_offload: bool = False  # strategy=fsdp: weights, gradients and optimizer state wait in host memory
@@ -195,6 +196,7 @@ CHOICES = {
     "model.tokenizer.kind": ("qformer", "patches"),
     "mask_sampler": ("uniform", "curvature", "adaptive"),
     "data.missing_sources": ("stop", "skip"),
+    "train.loss_weight": ("token", "sample", "sqrt"),
     "train.decoder": ("full", "lora", "frozen"),
 }
 

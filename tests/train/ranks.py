@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(runs, world, folder):
-    """Start `world` processes as torchrun does, over gloo, and wait for them."""
+def launch(runs, world, folder, script=__file__):
+    """Start `world` processes of `script` as torchrun does, over gloo, and wait for them."""
     (folder / "runs.json").write_text(json.dumps(runs))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,7 +27,7 @@ def launch(runs, world, folder):
     for rank, log in enumerate(logs):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with log.open("w") as file:
-            command = [sys.executable, __file__, str(folder / "runs.json")]
+            command = [sys.executable, str(script), str(folder / "runs.json")]
             processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
     try:
         codes = [process.wait(timeout=1800) for process in processes]

@@ -187,7 +187,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops(train
         output = plain(self, batch)
         calls[0] += 1
         if calls[0] in bad:
-            output.loss = output.loss * float("nan")
+            output.token_loss = output.token_loss * float("nan")
         return output
 
     monkeypatch.setattr(VistaLLM, "forward", poisoned)

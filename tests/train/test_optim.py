@@ -6,7 +6,8 @@ import torch
 from vistallm.config import TrainConfig
 from vistallm.data.sequence import collate
 from vistallm.model.vistallm import VistaLLM
-from vistallm.train.module import VistaModule
+from vistallm.tasks import TASKS
+from vistallm.train.module import FACTS, VistaModule
 from vistallm.train.optim import build_optimizer, cast_frozen, keep_frozen_in_eval, set_trainable
 from vistallm.train.run import build, build_trainer, quiet
 
@@ -112,9 +113,10 @@ def test_dropout_is_off_in_frozen_parts_only(tiny_model):
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.0])
-def test_clipping_by_the_global_norm(tiny_config, tiny_model, limit):
+def test_clipping_by_the_global_norm(tiny_config, tiny_model, tmp_path, limit):
     module = VistaModule(tiny_model, tiny_config(f"train.gradient_clip={limit}"), steps=10)
-    module._sums = {"loss": 1.0, "supervised": 1.0, "correct": 0.0, "samples": 1, "tokens": 1, "cells": 1, "rejects": 0}
+    module.trainer = build_trainer(module.config, tmp_path)
+    module._sums = torch.ones(len(FACTS) + 2 * len(TASKS))
     torch.manual_seed(0)
     for parameter in tiny_model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -26,15 +26,20 @@ from vistallm.schema import IGNORE_INDEX, Batch
 
 @dataclass
 class Output:
-    """Losses of a batch: `loss` () float32, mean over supervised tokens; the rest per sample, for logging.
+    """Losses of a batch's M supervised tokens.
 
-    token_loss: (M,) float32 loss of each supervised token; row: (M,) int64 its sample; correct: (M,) bool.
+    token_loss: (M,) float32 loss of each token, with gradient; row: (M,) int64 its sample; correct: (M,) bool, whether
+    it is the most probable one.
     """
 
-    loss: Tensor
     token_loss: Tensor
     row: Tensor
     correct: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over the supervised tokens, () float32."""
+        return self.token_loss.mean()
 
 
 class VistaLLM(nn.Module):
@@ -120,7 +125,7 @@ class VistaLLM(nn.Module):
         token_loss = F.cross_entropy(logits, target, reduction="none")
         if self.bin_sigma > 0:
             token_loss = torch.where(self._is_bin(target), self._soft_bin_loss(logits, target), token_loss)
-        return Output(token_loss.mean(), token_loss.detach(), row, logits.detach().argmax(-1) == target)
+        return Output(token_loss, row, logits.detach().argmax(-1) == target)
 
     @torch.inference_mode()
     def generate(self, batch: Batch, max_new_tokens: int, **arguments: object) -> Tensor:

@@ -41,8 +41,8 @@ class MetricsFile(Callback):
     """Appends the module's report to metrics.csv and hands it to the loggers.
 
     `seconds` is the wall time of the step and `wait` the part of it spent waiting for the loader, both in seconds;
-    `samples`, `tokens` and `rejects` are this rank's; `skipped` is 1 where the gradient was not finite. On resume, rows
-    after the checkpoint's step are dropped.
+    losses (those that are optimised), `samples`, `tokens` and `rejects` are over all ranks; `skipped` is 1 where the
+    gradient was not finite. On resume, rows after the checkpoint's step are dropped.
     """
 
     def __init__(self, path: Path) -> None:

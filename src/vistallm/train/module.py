@@ -10,13 +10,17 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vistallm.config import Config
 from vistallm.model.vistallm import Output, VistaLLM
-from vistallm.schema import IGNORE_INDEX, Batch
+from vistallm.schema import Batch
+from vistallm.tasks import TASKS
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
 from vistallm.train.strategy import shard
 
+FACTS = ("weight", "loss", "correct", "tokens", "supervised", "samples", "cells", "rejects")  # summed over a step
+TASK_NAMES = list(TASKS)
 BAD_STEPS = 3  # in a row, with a gradient that is not finite, stop the run
 
 
@@ -32,7 +36,7 @@ class VistaModule(L.LightningModule):
         super().__init__()
         self.model, self.config, self.steps = model, config, steps
         self.report: dict[str, float] = {}
-        self._sums: dict[str, float] = {}
+        self._sums: Tensor | None = None
         self._ids: list[str] = []
         self._bad_steps = 0
 
@@ -56,10 +60,12 @@ class VistaModule(L.LightningModule):
         keep_frozen_in_eval(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss over the batch's supervised tokens."""
+        """Return the batch's weighted sum of token losses; the step's total weight divides the gradient at its end."""
         output = self.model(batch)
-        self._add(batch, output)
-        return output.loss
+        weights = token_weights(output.row, len(batch), self.config.train.loss_weight)
+        losses = output.token_loss * weights
+        self._add(batch, output, weights, losses.detach())
+        return losses.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Teacher-forced loss and token accuracy (no generation inside training)."""
@@ -71,13 +77,24 @@ class VistaModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip by the global norm over all ranks and remember it."""
+        """Turn the gradient of the summed losses into that of their weighted mean, then clip it by its global norm.
+
+        The mean is over all micro-batches and ranks of the step. Lightning has divided each sum by the number of
+        micro-batches, and ddp and fsdp their total by the number of ranks: both constants are taken out again.
+        """
+        assert self._sums is not None
+        sums, self._sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum"), None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / sums[0]
+        for parameter in parameters:
+            gradient: Any = parameter.grad
+            gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            gradient.mul_(scale.to(gradient.device))
         limit = self.config.train.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._close_step(optimizer, float(norm))
-        self._guard(parameters, float(norm))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._close_step(optimizer, torch.cat([sums, norm.to(sums)[None]]).tolist())
+        self._guard(parameters, self.report["grad_norm"])
 
     def _guard(self, parameters: list[torch.nn.Parameter], norm: float) -> None:
         """Skip the step when the gradient is not finite, and stop the run at the third such step in a row.
@@ -101,41 +118,41 @@ class VistaModule(L.LightningModule):
                 f"{path}; lower train.lr, train with precision=fp32, or go back to an earlier checkpoint (resume=PATH)"
             )
 
-    def _add(self, batch: Batch, output: Output) -> None:
-        """Add a micro-batch to the running sums of this optimizer step."""
-        sums = self._sums
+    def _add(self, batch: Batch, output: Output, weights: Tensor, losses: Tensor) -> None:
+        """Add a micro-batch to the running sums of this optimizer step: FACTS, then loss and weight of each task."""
         self._ids += batch.ids
-        cells = batch.input_ids.numel()
-        row_loss = torch.zeros(len(batch)).index_add_(0, output.row.cpu(), output.token_loss.float().cpu())
-        row_size = torch.zeros(len(batch)).index_add_(0, output.row.cpu(), torch.ones(len(output.row)))
-        facts = {
-            "samples": len(batch),
-            "rejects": batch.rejects,
-            "tokens": int(batch.attention_mask.sum()),
-            "cells": cells,
-            "supervised": int((batch.labels != IGNORE_INDEX).sum()),
-            "loss": float(output.token_loss.sum()),
-            "correct": float(output.correct.sum()),
-        }
-        for task, loss, size in zip(batch.tasks, row_loss.tolist(), row_size.tolist(), strict=True):
-            facts[f"loss/{task}"] = facts.get(f"loss/{task}", 0.0) + loss
-            facts[f"size/{task}"] = facts.get(f"size/{task}", 0.0) + size
-        for key, value in facts.items():
-            sums[key] = sums.get(key, 0.0) + value
+        task = torch.tensor([TASK_NAMES.index(name) for name in batch.tasks]).to(losses.device)[output.row]
+        by_task = losses.new_zeros(2, len(TASK_NAMES)).index_add_(1, task, torch.stack([losses, weights]))
+        counts = torch.tensor([len(losses), len(batch), batch.input_ids.numel(), batch.rejects]).to(losses)
+        computed = torch.stack([weights.sum(), losses.sum(), output.correct.sum(), batch.attention_mask.sum()])
+        sums = torch.cat([computed, counts, by_task.flatten()])
+        self._sums = sums if self._sums is None else self._sums + sums
 
-    def _close_step(self, optimizer: Any, norm: float) -> None:
-        """Turn the sums of the optimizer step into `report`."""
-        sums, self._sums = self._sums, {}
-        tasks = {k.removeprefix("size/"): v for k, v in sums.items() if k.startswith("size/")}
+    def _close_step(self, optimizer: Any, values: list[float]) -> None:
+        """Turn the sums of the optimizer step over all ranks, followed by the gradient's norm, into `report`."""
+        *values, norm = values
+        facts = dict(zip(FACTS, values, strict=False))
+        losses, weights = (values[len(FACTS) :][i * len(TASK_NAMES) :][: len(TASK_NAMES)] for i in range(2))
         self.report = {
-            "loss": sums["loss"] / sums["supervised"],
-            "accuracy": sums["correct"] / sums["supervised"],
+            "loss": facts["loss"] / facts["weight"],
+            "accuracy": facts["correct"] / facts["supervised"],
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "grad_norm": norm,
-            "samples": sums["samples"],
-            "tokens": sums["tokens"],
-            "rejects": sums["rejects"],
+            "samples": facts["samples"],
+            "tokens": facts["tokens"],
+            "rejects": facts["rejects"],
             "skipped": float(not math.isfinite(norm)),
-            "padding": 1 - sums["tokens"] / sums["cells"],
-            **{f"loss/{task}": sums[f"loss/{task}"] / size for task, size in tasks.items()},
+            "padding": 1 - facts["tokens"] / facts["cells"],
+            **{f"loss/{task}": a / b for task, a, b in zip(TASK_NAMES, losses, weights, strict=True) if b},
         }
+
+
+def token_weights(row: Tensor, samples: int, kind: str) -> Tensor:
+    """Return the (M,) float32 weight of each supervised token in the loss, from the (M,) int64 sample it belongs to.
+
+    token: 1, so that every token counts the same, as in the likelihood of the data; long answers (masks) weigh most.
+    sample: 1 / n for an answer of n tokens, so that a yes or no counts as much as a mask.
+    sqrt: 1 / sqrt(n), between the two (the "square averaging" of InternVL 2.5, arXiv 2412.05271).
+    """
+    sizes = torch.zeros(samples, device=row.device).index_add_(0, row, torch.ones(len(row), device=row.device))
+    return sizes.pow({"token": 0.0, "sqrt": -0.5, "sample": -1.0}[kind])[row]
