@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vistallm.config import PAD_COLOUR, load_config
-from vistallm.mini.layout import random_scene
-from vistallm.mini.scene import ATTRIBUTES, Scene
+from vistallm.mini.scene import ATTRIBUTES, Scene, random_scene
 from vistallm.model.attention import training_attention
 from vistallm.model.encoder import ImageEncoder
 from vistallm.regions.letterbox import Letterbox, square_resize

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vistallm.data.sequence import collate
-from vistallm.mini.build import MAKERS
+from vistallm.mini.tasks import MAKERS
 from vistallm.schema import IGNORE_INDEX, SampleReject
 
 

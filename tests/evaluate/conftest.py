@@ -6,7 +6,8 @@ import pytest
 
 from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.targets import target_of
-from vistallm.mini.build import MAKERS, MiniRecipe, make_sample
+from vistallm.mini.build import MiniRecipe, make_sample
+from vistallm.mini.tasks import MAKERS
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import Prediction

@@ -6,7 +6,7 @@ import pytest
 from vistallm.evaluate import benchmarks as B
 from vistallm.evaluate import predictions as P
 from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
-from vistallm.mini.build import MAKERS
+from vistallm.mini.tasks import MAKERS
 from vistallm.regions.masks import mask_to_rle, polygons_to_rle
 from vistallm.schema import Parsed, Prediction, Region
 

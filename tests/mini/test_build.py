@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from vistallm.mini import build
-from vistallm.mini.build import MAKERS, MiniRecipe, build_mini, ensure_mini, make_sample, mini_words
-from vistallm.mini.scene import ATTRIBUTES, HELD_OUT
+from vistallm.mini.build import MiniRecipe, build_mini, ensure_mini, make_sample
+from vistallm.mini.scene import ATTRIBUTES, HELD_OUT, random_scene
+from vistallm.mini.tasks import MAKERS, mini_words, point_of
 from vistallm.regions.masks import rle_box, rle_to_mask
 from vistallm.tasks import TASKS, load_templates, render
 
@@ -212,8 +213,6 @@ def test_captions_name_every_object_from_left_to_right():
 
 def test_points_lie_in_their_object():
     rng = np.random.default_rng(0)
-    from vistallm.mini.draft import point_of
-    from vistallm.mini.layout import random_scene
 
     for _ in range(100):
         scene = random_scene(rng)

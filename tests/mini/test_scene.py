@@ -4,8 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vistallm.mini.layout import random_scene
-from vistallm.mini.scene import COLOURS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, SceneObject, draw
+from vistallm.mini.scene import COLOURS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, SceneObject, draw, random_scene
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def test_coverage_is_exact_for_a_box():
     square = np.array([(2.25, 3.0), (7.0, 3.0), (7.0, 5.5), (2.25, 5.5)])
     layer = draw(square, 20, 20)
     full = np.zeros((20, 20))
-    full[layer.window()] = layer.coverage / 255
+    full[layer.window] = layer.coverage / 255
     expected = np.zeros((20, 20))
     expected[3:5, 3:7], expected[5, 3:7], expected[3:5, 2], expected[5, 2] = 1, 0.5, 0.75, 0.375
     assert np.abs(full - expected).max() <= 0.26  # the outline's own sub-pixels count as inside

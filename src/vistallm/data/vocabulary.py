@@ -162,7 +162,7 @@ def _from_words(special: dict[str, str]) -> PreTrainedTokenizerFast:
 
 def _task_words() -> list[str]:
     """Words and punctuation of the mini world: its sentences, answer forms and templates, sorted."""
-    from vistallm.mini.build import mini_words  # here, so that a pretrained vocabulary does not import the mini world
+    from vistallm.mini.tasks import mini_words  # here, so that a pretrained vocabulary does not import the mini world
 
     tasks = [task for task in TASKS.values() if task.mini]
     texts = [*mini_words(), *(t.answer for t in tasks), *(t.plural or "" for t in tasks)]

@@ -18,19 +18,11 @@ import numpy as np
 
 from vistallm.coinit import shards
 from vistallm.coinit.shards import EncodedImage, Row, read_index, write_index, write_shard
-from vistallm.mini import expressions
-from vistallm.mini.draft import Draft
-from vistallm.mini.layout import random_scene
-from vistallm.mini.multi import MULTI_MAKERS, MULTI_WORDS
-from vistallm.mini.scene import ATTRIBUTES, PLACE_NAMES, SHAPES, Scene, SceneObject
-from vistallm.mini.tasks import SINGLE_MAKERS, SINGLE_WORDS
+from vistallm.mini.tasks import MAKERS, MULTI_IMAGE
 from vistallm.schema import ImageInfo, Sample
-
-__all__ = ["MiniRecipe", "Scene", "SceneObject", "build_mini", "ensure_mini", "mini_words", "random_scene"]
 
 SOURCE = "mini"
 SPLITS = ("train", "val", "test")
-MAKERS = {**SINGLE_MAKERS, **MULTI_MAKERS}
 # Training shares: masks and boxes need the most practice, texts are learnt from fewer.
 TRAIN_WEIGHTS = {
     "caption": 5, "reg": 5, "vqa": 8, "rec": 11, "res": 14, "grec": 6, "gres": 10, "pointqa": 5, "boxqa": 5,
@@ -66,44 +58,40 @@ class MiniRecipe:
 
 
 def make_sample(recipe: MiniRecipe, split: str, task: str, serial: int) -> tuple[Sample, list[EncodedImage]]:
-    """Sample number `serial` of a task, with its encoded images: a pure function of the arguments."""
+    """Sample number `serial` of a task and its images (JPEG, now and then PNG): a pure function of the arguments.
+
+    `meta["scenes"]` lists the objects of each image: shape, colour, size, texture, box.
+    """
     paired = task in ("vcr", "nlvr2")  # one draw gives two samples: question and reason, true and false
     draw = serial // 2 if paired else serial
     rng = np.random.default_rng([recipe.seed, SPLITS.index(split), list(MAKERS).index(task), draw])
     # Several images seldom all lack held-out pairs, so some multi-image samples are drawn as in training.
-    look = "train" if task in MULTI_MAKERS and rng.random() < 0.4 else split
-    draft = MAKERS[task](rng, look, draw)[serial % 2 if paired else 0]
-    if paired:
-        draft.meta["group"] = f"{split}-{task}-{draw:06d}"
-    return encode_draft(draft, f"mini-{split}-{task}-{serial:06d}", rng)
-
-
-def encode_draft(draft: Draft, name: str, rng: np.random.Generator) -> tuple[Sample, list[EncodedImage]]:
-    """Draw and encode the scenes (JPEG, now and then PNG) and make the sample; `meta["scenes"]` lists the objects."""
+    look = "train" if task in MULTI_IMAGE and rng.random() < 0.4 else split
+    made = list(MAKERS[task](rng, look, draw))[serial % 2 if paired else 0]
     files: list[EncodedImage] = []
-    for scene in draft.scenes:
+    for scene in made.scenes:
         suffix = "png" if rng.random() < _PNG_SHARE else "jpg"
         settings = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if suffix == "jpg" else []
-        done, data = cv2.imencode(f".{suffix}", scene.render()[0][:, :, ::-1], settings)
-        assert done
-        files.append((data.tobytes(), suffix))
-    infos = [ImageInfo(f"{i}.{files[i][1]}", scene.width, scene.height) for i, scene in enumerate(draft.scenes)]
-    meta: dict[str, Any] = {"held_out": any(scene.held_out for scene in draft.scenes), **draft.meta}
-    meta["scenes"] = [[[o.shape, o.colour, o.size, o.texture, *o.box] for o in scene.objects] for scene in draft.scenes]
-    return Sample(name, draft.task, SOURCE, infos, fields=draft.fields, regions=draft.regions, meta=meta), files
+        files.append((cv2.imencode(f".{suffix}", scene.render()[0][:, :, ::-1], settings)[1].tobytes(), suffix))
+    infos = [ImageInfo(f"{i}.{files[i][1]}", scene.width, scene.height) for i, scene in enumerate(made.scenes)]
+    meta: dict[str, Any] = {"held_out": any(scene.held_out for scene in made.scenes), **made.meta}
+    if paired:
+        meta["group"] = f"{split}-{task}-{draw:06d}"
+    meta["scenes"] = [[[*o.attributes.values(), *o.box] for o in scene.objects] for scene in made.scenes]
+    name = f"mini-{split}-{task}-{serial:06d}"
+    return Sample(name, task, SOURCE, infos, fields=made.fields, regions=made.regions, meta=meta), files
 
 
-def _build_part(out: Path, recipe: MiniRecipe, part: int = 0, parts: int = 1) -> dict[str, Row]:
-    """Write every `parts`-th shard of the recipe, from number `part`; returns their index rows by name."""
-    jobs = []
+def _build_slice(out: Path, recipe: MiniRecipe, first: int = 0, step: int = 1) -> dict[str, Row]:
+    """Write every `step`-th shard of the recipe, from number `first`; returns their index rows by name."""
+    planned = []
     for split in SPLITS:
         plan, size = recipe.plan(split), recipe.samples_per_shard if split == "train" else recipe.samples_per_shard // 2
-        jobs += [(split, i, plan[i * size : (i + 1) * size]) for i in range(-(-len(plan) // size))]
-    rows = {}
-    for split, number, samples in jobs[part::parts]:
-        name, row = write_shard(out, split, number, (make_sample(recipe, split, task, n) for task, n in samples))
-        rows[name] = row
-    return rows
+        planned += [(split, i, plan[i * size : (i + 1) * size]) for i in range(-(-len(plan) // size))]
+    return dict(
+        write_shard(out, split, number, (make_sample(recipe, split, task, n) for task, n in samples))
+        for split, number, samples in planned[first::step]
+    )
 
 
 def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> dict[str, Any]:
@@ -120,7 +108,7 @@ def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **siz
     workers = workers or len(os.sched_getaffinity(0))
     rows: dict[str, Row] = {}
     if workers == 1:
-        rows = _build_part(out, recipe)
+        rows = _build_slice(out, recipe)
     else:
         # Fresh interpreters, not multiprocessing: a fork can hang after torch has started threads, and a spawned
         # child would import the caller's main script, torch and all, before its first sample.
@@ -155,23 +143,11 @@ def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **s
         building = root.parent / f".{root.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         build_mini(building, seed=seed, workers=workers, **sizes)
-        if root.exists():
-            shutil.rmtree(root)
+        shutil.rmtree(root, ignore_errors=True)
         building.rename(root)
     return root
 
 
-def mini_words() -> list[str]:
-    """Every word that the fields of mini samples can hold, sorted; with the templates' words, a whole vocabulary."""
-    attributes = [value for values in ATTRIBUTES.values() for value in values]
-    nouns = [expressions.plural(shape) for shape in SHAPES]
-    places = [*expressions.PLACES.values(), *expressions.EXTREMES.values(), *PLACE_NAMES, "a an A An"]
-    text = " ".join([*attributes, *nouns, *places, *SINGLE_WORDS, *MULTI_WORDS])
-    for mark in ".,?()":
-        text = text.replace(mark, f" {mark} ")
-    return sorted(set(text.replace("{}", " ").split()))
-
-
 if __name__ == "__main__":  # one of build_mini's processes
     cv2.setNumThreads(1)
-    print(json.dumps(_build_part(Path(sys.argv[1]), MiniRecipe(**json.loads(sys.argv[2])), *map(int, sys.argv[3:]))))
+    print(json.dumps(_build_slice(Path(sys.argv[1]), MiniRecipe(**json.loads(sys.argv[2])), *map(int, sys.argv[3:]))))

@@ -1,4 +1,4 @@
-"""The mini world's pictures: placed objects in, an image and exact visible masks out.
+"""The mini world's pictures: a random generator and conditions in; a scene, its image and exact visible masks out.
 
 Frame: pixels of the image, x right, y down, pixel edges at integers. The mask rule: a pixel belongs to an outline when
 at least half of its area is inside it (measured on 4 x 4 sub-pixels), and to an object when no later layer owns it too.
@@ -7,7 +7,9 @@ at least half of its area is inside it (measured on 4 x 4 sub-pixels), and to an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,22 +26,21 @@ COLOURS = {
 }
 SIZES = {"small": (0.24, 0.30), "large": (0.42, 0.55)}  # diameter as a share of sqrt(width * height)
 TEXTURES = ("plain", "striped", "dotted")
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "colour": tuple(COLOURS),
-    "size": tuple(SIZES),
-    "texture": TEXTURES,
-}
+Attributes = dict[str, Any]  # attribute name -> value, a text
+Rng = np.random.Generator
+ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "texture": TEXTURES}
 # One colour per shape that training never shows or names: val and test scores on these measure generalisation.
 HELD_OUT = frozenset((shape, tuple(COLOURS)[i]) for i, shape in enumerate(SHAPES))
 TRAIN_PAIRS = tuple((s, c) for s in SHAPES for c in COLOURS if (s, c) not in HELD_OUT)
 NOUN = "object"  # the word for a shape of any kind
-PLACE_NAMES = ("left", "right", "top", "bottom")
+SIDES = ("left", "right", "top", "bottom")
 BACKGROUNDS = ((206, 204, 200), (188, 186, 184), (214, 206, 190), (198, 188, 170), (178, 180, 184), (224, 222, 218))
 
-_SUB = 4  # sub-pixels per pixel and axis
-_SHIFT = 4  # fractional bits of cv2.fillPoly
-Attributes = dict[str, str]
+_SUB, _SHIFT = 4, 4  # sub-pixels per pixel and axis; fractional bits of cv2.fillPoly
+_BAR_SHARE = 0.12  # of the objects are crossed by a grey bar
+_MAX_TURN = math.pi / 12
+_MIN_VISIBLE, _MIN_VISIBLE_BARRED = 0.62, 0.52  # share of its outline that an object must show
+_LARGE_CHANCE = (0.5, 0.5, 0.5, 0.35, 0.2)  # by number of objects: four large ones do not fit
 
 
 def _star(points: int, outer: float, inner: float) -> np.ndarray:
@@ -64,16 +65,10 @@ _OUTLINES = {  # corners for a diameter of 1 around (0, 0); areas are alike, so 
 
 @dataclass
 class Layer:
-    """One drawn outline: `coverage` (h, w) uint8, 255 = fully inside, at pixel (x, y) of the image."""
+    """One drawn outline: `coverage` (h, w) uint8, 255 = fully inside, of the pixels `window` (rows, columns)."""
 
-    x: int
-    y: int
+    window: tuple[slice, slice]
     coverage: np.ndarray
-
-    def window(self) -> tuple[slice, slice]:
-        """The rows and columns of the image that the layer may touch."""
-        height, width = self.coverage.shape
-        return slice(self.y, self.y + height), slice(self.x, self.x + width)
 
 
 @dataclass
@@ -96,6 +91,11 @@ class SceneObject:
     rgb: tuple[float, ...] = (0.0, 0.0, 0.0)
     bar: tuple[float, float] | None = None
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def attributes(self) -> Attributes:
+        """The four attributes as words."""
+        return {name: getattr(self, name) for name in ATTRIBUTES}
 
     @property
     def held_out(self) -> bool:
@@ -121,8 +121,8 @@ class SceneObject:
         along = np.array([math.cos(angle), math.sin(angle)])
         across = np.array([-along[1], along[0]])
         middle = np.array([self.x, self.y]) + across * offset * self.diameter
-        signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-        return np.array([middle + a * half_length * along + b * half_width * across for a, b in signs])
+        corners = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        return np.array([middle + a * half_length * along + b * half_width * across for a, b in corners])
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether any object is of a combination that training never shows."""
+        """Whether any object is."""
         return any(o.held_out for o in self.objects)
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
@@ -153,19 +153,15 @@ class Scene:
         return image, self.masks
 
 
-def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def _background(rng: Rng, width: int, height: int) -> np.ndarray:
     """Plain, soft gradient or soft noise in a muted tone: (H, W, 3) uint8."""
     tone = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], np.float32) + rng.uniform(-8, 8)
     kind = rng.integers(3)
     if kind == 0:
         return np.full((height, width, 3), tone, np.float32).astype(np.uint8)
-    rows, columns = (2, 2) if kind == 1 else (max(3, height // 9), max(3, width // 9))
-    spread = 18 if kind == 1 else 12
-    light = cv2.resize(
-        rng.uniform(-spread, spread, (rows, columns)).astype(np.float32),
-        (width, height),
-        interpolation=cv2.INTER_LINEAR,
-    )
+    spread, grid = (18, (2, 2)) if kind == 1 else (12, (max(3, height // 9), max(3, width // 9)))
+    coarse = rng.uniform(-spread, spread, grid).astype(np.float32)
+    light = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.clip(tone + light[:, :, None], 0, 255).astype(np.uint8)
 
 
@@ -174,25 +170,22 @@ def _fill(scene_object: SceneObject, layer: Layer) -> np.ndarray:
     rgb = np.array(scene_object.rgb, np.float32)
     if scene_object.texture == "plain":
         return rgb
-    height, width = layer.coverage.shape
-    y, x = np.ogrid[layer.y : layer.y + height, layer.x : layer.x + width]
+    y, x = np.ogrid[layer.window]
     dx, dy = x + 0.5 - scene_object.x, y + 0.5 - scene_object.y
     cos, sin = math.cos(scene_object.texture_angle), math.sin(scene_object.texture_angle)
     period = min(max(0.2 * scene_object.diameter, 6.0), 10.0)
-    ink: np.ndarray
     u = (dx * cos + dy * sin) * np.float32(2 * math.pi / period)
     if scene_object.texture == "striped":
         ink = 0.5 + 0.25 * period * np.sin(u)
     else:
         v = (dy * cos - dx * sin) * np.float32(2 * math.pi / period)
         ink = 0.5 + 0.25 * period * (0.5 * (np.cos(u) + np.cos(v)) - 0.30)
-    ink = np.clip(ink, 0, 1).astype(np.float32)[:, :, None]
-    return rgb * (1 - 0.62 * ink)
+    return rgb * (1 - 0.62 * np.clip(ink, 0, 1).astype(np.float32)[:, :, None])
 
 
 def _blend(image: np.ndarray, layer: Layer, fill: np.ndarray) -> None:
     """Paint `fill` over the image where the layer covers it, in place."""
-    window = image[layer.window()]
+    window = image[layer.window]
     alpha = layer.coverage.astype(np.float32)[:, :, None] * np.float32(1 / 255)
     window[...] = (window + (fill - window) * alpha + 0.5).astype(np.uint8)
 
@@ -205,4 +198,127 @@ def draw(outline: np.ndarray, width: int, height: int) -> Layer:
     # OpenCV counts pixel centres as integers, this package pixel edges: hence the half sub-pixel.
     points = np.round(((outline - (x0, y0)) * _SUB - 0.5) * (1 << _SHIFT)).astype(np.int32)
     cv2.fillPoly(fine, [points], 255, shift=_SHIFT)
-    return Layer(x0, y0, cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA))
+    coverage = cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
+    return Layer((slice(y0, y1), slice(x0, x1)), coverage)
+
+
+def _arrange(rng: Rng, attributes: Sequence[Attributes]) -> Scene | None:
+    """Put objects of these attributes on a fresh canvas; None when they hide each other too much or do not fit."""
+    short = int(rng.integers(80, 129))
+    long = min(160, int(short * rng.uniform(1.0, 1.6)))
+    width, height = (short, long) if rng.random() < 0.5 else (long, short)
+    apart = 0.62 if rng.random() < 0.35 else 0.98  # a third of the scenes may overlap
+    objects: list[SceneObject] = []
+    for wanted in attributes:
+        new = SceneObject(**wanted)
+        # Of the geometric mean of the sides, so that small and large stay apart once the image is padded to a square.
+        new.diameter = rng.uniform(*SIZES[new.size]) * math.sqrt(width * height)
+        new.angle, new.texture_angle = rng.uniform(-_MAX_TURN, _MAX_TURN), rng.uniform(0, math.pi)
+        shades = rng.uniform(0.93, 1.04) * np.array(COLOURS[new.colour]) + rng.uniform(-8, 8, 3)
+        new.rgb = tuple(np.clip(shades, 0, 255).tolist())
+        # The outline stays inside the canvas and `apart` from the others' outlines.
+        corners = new.outline()
+        (left, top), (right, bottom) = 1 - corners.min(0), np.array((width, height)) - 1 - corners.max(0)
+        for dx, dy in rng.random((12, 2)).tolist():
+            new.x, new.y = float(left + dx * (right - left)), float(top + dy * (bottom - top))
+            if all(math.hypot(new.x - o.x, new.y - o.y) >= apart * (new.diameter + o.diameter) / 2 for o in objects):
+                break
+        else:
+            return None
+        if rng.random() < _BAR_SHARE:
+            new.bar = (rng.uniform(-0.08, 0.08), rng.uniform(0, math.pi))
+        objects.append(new)
+    scene = Scene(width, height, objects, background_seed=int(rng.integers(2**31)))
+    return scene if _cover(scene) else None
+
+
+def _cover(scene: Scene) -> bool:
+    """Fill layers, masks and boxes; False when an object is too hidden or a bar does not split its object in two."""
+    masks = scene.masks = np.zeros((len(scene.objects), scene.height, scene.width), bool)
+    for index, scene_object in enumerate(scene.objects):
+        layer = draw(scene_object.outline(), scene.width, scene.height)
+        bar = None if scene_object.bar is None else draw(scene_object.bar_outline(), scene.width, scene.height)
+        scene.layers.append((layer, bar))
+        masks[(slice(0, index), *layer.window)] &= layer.coverage < 128
+        masks[(index, *layer.window)] = layer.coverage >= 128
+        if bar is not None:
+            masks[(slice(0, index + 1), *bar.window)] &= bar.coverage < 128
+    for scene_object, mask, (layer, bar) in zip(scene.objects, masks, scene.layers, strict=True):
+        visible, area = int(np.count_nonzero(mask)), np.count_nonzero(layer.coverage >= 128)
+        if visible < area * (_MIN_VISIBLE if bar is None else _MIN_VISIBLE_BARRED):
+            return False
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x0, y0, x1, y1 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        scene_object.box = (x0, y0, x1, y1)
+        if bar is not None:
+            parts, _, stats, _ = cv2.connectedComponentsWithStats(mask[y0:y1, x0:x1].astype(np.uint8), connectivity=4)
+            if parts != 3 or int(stats[1:, cv2.CC_STAT_AREA].min()) < 0.15 * visible:  # the first part is the rest
+                return False
+    return True
+
+
+def random_attributes(
+    rng: Rng, wanted: Attributes, like: Sequence[Attributes] = (), held_out: bool = False, large: float = 0.5
+) -> Attributes:
+    """Attributes of one object: those of `wanted` kept, the others drawn; a held-out pair only when `held_out`.
+
+    Over half of the time shape or colour is that of an object of `like`, so that expressions need more words. `large`
+    is the chance of a large object.
+    """
+    wanted = dict(wanted)
+    if like and rng.random() < 0.5:
+        name = ("shape", "colour")[rng.integers(2)]
+        wanted.setdefault(name, like[int(rng.integers(len(like)))][name])
+
+    def matching(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(s, c) for s, c in pairs if wanted.get("shape", s) == s and wanted.get("colour", c) == c]
+
+    pairs = (matching(sorted(HELD_OUT)) if held_out else []) or matching(TRAIN_PAIRS)
+    pairs = pairs or [(wanted["shape"], wanted["colour"])]  # a held-out pair asked for by name
+    shape, colour = pairs[int(rng.integers(len(pairs)))]
+    size = wanted.get("size") or ("large" if rng.random() < large else "small")
+    texture = wanted.get("texture") or TEXTURES[(0, 0, 1, 2)[rng.integers(4)]]
+    return {"shape": shape, "colour": colour, "size": size, "texture": texture}
+
+
+def random_scene(
+    rng: Rng,
+    split: str = "train",
+    wanted: Sequence[Attributes] = (),
+    *,
+    count: int | None = None,
+    allow: Callable[[Attributes], bool] | None = None,
+    accept: Callable[[Scene], bool] | None = None,
+) -> Scene:
+    """A scene of 1 to 4 objects (mostly 2 or 3) on a canvas of 80..160 px a side.
+
+    Args:
+        rng: the source of chance; the scene is a pure function of its state.
+        split: "train" holds no held-out pair; in "val" and "test" half of the scenes get one, as the focus object.
+        wanted: fixed attributes of the first objects; the first is the scene's `focus`.
+        count: number of objects, at least len(wanted).
+        allow: which attributes the other objects may have.
+        accept: a last test of the scene (positions).
+
+    Raises:
+        RuntimeError: when no scene passes after many draws: the conditions contradict each other.
+    """
+    held_out = split != "train" and rng.random() < 0.5
+    for attempt in range(2000):
+        held_out = held_out and attempt < 20  # a held-out focus may contradict the conditions
+        number = count or max(len(wanted), (1, 2, 2, 2, 2, 3, 3, 3, 3, 4)[rng.integers(10)])
+        large = _LARGE_CHANCE[min(number, 4)]
+        drawn: list[Attributes] = []
+        for i in range(number):
+            fixed, like = (wanted[i], []) if i < len(wanted) else ({}, drawn)
+            drawn.append(random_attributes(rng, fixed, like, held_out and i == 0, large))
+        if allow is not None and not all(map(allow, drawn[len(wanted) :])):
+            continue
+        order = rng.permutation(number).tolist()
+        for _ in range(3):
+            scene = _arrange(rng, [drawn[i] for i in order])
+            if scene is not None:
+                scene.focus = order.index(0)
+                if accept is None or accept(scene):
+                    return scene
+    raise RuntimeError(f"no scene for {list(wanted)} with {count or '1 to 4'} objects; loosen the conditions")
