@@ -65,14 +65,14 @@ def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, voc
 
 
 def read_own(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read a file written by tools/pretrain_mini_tokenizer.py: weights in float32, and the names of its word rows."""
+    """Read a file written by tools/pretrain_mini.py: weights in float32, and the names of its word rows."""
     if not path.is_file():
         raise ValueError(f"model.tokenizer.weights={path}: no such file; give an InstructBLIP folder, a file, or null")
     with reading(path), safe_open(path, framework="pt") as file:
         tokens = json.loads((file.metadata() or {}).get("tokens", "null"))
         state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     if tokens is None:
-        raise ValueError(f"{path}: no token names in its metadata; write it with tools/pretrain_mini_tokenizer.py")
+        raise ValueError(f"{path}: no token names in its metadata; write it with tools/pretrain_mini.py")
     return state, tokens
 
 

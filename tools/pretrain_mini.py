@@ -1,0 +1,286 @@
+r"""Pretrain the mini encoder or the mini tokenizer: the counterparts of EVA-CLIP and of InstructBLIP's QFormer.
+
+    python tools/pretrain_mini.py encoder --steps 2400 --batch 64 --lr 1.5e-3
+    python tools/build_coinit.py mini --train 80000 --seed 1 --out data/mini-pretrain
+    python tools/pretrain_mini.py tokenizer --root data/mini-pretrain --steps 2000
+    python tools/pretrain_mini.py tokenizer --root data/mini-pretrain --steps 1200 --lr 6e-4 --seed 1 \
+        --init assets/mini_tokenizer.safetensors
+
+Linear heads, thrown away afterwards, predict objects: from a patch token the object that the patch lies on; from groups
+of query tokens the objects that the instruction is about (all objects where it names none), left to right. No language
+model takes part, and training scenes hold no held-out pair of shape and colour. Weights are written in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from vistallm.config import PAD_COLOUR, load_config
+from vistallm.data.datamodule import build_codec, build_sequencer, split_shards
+from vistallm.data.reader import decode_sample, read_raw
+from vistallm.data.sequence import Sequence, SequenceBuilder, collate
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.mini.scene import ATTRIBUTES, random_scene
+from vistallm.model.attention import training_attention
+from vistallm.model.encoder import ImageEncoder
+from vistallm.model.vistallm import VistaLLM
+from vistallm.regions.letterbox import square_resize
+from vistallm.regions.masks import rle_box, rle_to_mask
+from vistallm.schema import Sample
+
+COVER = 0.3  # a patch is labelled with the object that covers at least this share of it
+SLOTS, GRID, VERTICES = 4, 12, 12  # objects, cells of a mask per side of its box, vertices: at most
+ASKED = {"pope": "question", "vqa": "question", "vcr": "question", "nlvr2": "statement"}  # objects by their words
+NAMED = ("rec", "res", "grec", "gres", "v7w", "attcoseg", "pointqa", "boxqa", "reg")  # objects by their regions
+LossAndScores = tuple[Tensor, dict[str, float]]
+
+
+class Stream(IterableDataset):
+    """What a generator function yields, for a loader's process."""
+
+    def __init__(self, make: Callable[..., Iterator[tuple]], *arguments: object) -> None:
+        super().__init__()
+        self.make, self.arguments = make, arguments
+
+    def __iter__(self) -> Iterator[tuple]:
+        return self.make(*self.arguments)
+
+
+class Heads(nn.Module):
+    """Linear heads for presence, attributes, box and `extra` outputs of an object, and the loss of the first three."""
+
+    def __init__(self, width: int, extra: list[int], weight: float) -> None:
+        super().__init__()
+        self.extra, self.weight = extra, weight
+        self.sizes = [1, *(len(values) for values in ATTRIBUTES.values()), 4, sum(extra)]
+        self.out = nn.Linear(width, sum(self.sizes))
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, boxes: Tensor
+    ) -> tuple[Tensor, dict[str, float], tuple[Tensor, ...]]:
+        """Tokens (N, P, D), labels (N, P, 4) with -1 for no object, boxes (N, P, 4) -> loss, scores, extra outputs."""
+        there, *kinds, box, extra = self.out(tokens).float().split(self.sizes, -1)
+        on = labels[..., 0] >= 0
+        distance = (box[on] - boxes[on]).abs().mean()
+        loss = F.binary_cross_entropy_with_logits(there.squeeze(-1), on.float()) + 5 * distance
+        scores = {"presence": ((there.squeeze(-1) > 0) == on).float().mean().item(), "box_error": distance.item()}
+        for kind, label, name in zip(kinds, labels.unbind(-1), ATTRIBUTES, strict=True):
+            loss = loss + self.weight * F.cross_entropy(kind[on], label[on])
+            scores[name] = (kind[on].argmax(-1) == label[on]).float().mean().item()
+        return loss, scores, extra.split(self.extra, -1)
+
+
+def optimise(
+    loss_of: Callable[..., LossAndScores],
+    parameters: list[nn.Parameter],
+    rows: Iterable[tuple],
+    weights: dict[str, Tensor],
+    arguments: argparse.Namespace,
+    **metadata: str,
+) -> None:
+    """Train `parameters` on `--steps` rows; print, and write the `weights`, after each hundredth step and the last."""
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    start, steps = time.monotonic(), arguments.steps
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for step, row in zip(range(steps), rows, strict=False):
+        rate = min((step + 1) / 200, 1.0) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = arguments.lr * rate
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, scores = loss_of(*row)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == steps - 1:
+            values = " ".join(f"{key} {value:.3f}" for key, value in scores.items())
+            print(f"step {step} seconds {time.monotonic() - start:.0f} loss {loss:.6f} {values}", flush=True)
+            half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in weights.items()}
+            save_file(half, arguments.out, metadata or None)
+
+
+def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rendered scenes of `size` pixels a side with the targets of their P patches of `patch` pixels.
+
+    Image (3, size, size) uint8, labels (P, 4) int64 with -1 off the objects, boxes (P, 4) float32 in [0, 1], pixels
+    (P, patch^2) float32: which of them belong to the object.
+    """
+    rng, grid, side = np.random.default_rng([seed, 0]), size // patch, np.arange(size) + 0.5
+    while True:
+        scene = random_scene(rng, "train")
+        image, masks = scene.render()
+        square, box = square_resize(image, size, PAD_COLOUR)
+        spots = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2) * (box.side / size) - box.padding
+        x, y = np.floor(spots).astype(int).T
+        inside = (x >= 0) & (y >= 0) & (x < box.width) & (y < box.height)
+        covered = masks[:, y.clip(0, box.height - 1), x.clip(0, box.width - 1)] & inside
+        tiles = covered.reshape(-1, grid, patch, grid, patch).swapaxes(2, 3).reshape(len(masks), -1, patch**2)
+        cover = tiles.mean(-1)
+        owner = cover.argmax(0)
+        facts = np.array([[names.index(getattr(o, key)) for key, names in ATTRIBUTES.items()] for o in scene.objects])
+        corners = [box.to_unit(np.array(o.box, float).reshape(2, 2)).ravel() for o in scene.objects]
+        labels = np.where((cover.max(0) >= COVER)[:, None], facts[owner], -1)
+        pixels = tiles[owner, np.arange(grid**2)].astype(np.float32)
+        arrays = square.transpose(2, 0, 1).copy(), labels, np.array(corners, np.float32)[owner], pixels
+        yield tuple(map(torch.from_numpy, arrays))
+
+
+def pretrain_encoder(arguments: argparse.Namespace) -> None:
+    """Train the encoder with its heads on patch tokens; writes the vision tower."""
+    config = load_config(["model=mini", "model.encoder.weights="]).model.encoder
+    encoder = ImageEncoder(config)
+    patch = config.image_size // int(encoder.patches**0.5)
+    norm, heads = nn.LayerNorm(encoder.width), Heads(encoder.width, [patch**2], weight=0.5)
+
+    def loss_of(images: Tensor, labels: Tensor, boxes: Tensor, pixels: Tensor) -> LossAndScores:
+        with training_attention():
+            tokens = encoder(images)
+        loss, scores, (outline,) = heads(norm(tokens), labels, boxes)
+        on = labels[..., 0] >= 0
+        scores["pixels"] = ((outline[on] > 0) == (pixels[on] > 0.5)).float().mean().item()
+        return loss + F.binary_cross_entropy_with_logits(outline[on], pixels[on]), scores
+
+    rows = DataLoader(Stream(scenes, config.image_size, patch, arguments.seed), arguments.batch, num_workers=1)
+    parameters = [*encoder.parameters(), *norm.parameters(), *heads.parameters()]
+    optimise(loss_of, parameters, rows, encoder.visual.state_dict(), arguments)
+
+
+def slot_batches(shards: list[Path], builder: SequenceBuilder, size: int, seed: int) -> Iterator[tuple[Any, ...]]:
+    """Yield (Batch, labels, boxes, masks, corners) over the training shards without end, shards in a random order."""
+    rng, rows = random.Random(seed), list[Sequence]()
+    while True:
+        for raw in (raw for shard in rng.sample(shards, len(shards)) for raw in read_raw(shard)):
+            rows.append(builder.build(decode_sample(raw), rng))
+            if len(rows) == size:
+                targets = [slots(s, image, builder) for s in rows for image in range(len(s.images))]
+                yield collate(rows, builder.vocabulary), *map(torch.stack, zip(*targets, strict=True))
+                rows = []
+
+
+def slots(sequence: Sequence, image: int, builder: SequenceBuilder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Targets of one image: labels (SLOTS, 4) with -1 for no object, boxes (SLOTS, 4) in [0, 1], masks (SLOTS, GRID^2).
+
+    The fourth is the corners (SLOTS, VERTICES, 2) in [0, 1] that the codec writes, parts in a row, -1 beyond the last.
+    Masks and corners are known (not -1) only where the sample holds the object's RLE.
+    """
+    sample, letterbox, codec = sequence.sample, sequence.letterboxes[image], builder.codec
+    labels, boxes = torch.full((SLOTS, len(ATTRIBUTES)), -1), torch.zeros(SLOTS, 4)
+    masks, corners = torch.full((SLOTS, GRID**2), -1.0), torch.full((SLOTS, VERTICES, 2), -1.0)
+    for slot, (*names, x0, y0, x1, y1) in enumerate(relevant_objects(sample, image)[:SLOTS]):
+        labels[slot] = torch.tensor([values.index(n) for n, values in zip(names, ATTRIBUTES.values(), strict=True)])
+        boxes[slot] = torch.from_numpy(letterbox.to_unit(np.array([[x0, y0], [x1, y1]], float)).ravel())
+        for region in sample.regions:
+            if region.image == image and region.rle is not None and whole(rle_box(region.rle)) == (x0, y0, x1, y1):
+                crop = rle_to_mask(region.rle)[y0:y1, x0:x1].astype(np.uint8) * 255
+                cells = cv2.resize(crop, (GRID, GRID), interpolation=cv2.INTER_AREA) > 127
+                masks[slot] = torch.from_numpy(cells.astype(np.float32).ravel())
+                text = codec.encode([region], sequence.letterboxes, "mask")
+                polygons = codec.decode(text, sequence.letterboxes).regions[0].polygons or []
+                vertices = letterbox.to_unit(np.concatenate(polygons))[:VERTICES]
+                corners[slot, : len(vertices)] = torch.from_numpy(vertices).float()
+    return labels, boxes, masks, corners
+
+
+def whole(box: tuple[float, ...]) -> tuple[int, ...]:
+    """A box in whole pixels, which names its object."""
+    return tuple(round(v) for v in box)
+
+
+def relevant_objects(sample: Sample, image: int) -> list[tuple]:
+    """Return (shape, colour, size, texture, x0, y0, x1, y1) of the objects that the instruction is about."""
+    objects = [tuple(o) for o in sample.meta["scenes"][image]]
+    if sample.task in NAMED:
+        wanted = sample.fields.get("targets", [0])
+        regions = [r for r in sample.regions if r.object in wanted and r.image == image]
+        boxes = {whole(rle_box(r.rle) if r.rle is not None else r.box) for r in regions if r.rle or r.box}
+        boxes |= {nearest(r.point, [o[4:] for o in objects]) for r in regions if r.kind == "point"}
+        objects = [o for o in objects if o[4:] in boxes]
+    elif sample.task in ASKED:
+        words = set(re.findall(r"[a-z]+", str(sample.fields[ASKED[sample.task]]).split("?")[0].lower()))
+        named = [{v for v in values if words & {v, v + "s", v + "es"}} for values in ATTRIBUTES.values()]
+        objects = [o for o in objects if all(o[i] in values for i, values in enumerate(named) if values)]
+    return sorted(objects, key=lambda o: o[4] + o[6])
+
+
+def nearest(point: tuple[float, ...], boxes: list[tuple]) -> tuple[int, ...]:
+    """The box with the nearest centre among those that hold the point (among all where none does)."""
+    x, y = point
+    holding = [b for b in boxes if b[0] <= x <= b[2] and b[1] <= y <= b[3]] or boxes
+    return min(holding, key=lambda b: abs(x - (b[0] + b[2]) / 2) + abs(y - (b[1] + b[3]) / 2))
+
+
+def bin_loss(logits: Tensor, values: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (..., bins) against values (...) in [0, 1], spread over neighbouring bins."""
+    bins = torch.linspace(0, 1, logits.shape[-1])
+    near = torch.softmax(-0.5 * ((values[..., None] - bins) * (len(bins) - 1)) ** 2, -1)
+    return -(near * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def pretrain_tokenizer(arguments: argparse.Namespace) -> None:
+    """Train the QFormer with its heads on groups of queries; writes it without its projection."""
+    config = load_config(["model=mini", f"model.tokenizer.weights={arguments.init}"])
+    vocabulary, bins = Vocabulary.build(config.model, build_codec(config)), config.num_bins
+    model = VistaLLM(config, vocabulary)
+    model.encoder.requires_grad_(False)
+    heads = Heads(config.model.tokenizer.hidden_size, [GRID**2, 4 * bins, 2 * VERTICES * bins, VERTICES], weight=0.3)
+
+    def loss_of(batch: Any, labels: Tensor, boxes: Tensor, masks: Tensor, corners: Tensor) -> LossAndScores:
+        with torch.no_grad():
+            patch_tokens = model.encoder(batch.images)
+        with training_attention():
+            words = (rows[batch.image_owner] for rows in (batch.instruction_ids, batch.instruction_mask))
+            queries = model.tokenizer.query_states(patch_tokens, *words)
+        loss, scores, (cells, sides, walk, more) = heads(queries.unflatten(1, (SLOTS, -1)).mean(2), labels, boxes)
+        on, drawn = labels[..., 0] >= 0, masks[..., 0] >= 0
+        # Coordinates as a language model writes them: one class per bin, the neighbours count too.
+        walk, exists = walk[drawn].unflatten(-1, (VERTICES, 2, -1)), corners[drawn][..., 0] >= 0
+        loss = loss + F.binary_cross_entropy_with_logits(cells[drawn], masks[drawn])
+        loss = loss + 0.3 * bin_loss(sides[on].unflatten(-1, (4, -1)), boxes[on])
+        loss = loss + 0.5 * bin_loss(walk[exists], corners[drawn][exists])
+        scores["cells"] = ((cells[drawn] > 0) == (masks[drawn] > 0.5)).float().mean().item()
+        scores["corner_error"] = (walk.argmax(-1) / (bins - 1) - corners[drawn])[exists].abs().mean().item()
+        return loss + F.binary_cross_entropy_with_logits(more[drawn], exists.float()), scores
+
+    weights = {k: p for k, p in model.tokenizer.named_parameters() if not k.startswith("projection.")}
+    names = json.dumps([vocabulary.qformer.convert_ids_to_tokens(i) for i in range(len(vocabulary.qformer))])
+    builder, shards = build_sequencer(config, vocabulary), split_shards(arguments.root, "train")
+    rows = DataLoader(Stream(slot_batches, shards, builder, arguments.batch, arguments.seed), None, num_workers=1)
+    optimise(loss_of, [*weights.values(), *heads.parameters()], rows, weights, arguments, tokens=names)
+
+
+def main() -> None:
+    """Parse, seed, pretrain."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("encoder", "tokenizer"))
+    parser.add_argument("--root", type=Path, help="tokenizer: a mini set; its training split is used")
+    parser.add_argument("--init", default="", help="tokenizer: go on from this file (the heads start anew)")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: assets/mini_PART.safetensors")
+    arguments = parser.parse_args()
+    if arguments.part == "tokenizer" and arguments.root is None:
+        parser.error("tokenizer: expected --root, a mini set of tools/build_coinit.py")
+    arguments.out = arguments.out or Path(f"assets/mini_{arguments.part}.safetensors")
+    torch.manual_seed(arguments.seed)
+    (pretrain_encoder if arguments.part == "encoder" else pretrain_tokenizer)(arguments)
+
+
+if __name__ == "__main__":
+    cv2.setNumThreads(1)
+    main()
