@@ -19,9 +19,10 @@ from vistallm.coinit.images import image_size, read_image
 from vistallm.coinit.job import BuildOptions
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.jsonl import load_jsonl
+from vistallm.coinit.sources.custom import load_jsonl
+from vistallm.coinit.sources.images import SourceImage
 from vistallm.coinit.sources.records import Record
-from vistallm.coinit.sources.shapes import clip_box, merge_rles, rle_area, segmentation_to_rle, short_parts
+from vistallm.coinit.sources.shapes import merge_rles, rle_area, segmentation_to_rle, short_parts
 from vistallm.regions.masks import mask_to_rle, rle_box, rle_to_mask
 from vistallm.schema import ImageInfo, Region, Sample
 
@@ -279,8 +280,11 @@ def test_segmentations():
 
 
 def test_boxes_records_and_packed_lists():
-    assert clip_box((-3, -1, 5, 700), 64, 48) == (0, 0, 5, 48)
-    assert clip_box((64, 3, 90, 9), 64, 48) is None
+    image = SourceImage(Path("a.jpg"), "set:a", 64, 48)
+    assert image.cut((-3, -1, 5, 700), "here") == (0, 0, 5, 48)
+    assert image.cut((64, 3, 90, 9), "here") == Reject(
+        "empty-box", "here: nothing of [64, 3, 90, 9] is in the image, 64 x 48"
+    )
     records = [{"a": [1, 2.5, None]}, {"b": "ß", "c": {"d": True}}]
     packed = Packed(records)
     assert [packed[i] for i in range(len(packed))] == list(packed) == records

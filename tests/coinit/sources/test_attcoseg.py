@@ -137,7 +137,7 @@ def test_negatives_with_an_object_of_the_same_name_come_first(tmp_path, picture)
     ("more", "message"),
     [
         (["--set", "masks=no.json"], "expected a file of instances"),
-        (["--set", "iou=high"], "expected numbers"),
+        (["--set", "iou=high"], "expected a number"),
         (["--set", "attributes=smell"], "expected some of shape,colour,size,position"),
         (["--set", "names=maybe"], "expected one of check, ignore"),
     ],

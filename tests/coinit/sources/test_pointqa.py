@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vistallm.coinit.sources.pointqa import place_region
+from vistallm.coinit.sources.genome import place_region
 
 LOCAL = {
     "7": [

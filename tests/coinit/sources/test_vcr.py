@@ -1,4 +1,4 @@
-"""VCR: index lists become names and regions, nine forms, a test split without labels."""
+"""VCR: index lists become names and regions, four forms, a test split without labels."""
 
 import json
 
@@ -55,27 +55,18 @@ def write(root, picture, record=RECORD, metadata=METADATA):
     (root / "test.jsonl").write_text(json.dumps(unlabelled | {"annot_id": "test-0", "img_id": "test-0"}) + "\n")
 
 
-FORMS = "q_a,q_ra,qc_a,qc_ra,qc_rac,qa_r,qac_r,q_a_q_r,qc_a_qc_r"
-MADE = [("vcr", "train", write, "--set", f"forms={FORMS}", "--samples-per-shard", "99")]
+MADE = [("vcr", "train", write)]
 
 CHOICE = {"question": QUESTION, "options": ANSWERS, "answer": "(B)"}
 EXPECTED = {  # form -> task, instruction, answer, fields
-    "q_a": ("instruct", QUESTION, "No she doesn't.", {}),
     "q_ra": ("instruct", f"{QUESTION} Explain your answer first.", f"{REASON} No she doesn't.", {}),
     "qc_a": ("vcr", None, None, CHOICE),
-    "qc_ra": (
-        "vcr",
-        f"{QUESTION} Options: {ANSWERS} Give the reason, then the letter.",
-        f"{REASON} The answer is (B).",
-        CHOICE,
-    ),
     "qc_rac": (
         "vcr",
         f"{QUESTION} Options: {ANSWERS} Give the reason, the answer and its letter.",
         f"{REASON} No she doesn't. The answer is (B).",
         CHOICE,
     ),
-    "qa_r": ("instruct", f"{QUESTION} No she doesn't. Why?", REASON, {}),
     "qac_r": (
         "vcr",
         None,
@@ -86,24 +77,12 @@ EXPECTED = {  # form -> task, instruction, answer, fields
             "answer": "(D)",
         },
     ),
-    "q_a_q_r": ("instruct", "Why?", REASON, {"rounds": [[QUESTION, "No she doesn't."]]}),
-    "qc_a_qc_r": (
-        "vcr",
-        None,
-        None,
-        {
-            "question": "Which of these explains the answer?",
-            "options": REASONS,
-            "answer": "(D)",
-            "rounds": [[f"{QUESTION} Options: {ANSWERS}", "The answer is (B)."]],
-        },
-    ),
 }
 BOXES = {0: (1, 2, 11, 12), 1: (20, 2, 30, 12), 2: (40.5, 5, 64, 45), 3: (5, 30, 25, 40)}
 
 
 def test_every_form(build):
-    found = build("vcr", "train", write, "--set", f"forms={FORMS}")
+    found = build("vcr", "train", write)
     assert set(found) == {f"vcr-train-train-0-{form}" for form in EXPECTED}
     for form, (task, instruction, answer, fields) in EXPECTED.items():
         sample = found[f"vcr-train-train-0-{form}"]
@@ -112,11 +91,12 @@ def test_every_form(build):
         assert sample.meta["form"] == form
         assert {r.object: tuple(r.box) for r in sample.regions} == {r.object: BOXES[r.object] for r in sample.regions}
     assert [r.object for r in found["vcr-train-train-0-qc_a"].regions] == [0, 1, 2]
-    assert [r.object for r in found["vcr-train-train-0-q_a"].regions] == [2]
+    assert [r.object for r in found["vcr-train-train-0-q_ra"].regions] == [2]
 
 
-def test_the_default_forms(build):
-    assert {s.meta["form"] for s in build("vcr", "train", write).values()} == {"q_ra", "qc_rac", "qc_a", "qac_r"}
+def test_some_forms(build):
+    found = build("vcr", "train", write, "--set", "forms=qac_r,q_ra")
+    assert [s.meta["form"] for s in found.values()] == ["qac_r", "q_ra"]
 
 
 def test_validation_asks_for_answer_and_rationale_of_a_group(build):
@@ -153,7 +133,11 @@ def test_regions_as_masks(build, rejects):
     [
         ({"answer_label": 4}, {}, "record 0: expected answer_label and rationale_label 0 to 3, got [4, 3]"),
         ({"question": ["Does", [7], "?"]}, {}, "record 0: expected numbers of its 4 objects, got [7]"),
-        ({"answer_choices": [["Yes"]]}, {}, "record 0: expected 4 answer_choices, got 1"),
+        (
+            {"answer_choices": [["Yes"]]},
+            {},
+            "record 0: expected 4 answer_choices and 4 rationale_choices, got 1 answer_choices",
+        ),
         ({}, {"boxes": []}, "expected one box and segm for each of 4 objects, got 0 boxes and 4 segms"),
         ({}, {"boxes": [[1, 2, 3, 4]] * 4}, "object 0: expected x0, y0, x1, y1 and a score, got [1, 2, 3, 4]"),
         ({"objects": None}, {}, "record 0: expected 'objects' to be list"),
@@ -165,5 +149,5 @@ def test_a_changed_format_stops(refusal, record, metadata, message):
 
 
 def test_settings_are_checked(refusal):
-    assert "expected some of q_a, q_ra" in refusal("vcr", "val", write, "--set", "forms=q_x")
-    assert "(test): expected some of qc_a, qac_r" in refusal("vcr", "test", write, "--set", "forms=q_a")
+    assert "expected some of q_ra,qc_rac,qc_a,qac_r, got 'q_x'" in refusal("vcr", "train", write, "--set", "forms=q_x")
+    assert "expected some of qc_a,qac_r, got 'q_ra'" in refusal("vcr", "test", write, "--set", "forms=q_ra")

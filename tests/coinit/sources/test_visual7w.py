@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vistallm.coinit.sources.base import SourceOptions
-from vistallm.coinit.sources.visual7w import load_visual7w
+from vistallm.coinit.sources.genome import load_visual7w
 
 BOXES = [
     {"box_id": 1001, "name": "bowl", "x": -1, "y": -1, "width": 11, "height": 9},

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from vistallm.coinit.sources import visual_genome
-from vistallm.coinit.sources.base import SourceFormatError
-from vistallm.coinit.sources.visual_genome import stream_records
+from vistallm.coinit.sources import records
+from vistallm.coinit.sources.base import SourceFormatError, SourceOptions
+from vistallm.coinit.sources.genome import load_visual_genome
+from vistallm.coinit.sources.records import stream_records
 
 IMAGE_DATA = [
     {"image_id": 1, "url": "https://host/VG_100K_2/1.jpg", "width": 64, "height": 48, "coco_id": None},
@@ -74,7 +75,7 @@ def test_portion_is_drawn_per_task_by_the_seed(tmp_path, picture):
 
     def ids(seed):
         settings = {"portion": "0.05"}
-        source = visual_genome.load_visual_genome(visual_genome.SourceOptions(tmp_path, "train", None, seed, settings))
+        source = load_visual_genome(SourceOptions(tmp_path, "train", None, seed, settings))
         return [draft.sample.id for draft in source.unit(0)]
 
     first = ids(0)
@@ -106,7 +107,7 @@ def test_a_record_that_differs_stops_the_build(refusal):
 
 
 def test_a_list_is_read_record_by_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(visual_genome, "_CHUNK", 7)  # smaller than a record: it is read on until the record is whole
+    monkeypatch.setattr(records, "_CHUNK", 7)  # smaller than a record: it is read on until the record is whole
     path = tmp_path / "a.json"
     path.write_text(' [\n{"a": "é]"} ,{"a": [1, {"b": "\\"}"}]}\n, {} ]\n'.lstrip())
     assert [record.data for record in stream_records(path)] == [{"a": "é]"}, {"a": [1, {"b": '"}'}]}, {}]

@@ -1,6 +1,6 @@
 """What a source of instruction data is: files of a public dataset in, drafts of samples (or counted rejects) out.
 
-A source loads its annotations once; the builder then forks workers, which share out its units (a reference, an image,
+A source reads its annotations once; the builder then forks workers, which share out its units (a reference, an image,
 a question ...) and ask for each unit's drafts. Keep annotations in plain lists, arrays or `Packed`, and no open files.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import marshal
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vistallm.schema import ImageInfo, Sample
+from vistallm.schema import Sample
 
 
 class SourceFormatError(ValueError):
@@ -25,7 +25,7 @@ class SourceFormatError(ValueError):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What the command line says of a source.
+    """The command line's choices for a source.
 
     Attributes:
         root: folder of the annotations; images: folder of the images, None = the source's usual place under `root`.
@@ -45,82 +45,61 @@ class SourceOptions:
         return self.images or self.root
 
     def check_split(self, *splits: str) -> str:
-        """The split asked for; raises ValueError naming those that the source has."""
+        """The split of the command line; raises ValueError naming those that the source has."""
         if self.split not in splits:
             raise ValueError(f"--split: expected one of {', '.join(splits)}, got {self.split!r}")
         return self.split
 
-    def read_settings(self, **known: str | tuple[str, ...]) -> dict[str, str]:
+    def read_settings(self, **known: str | float | tuple[str, ...] | list[str]) -> dict[str, Any]:
         """The value given or the default of every setting of a source.
 
         Args:
-            known: key -> its default (any text is allowed) or the values allowed, the default first.
+            known: key -> its default, a text (any other text is allowed) or a number; or the values allowed: one of a
+                tuple, the first is the default, or several of a list (comma-separated), all are the default.
 
         Raises:
             ValueError: for an unknown key or a value that is not allowed.
         """
         if unknown := set(self.settings) - set(known):
             raise ValueError(f"--set {min(unknown)}: this source knows {', '.join(known) or 'no setting'}")
-        values = {}
-        for key, allowed in known.items():
-            values[key] = self.settings.get(key, allowed if isinstance(allowed, str) else allowed[0])
-            if not isinstance(allowed, str) and values[key] not in allowed:
-                raise ValueError(f"--set {key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
-        return values
+        return {key: _read_setting(key, self.settings.get(key), allowed) for key, allowed in known.items()}
 
-    def find_file(self, *names: str) -> Path:
-        """The first of the named files that is in `root`; raises ValueError naming all when none is."""
-        if (path := first_file(self.root, *names)).is_file():
-            return path
-        expected = " or ".join(names)
-        raise ValueError(f"{self.root}: expected {expected}, found neither; give the dataset's folder as --root")
+    def find_file(self, *names: str, folders: Sequence[str] = ("",)) -> Path:
+        """The first of the named files in `root` or these folders of it ("data/"); raises ValueError with all names."""
+        for path in (self.root / f"{folder}{name}" for folder in folders for name in names):
+            if path.is_file():
+                return path
+        below = "".join(f" or in {folder[:-1]}" for folder in folders if folder)
+        expected = f"expected {' or '.join(names)} there{below}, got no such file"
+        raise ValueError(f"{self.root}: {expected}; give the dataset's folder as --root")
 
 
-def chosen(settings: dict[str, str], key: str, *known: str) -> list[str]:
-    """The values of a comma-separated setting; raises ValueError naming those that are known."""
-    values = settings[key].split(",")
-    if unknown := [value for value in values if value not in known]:
-        raise ValueError(f"--set {key}: expected some of {','.join(known)}, got {unknown[0]!r}")
-    return values
-
-
-def first_file(folder: Path, *names: str) -> Path:
-    """The first of the named files that is in `folder`, else the first name (the build says that it is missing)."""
-    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
-
-
-def coco_image(folder: Path, name: str) -> Path:
-    """A COCO 2014/2015 image such as "COCO_train2014_000000000009.jpg", in `folder` or its subfolder of that year."""
-    subset = name.split("_")[1] if name.count("_") >= 2 else ""
-    return first_file(folder, name, f"{subset}/{name}")
+def _read_setting(key: str, value: str | None, allowed: str | float | tuple[str, ...] | list[str]) -> Any:
+    if isinstance(allowed, str):
+        return allowed if value is None else value
+    if isinstance(allowed, int | float):
+        try:
+            return allowed if value is None else float(value)
+        except ValueError:
+            raise ValueError(f"--set {key}: expected a number, got {value!r}") from None
+    values = [*allowed[: None if isinstance(allowed, list) else 1]] if value is None else value.split(",")
+    if isinstance(allowed, tuple) and (len(values) > 1 or values[0] not in allowed):
+        raise ValueError(f"--set {key}: expected one of {', '.join(allowed)}, got {value!r}")
+    if unknown := [value for value in values if value not in allowed]:
+        raise ValueError(f"--set {key}: expected some of {','.join(allowed)}, got {unknown[0]!r}")
+    return values if isinstance(allowed, list) else values[0]
 
 
 @dataclass
 class Draft:
     """A sample and its image files, in order.
 
-    `sample.images[i]` is ImageInfo("", width, height) with the size that the annotations name, or 0 x 0 where they name
-    none; the builder fills in the file name and compares with the image's header. Regions: pixels of that image.
+    `sample.images[i]` is ImageInfo("", width, height) with the size in the annotations, or 0 x 0 where they have none;
+    the builder fills in the file name and compares with the image's header. Regions: pixels of that image.
     """
 
     sample: Sample
     images: list[Path]
-
-
-@dataclass(frozen=True)
-class SourceImage:
-    """An image of a dataset: file, id that leaks are searched by ("coco:9"), size where the annotations name it."""
-
-    path: Path
-    image_id: str
-    width: int = 0
-    height: int = 0
-
-    def draft(self, name: str, task: str, source: str, meta: dict[str, Any] | None = None, **parts: Any) -> Draft:
-        """A sample of this image alone; `parts` are further fields of `Sample`."""
-        meta = {"image_ids": [self.image_id], **(meta or {})}
-        sample = Sample(name, task, source, [ImageInfo("", self.width, self.height)], meta=meta, **parts)
-        return Draft(sample, [self.path])
 
 
 @dataclass(frozen=True)
@@ -131,18 +110,30 @@ class Reject:
     where: str
 
 
-class Source(Protocol):
-    """A loaded split of a dataset."""
+class Records(Protocol):
+    """What a source keeps in memory: a list, `Packed` records, the lines of a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded split of a dataset: records in a fixed order, a unit each, and the samples that each one makes.
+
+    `make(record, number)` is a pure function; it raises SourceFormatError when a record is not as documented.
+    """
+
+    records: Records
+    make: Callable[[Any, int], Iterable[Draft | Reject]]
 
     def __len__(self) -> int:
-        """Number of units, in a fixed order."""
+        return len(self.records)
 
     def unit(self, index: int) -> Iterator[Draft | Reject]:
-        """Drafts and rejects of one unit: a pure function of the options and `index`.
-
-        Raises:
-            SourceFormatError: a record is not as documented.
-        """
+        """Drafts and rejects of record `index`."""
+        yield from self.make(self.records[index], index)
 
 
 class Packed:

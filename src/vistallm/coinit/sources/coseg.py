@@ -8,16 +8,12 @@ named with `--set layout=FILE`, or its keys one by one (`--set image_glob=...`),
     mask_glob   the mask of an image, with {class} and {stem} filled in ("ground_truth/{class}/{stem}.png")
     foreground  ">127": above that in any channel; "64,0,0": that colour; in the file also a rule for each class
     image_id    what tells images apart: "{class}/{stem}" or "{stem}"
-
-Build each set into its own folder: the benchmarks read DATA/coseg-pascal, -icoseg and -msrc, the mixture DATA/coseg.
-`--set classes=a,b` takes some classes only. A unit is one group of images of a class. Split `train`: one group of two
-to four images for every image, drawn by the seed. Any other split, for evaluation: each class in groups of four in
-order of name, with every image once (the last two groups are smaller where one image would be left over).
 """
 
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,16 +24,20 @@ from PIL import Image
 
 from vistallm.coinit.leaks import is_training
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.records import RecordSource
+from vistallm.coinit.sources.images import SourceImage, group_draft
 from vistallm.regions.masks import mask_to_rle
-from vistallm.schema import ImageInfo, Region, Sample
+from vistallm.schema import Region
 
 _LAYOUT = {"name": "", "image_glob": "", "mask_glob": "", "foreground": ">127", "image_id": "{class}/{stem}"}
 _EVALUATION_GROUP = 4
 
 
 def load_coseg(options: SourceOptions) -> Source:
-    """Groups of images that share an object; `train` draws them, any other split name takes every image once."""
+    """Groups of images that share an object: `train` draws one of two to four images for every image.
+
+    Any other split name takes each class in groups of four in order of name, with every image once (the last two
+    groups are smaller where one image would be left over).
+    """
     layout = _read_layout(options)
     folder = options.image_folder
     classes: dict[str, list[Path]] = {}
@@ -54,7 +54,7 @@ def load_coseg(options: SourceOptions) -> Source:
         for name, paths in classes.items()
         for number, group in enumerate(_groups(paths, name, options))
     ]
-    return RecordSource(groups, lambda group, _: iter([_draft(options, layout, *group)]))
+    return Source(groups, lambda group, _: [_draft(options, layout, *group)])
 
 
 def _read_layout(options: SourceOptions) -> dict[str, Any]:
@@ -67,12 +67,11 @@ def _read_layout(options: SourceOptions) -> dict[str, Any]:
         given = dict(OmegaConf.to_container(OmegaConf.load(path)) or {})  # type: ignore[arg-type]
         if unknown := sorted(set(given) - set(_LAYOUT)):
             raise ValueError(f"{path}: unknown key {unknown[0]!r}; a layout has {', '.join(_LAYOUT)}")
-    layout: dict[str, Any] = {**_LAYOUT, **given, **options.settings}
+    layout: dict[str, Any] = {"classes": "", **_LAYOUT, **given, **options.settings}
     if missing := [key for key in ("name", "image_glob", "mask_glob") if not layout[key]]:
-        raise ValueError(
-            f"coseg: expected {missing[0]}, from --set layout=configs/coseg/icoseg.yaml or --set {missing[0]}="
-        )
-    return {**layout, "classes": settings["classes"]}
+        example = f"--set layout=configs/coseg/icoseg.yaml or --set {missing[0]}="
+        raise ValueError(f"coseg: expected {missing[0]}, from {example}")
+    return layout
 
 
 def _groups(paths: list[Path], name: str, options: SourceOptions) -> Iterator[list[Path]]:
@@ -88,8 +87,7 @@ def _groups(paths: list[Path], name: str, options: SourceOptions) -> Iterator[li
     else:
         start = 0
         while start < len(paths):
-            left = len(paths) - start
-            size = _EVALUATION_GROUP - (left == _EVALUATION_GROUP + 1)  # 5 = 3 + 2: no image may be left alone
+            size = _EVALUATION_GROUP - (len(paths) - start == _EVALUATION_GROUP + 1)  # 5 = 3 + 2: none is left alone
             yield paths[start : start + size]
             start += size
 
@@ -97,56 +95,43 @@ def _groups(paths: list[Path], name: str, options: SourceOptions) -> Iterator[li
 def _draft(options: SourceOptions, layout: dict[str, Any], name: str, number: int, paths: list[Path]) -> Draft | Reject:
     if len(paths) < 2:
         return Reject("lone-image", f"{paths[0]}: class {name!r} has no other image")
-    images, regions, ids = [], [], []
+    images, regions = [], []
     for index, path in enumerate(paths):
         mask = _read_mask(options, layout, name, path)
         if isinstance(mask, Reject):
             return mask
-        images.append(ImageInfo("", mask.shape[1], mask.shape[0]))
+        image_id = layout["image_id"].replace("{class}", name).replace("{stem}", path.stem)
+        images.append(SourceImage(path, f"{layout['name']}:{image_id}", mask.shape[1], mask.shape[0]))
         regions.append(Region(index, "mask", index, rle=mask_to_rle(mask)))
-        ids.append(f"{layout['name']}:" + _fill(layout["image_id"], name, path))
-    sample = Sample(
-        id=f"coseg-{options.split}-{layout['name']}-{name}-{number}",
-        task="coseg",
-        source="coseg",
-        images=images,
-        fields={"targets": list(range(len(paths)))},
-        regions=regions,
-        meta={"class": name, "set": layout["name"], "image_ids": ids},
-    )
-    return Draft(sample, paths)
-
-
-def _fill(pattern: str, name: str, path: Path) -> str:
-    return pattern.replace("{class}", name).replace("{stem}", path.stem)
+    sample_id = f"coseg-{options.split}-{layout['name']}-{name}-{number}"
+    fields, meta = {"targets": list(range(len(paths)))}, {"class": name, "set": layout["name"]}
+    return group_draft(images, sample_id, "coseg", "coseg", meta, fields=fields, regions=regions)
 
 
 def _read_mask(options: SourceOptions, layout: dict[str, Any], name: str, path: Path) -> np.ndarray | Reject:
     """The (H, W) bool mask of an image; the builder compares its size with the image's."""
     pattern = layout["mask_glob"].replace("{class}", glob.escape(name)).replace("{stem}", glob.escape(path.stem))
-    found = sorted(options.root.glob(pattern))
-    if len(found) > 1:
-        raise SourceFormatError(f"{path}: expected one mask {pattern}, got {found[0].name} and {found[1].name}")
-    if not found:
+    files = sorted(options.root.glob(pattern))
+    if len(files) > 1:
+        raise SourceFormatError(f"{path}: expected one mask {pattern}, got {files[0].name} and {files[1].name}")
+    if not files:
         return Reject("no-mask", f"{path}: expected a mask {pattern} in {options.root}")
     try:
-        with Image.open(found[0]) as file:
+        with Image.open(files[0]) as file:
             pixels = np.asarray(file.convert("RGB"))
     except OSError as error:
-        return Reject("no-mask", f"{found[0]}: {error}")
+        return Reject("no-mask", f"{files[0]}: {error}")
     rule = layout["foreground"]
-    mask = _foreground(pixels, str(rule[name]) if isinstance(rule, dict) and name in rule else rule, found[0])
-    return mask if mask.any() else Reject("empty-mask", f"{found[0]}: no pixel is foreground by {rule!r}")
+    mask = _foreground(pixels, str(rule[name]) if isinstance(rule, dict) and name in rule else rule, files[0])
+    return mask if mask.any() else Reject("empty-mask", f"{files[0]}: no pixel is foreground by {rule!r}")
 
 
 def _foreground(pixels: np.ndarray, rule: Any, path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB and a rule -> (H, W) bool; raises ValueError for a rule that is not of the two forms."""
-    try:
-        if str(rule).startswith(">"):
-            return pixels.max(axis=2) > int(rule[1:])
-        colour = [int(value) for value in rule.split(",")]
-        if len(colour) == 3:
-            return (pixels == np.array(colour)).all(axis=2)
-    except (AttributeError, ValueError):
-        pass
+    above = re.fullmatch(r">(\d+)", str(rule))
+    colour = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", str(rule))
+    if above:
+        return pixels.max(axis=2) > int(above[1])
+    if colour:
+        return (pixels == np.array([int(value) for value in colour.groups()])).all(axis=2)
     raise ValueError(f"{path}: expected foreground as >127, as 64,0,0, or one of them for its class, got {rule!r}")

@@ -1,20 +1,24 @@
-"""Annotation files -> `Record`s, whose values are read by key with their types checked, and sources of records."""
+"""Annotation files -> `Record`s, whose values are read by key with their types checked."""
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError
+from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError
+from vistallm.coinit.sources.shapes import segmentation_to_rle
+from vistallm.schema import Rle
+
+_CHUNK = 1 << 22  # characters read at a time; a record of region_descriptions.json has some 7,000
 
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object; `where` names file and place ("refs(unc).p, record 3") and begins every message.
+    """A JSON object; `where` names file and record ("refs(unc).p, record 3") and begins every message.
 
     Every method raises SourceFormatError when a value is missing or of another type.
     """
@@ -54,61 +58,46 @@ class Record:
 
     def values(self, key: str, *kinds: type) -> list[Any]:
         """A list of values of these types."""
-        return [
-            Record({key: value}, f"{self.where}, each of {key!r}").require(key, *kinds)
-            for value in self.require(key, list)
-        ]
+        where = f"{self.where}, each of {key!r}"
+        return [Record({key: value}, where).require(key, *kinds) for value in self.require(key, list)]
 
     def records(self, key: str, name: str = "") -> Iterator[Record]:
         """The objects of a list; `name` is one of them in messages (default: the key)."""
         for number, entry in enumerate(self.require(key, list)):
             yield Record(entry, f"{self.where}, {name or key} {number}")
 
+    def mask(self, height: int, width: int) -> Rle:
+        """The mask of an annotation of COCO's form; it may be empty (`rle_area` 0)."""
+        segmentation = self.require("segmentation", list, dict)
+        try:
+            return segmentation_to_rle(segmentation, height, width)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise self.fault(str(error)) from error
+
     def fault(self, text: str) -> SourceFormatError:
         """The error to raise for something else that is not as documented."""
         return SourceFormatError(f"{self.where}: {text}")
 
 
-@dataclass(frozen=True)
-class RecordSource:
-    """A `Source` of records in a fixed order and `make`, the samples of one record, given it and its number."""
-
-    records: Sequence[Any] | Packed
-    make: Callable[[Any, int], Iterator[Draft | Reject]]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def unit(self, index: int) -> Iterator[Draft | Reject]:
-        """Make the samples of record `index`."""
-        return self.make(self.records[index], index)
-
-
-def file_source(
-    path: Path, values: Iterable[Any], make: Callable[[Record, int], Iterator[Draft | Reject]]
-) -> RecordSource:
+def file_source(path: Path, values: Iterable[Any], make: Callable[[Record, int], Iterable[Draft | Reject]]) -> Source:
     """The source of a file's values, a unit each, which `make` gets as `Record`s."""
-    return RecordSource(Packed(values), lambda value, number: make(Record(value, f"{path}, record {number}"), number))
+    return Source(Packed(values), lambda value, number: make(Record(value, f"{path}, record {number}"), number))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises SourceFormatError when it is missing or broken."""
+def read_json(path: Path, kind: type = object) -> Any:
+    """Read a JSON file; raises SourceFormatError when it is missing, broken, or not of this type."""
     try:
-        return json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise SourceFormatError(f"expected {path}, which is not there; check --root and --split") from None
     except ValueError as error:
         raise SourceFormatError(f"{path}: not JSON ({error}); download it again") from error
+    return _check_kind(data, kind, path)
 
 
 def read_object(path: Path) -> Record:
     """A JSON file that holds an object."""
     return Record(read_json(path), str(path))
-
-
-def read_list(path: Path) -> list[Any]:
-    """A JSON file that holds a list."""
-    return _as_list(read_json(path), path)
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
@@ -122,9 +111,36 @@ def read_json_lines(path: Path) -> Iterator[Any]:
                     raise SourceFormatError(f"{path}, line {number}: not JSON ({error})") from error
 
 
-def _as_list(data: Any, path: Path) -> list[Any]:
-    if not isinstance(data, list):
-        raise SourceFormatError(f"{path}: expected a list of records, got {type(data).__name__}")
+def stream_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a JSON list one by one; the file is never whole in memory.
+
+    Raises:
+        SourceFormatError: the file is not a list, or ends within a record.
+    """
+    decoder, text, start, number = json.JSONDecoder(), "", 0, 0
+    with path.open(encoding="utf-8") as file:
+        if file.read(1) != "[":
+            raise SourceFormatError(f"{path}: expected a JSON list, it begins otherwise")
+        while True:
+            while start < len(text) and text[start] in ", \t\r\n":
+                start += 1
+            if text[start : start + 1] == "]":
+                return
+            where = f"{path}, record {number}"
+            try:
+                record, start = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                if not (more := file.read(_CHUNK)):
+                    raise SourceFormatError(f"{where}: not JSON ({error}); download it again") from error
+                text, start = text[start:] + more, 0
+                continue
+            yield Record(record, where)
+            number += 1
+
+
+def _check_kind(data: Any, kind: type, path: Path) -> Any:
+    if not isinstance(data, kind):
+        raise SourceFormatError(f"{path}: expected a {kind.__name__} of records, got {type(data).__name__}")
     return data
 
 
@@ -132,15 +148,15 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads lists, dicts, texts and numbers only: a pickle that names a class or a function could run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = f"{module}.{name}"
-        raise pickle.UnpicklingError(f"it holds {found}, but only plain lists, dicts, texts and numbers are read")
+        named = f"{module}.{name}"
+        raise pickle.UnpicklingError(f"it holds {named}, but only plain lists, dicts, texts and numbers are read")
 
 
 def read_pickle(path: Path) -> list[Any]:
     """A pickled list of plain values; texts of Python 2 are read byte for byte (latin1, see `repair_text`)."""
     try:
         with path.open("rb") as file:
-            return _as_list(_PlainUnpickler(file, encoding="latin1").load(), path)
+            return _check_kind(_PlainUnpickler(file, encoding="latin1").load(), list, path)
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError) as error:
         raise SourceFormatError(f"{path}: expected a pickle of plain values, got: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Boxes and masks as datasets write them -> boxes inside the image, and masks of one image as COCO RLE."""
+"""Masks as datasets write them -> COCO RLE of one image."""
 
 from __future__ import annotations
 
@@ -6,17 +6,8 @@ from typing import Any
 
 from pycocotools import mask as coco
 
-from vistallm.coinit.sources.records import Record
 from vistallm.regions import masks
 from vistallm.schema import Rle
-
-
-def clip_box(box: tuple[float, ...], width: int, height: int) -> tuple[float, float, float, float] | None:
-    """(x0, y0, x1, y1) cut to the image; None when nothing of it is left (a Reject, `empty-box`)."""
-    x0, y0, x1, y1 = box
-    x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    # Shards keep three decimals, so a thinner box would be empty in them.
-    return (x0, y0, x1, y1) if x1 - x0 >= 0.001 and y1 - y0 >= 0.001 else None
 
 
 def segmentation_to_rle(segmentation: Any, height: int, width: int) -> Rle:
@@ -44,15 +35,6 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> Rle:
             raise ValueError(f"segmentation: expected run lengths of size {[height, width]}, got size {size}")
     rles = [masks.segmentation_to_rle(piece, height, width) for piece in pieces]
     return rles[0] if len(rles) == 1 else merge_rles(rles)
-
-
-def read_mask(annotation: Record, height: int, width: int) -> Rle:
-    """The mask of an annotation of COCO's form; raises SourceFormatError where `segmentation_to_rle` finds fault."""
-    segmentation = annotation.require("segmentation", list, dict)
-    try:
-        return segmentation_to_rle(segmentation, height, width)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise annotation.fault(str(error)) from error
 
 
 def merge_rles(rles: list[Rle]) -> Rle:

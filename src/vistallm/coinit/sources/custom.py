@@ -1,0 +1,159 @@
+"""A user's own data: `<root>/<split>.jsonl`, one sample per line, and image files -> drafts (docs/custom_data.md)."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vistallm.coinit.images import image_size
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceOptions
+from vistallm.coinit.sources.images import SourceImage, group_draft
+from vistallm.coinit.sources.records import Record
+from vistallm.coinit.sources.shapes import rle_area, segmentation_to_rle
+from vistallm.regions.masks import mask_to_rle
+from vistallm.schema import REGION_KINDS, Region, Rle
+from vistallm.tasks import TASKS
+
+_KEYS = ("id", "task", "images", "image_ids", "fields", "regions", "instruction", "answer", "meta")
+_SHAPES = {"box": "box", "point": "point", "rle": "mask", "polygons": "mask", "mask": "mask"}  # key -> kind
+_REGION_KEYS = ("image", "object", "kind", *_SHAPES)
+
+
+def load_jsonl(options: SourceOptions) -> Source:
+    """Samples as lines. Images lie under --images, or under --root; mask files under --root."""
+    options.read_settings()
+    path = options.root / f"{options.split}.jsonl"
+
+    def make(line: tuple[int, bytes], _: int) -> Iterator[Draft | Reject]:
+        where = f"{path}, line {line[0]}"
+        try:
+            yield _line_draft(options, Record(json.loads(line[1]), where))
+        except json.JSONDecodeError as error:
+            raise Record(None, where).fault(f"not JSON ({error})") from error
+
+    return Source(_Lines(path), make)
+
+
+class _Lines:
+    """The lines of a file with their numbers from 1, as editors count; they are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file() or not path.stat().st_size:
+            raise ValueError(f"expected samples in {path}, which is missing or empty; check --root and --split")
+        with path.open("rb") as file:
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.numbers, self.starts, start = array("q"), array("q"), 0
+        for number, line in enumerate(iter(self.data.readline, b""), 1):
+            if line.strip():
+                self.numbers.append(number)
+                self.starts.append(start)
+            start += len(line)
+        self.starts.append(start)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[int, bytes]:
+        """Number and text of a line that is not empty."""
+        return self.numbers[index], self.data[self.starts[index] : self.starts[index + 1]].strip()
+
+
+def _line_draft(options: SourceOptions, line: Record) -> Draft | Reject:
+    """The sample of a line, or why it is left out; raises SourceFormatError when it is not as documented."""
+    name, task = line.text("id"), line.text("task")
+    _check_keys(line, _KEYS)
+    if task not in TASKS:
+        raise line.fault(f"expected a task of {', '.join(TASKS)}; got {task!r}")
+    names = line.optional("images", list) or []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise line.fault(f"expected 'images' to list at least one path, got {str(names)[:80]}")
+    ids = line.optional("image_ids", list) or [f"jsonl:{name}" for name in names]
+    if len(ids) != len(names):
+        raise line.fault(f"expected an entry in 'image_ids' per image, got {len(ids)}")
+    paths = [options.image_folder / name for name in names]
+    shapes = list(line.records("regions", "region")) if line.optional("regions", list) else []
+    try:
+        sizes = [image_size(path) if shapes else (0, 0) for path in paths]
+    except OSError as error:
+        return Reject("missing-image", f"{line.where}: {error}")
+    except ValueError as error:
+        return Reject("broken-image", f"{line.where}: {error}")
+    images = [SourceImage(path, str(i), *size) for path, i, size in zip(paths, ids, sizes, strict=True)]
+    regions: list[Region] = []
+    for number, shape in enumerate(shapes):
+        region = _read_region(shape, number, images, options.root)
+        if isinstance(region, Reject):
+            return region
+        regions.append(region)
+    meta = {key: value for key, value in (line.optional("meta", dict) or {}).items() if key != "image_ids"}
+    return group_draft(
+        images,
+        f"jsonl-{options.split}-{name}",
+        task,
+        "jsonl",
+        meta,
+        instruction=line.optional("instruction", str),
+        answer=line.optional("answer", str),
+        fields=line.optional("fields", dict) or {},
+        regions=regions,
+    )
+
+
+def _read_region(shape: Record, number: int, images: list[SourceImage], root: Path) -> Region | Reject:
+    """A region of a line: given by one or several of _SHAPES, in pixels of its image."""
+    _check_keys(shape, _REGION_KEYS)
+    data = shape.data
+    index = int(data.get("image", 0))
+    if not 0 <= index < len(images):
+        raise shape.fault(f"expected 'image' from 0 to {len(images) - 1}, got {index}")
+    given = [key for key in _SHAPES if key in data]
+    if not given:
+        raise shape.fault(f"expected one of {', '.join(_SHAPES)}, got {', '.join(data)}")
+    kind = data.get("kind", _SHAPES[given[-1]])
+    if kind not in REGION_KINDS or kind not in {_SHAPES[key] for key in given}:
+        raise shape.fault(f"expected a 'kind' that the region gives ({', '.join(given)}), got {kind!r}")
+    region, image = Region(index, kind, int(data.get("object", number))), images[index]
+    try:
+        if "box" in given:
+            box = image.cut(_numbers(data["box"], 4), shape.where)
+            if isinstance(box, Reject):
+                return box
+            region.box = box
+        if "point" in given:
+            x, y = _numbers(data["point"], 2)
+            region.point = (min(max(x, 0.0), float(image.width)), min(max(y, 0.0), float(image.height)))
+        region.rle = _read_mask(data, image, root)
+    except (TypeError, ValueError) as error:
+        raise shape.fault(str(error)) from error
+    return region if region.rle is None or rle_area(region.rle) else Reject("empty-mask", shape.where)
+
+
+def _read_mask(shape: dict[str, Any], image: SourceImage, root: Path) -> Rle | None:
+    if "rle" in shape or "polygons" in shape:
+        return segmentation_to_rle(shape["rle"] if "rle" in shape else shape["polygons"], image.height, image.width)
+    if "mask" not in shape:
+        return None
+    path = root / shape["mask"]
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if path.is_file() else None
+    if pixels is None or pixels.shape[:2] != (image.height, image.width):
+        got = "none" if pixels is None else f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise ValueError(f"expected a mask image {path} of {image.width} x {image.height} pixels, got {got}")
+    return mask_to_rle(pixels if pixels.ndim == 2 else np.asarray(pixels[:, :, :3].any(2)))
+
+
+def _check_keys(record: Record, known: tuple[str, ...]) -> None:
+    if unknown := sorted(set(record.data) - set(known)) if isinstance(record.data, dict) else [str(record.data)[:80]]:
+        raise record.fault(f"expected keys of {', '.join(known)}; got {', '.join(unknown)}")
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != count or not np.isfinite(value).all():
+        raise ValueError(f"expected {count} numbers (pixels), got {str(value)[:80]}")
+    return tuple(float(v) for v in value)

@@ -1,0 +1,277 @@
+"""Referring expressions and grounded phrases: RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO and Flickr30k Entities."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
+from vistallm.coinit.sources.images import Box, SourceImage, coco_image, corners, first_file
+from vistallm.coinit.sources.records import Record, read_json, read_object, read_pickle, repair_text
+from vistallm.coinit.sources.shapes import rle_area, short_parts
+from vistallm.schema import Region
+
+# ---- the RefCOCO family, on COCO's train2014
+
+_KINDS = {"rec": "box", "res": "mask", "reg": "box", "grec": "box", "gres": "mask"}
+
+
+def load_refcoco(options: SourceOptions) -> Source:
+    """RefCOCO: 50,000 objects, with words of place ("left man") allowed."""
+    return _load_refs("refcoco", "unc", options)
+
+
+def load_refcoco_plus(options: SourceOptions) -> Source:
+    """RefCOCO+: words of place were not allowed."""
+    return _load_refs("refcoco+", "unc", options)
+
+
+def load_refcocog(options: SourceOptions) -> Source:
+    """RefCOCOg: long expressions; the umd split's val and test sets share no image with its training set."""
+    return _load_refs("refcocog", "umd", options)
+
+
+def _load_refs(name: str, split_by: str, options: SourceOptions) -> Source:
+    others = tuple(other for other in ("unc", "umd", "google") if other != split_by)
+    settings = options.read_settings(split_by=(split_by, *others), tasks=["rec", "res", "reg"])
+    options.check_split("train", "val", *(("test",) if name == "refcocog" else ("testA", "testB")))
+    path = options.find_file(f"refs({settings['split_by']}).p", folders=(f"{name}/", ""))
+    return _ref_source(name, options, path, read_pickle(path), settings["tasks"])
+
+
+def load_grefcoco(options: SourceOptions) -> Source:
+    """gRefCOCO: expressions of no, one or several objects."""
+    tasks = options.read_settings(tasks=["grec", "gres"])["tasks"]
+    options.check_split("train", "val", "testA", "testB")
+    path = options.find_file("grefs(unc).json", "grefs(unc).p", folders=("grefcoco/", ""))
+    refs = read_json(path, list) if path.suffix == ".json" else read_pickle(path)
+    return _ref_source("grefcoco", options, path, refs, tasks)
+
+
+def _ref_source(name: str, options: SourceOptions, path: Path, refs: list[Any], tasks: list[str]) -> Source:
+    splits = [Record(ref, f"{path}, record {i}").text("split") for i, ref in enumerate(refs)]
+    if options.split not in splits:
+        raise ValueError(f"{path}: expected refs of split {options.split!r}, its splits are {sorted(set(splits))}")
+    maker = _RefMaker(name, path, options, [task for task in _KINDS if task in tasks])
+    return Source(Packed((i, ref) for i, ref in enumerate(refs) if splits[i] == options.split), maker.make)
+
+
+class _Table:
+    """Images or annotations of instances.json, by id."""
+
+    def __init__(self, data: Record, key: str) -> None:
+        self.file, self.key = data.where, key
+        self.rows = {record.integer("id"): row for row, record in enumerate(data.records(key))}
+        self.records = Packed(data.data[key])
+
+    def at(self, number: int, where: str) -> Record:
+        """The record of an id that `where` names."""
+        if number not in self.rows:
+            raise SourceFormatError(f"{where}: expected id {number} among {self.key} of {self.file}, it is not there")
+        return Record(self.records[self.rows[number]], f"{self.file}, {self.key[:-1]} {number}")
+
+
+class _RefMaker:
+    """Makes the samples of a ref, given the instances.json beside the refs."""
+
+    def __init__(self, source: str, path: Path, options: SourceOptions, tasks: list[str]) -> None:
+        self.source, self.path, self.split, self.tasks = source, path, options.split, tasks
+        self.folder = options.image_folder
+        data = read_object(path.with_name("instances.json"))
+        self.images, self.annotations = _Table(data, "images"), _Table(data, "annotations")
+
+    def make(self, item: tuple[int, Any], _: int) -> Iterator[Draft | Reject]:
+        """All samples of a ref; its `file_name` carries an annotation id, so the image's name is of instances.json.
+
+        REG has one sample per expression for training, and one per object, with all its expressions, for evaluation.
+        """
+        ref = Record(item[1], f"{self.path}, record {item[0]}")
+        info = self.images.at(ref.integer("image_id"), ref.where)
+        size = info.integer("width"), info.integer("height")
+        image = SourceImage(coco_image(self.folder, info.text("file_name")), f"coco:{info.data['id']}", *size)
+        annotations = self._annotations(ref)
+        regions: dict[str, list[Region]] = {"box": [], "mask": []}
+        yield from _add_regions(regions, annotations, image, ref)
+        ref_id, sentences = ref.integer("ref_id"), _sentences(ref)
+
+        def draft(name: str, task: str, fields: dict[str, Any], **meta: int) -> Draft:
+            name, kind = f"{self.source}-{self.split}-{ref_id}-{name}", _KINDS[task]
+            return image.draft(
+                name, task, self.source, {"ref_id": ref_id, **meta}, fields=fields, regions=regions[kind]
+            )
+
+        for number, (expression, sent_id) in enumerate(sentences):
+            if not expression:
+                yield Reject("empty-text", f"{ref.where}, sentence {number}")
+                continue
+            fields: dict[str, Any] = {"expr": expression}
+            if self.source == "grefcoco":
+                fields["targets"] = list(range(len(annotations)))
+            for task in self.tasks:
+                if _KINDS[task] in regions and (task != "reg" or self.split == "train"):
+                    yield draft(f"{number}-{task}", task, fields, sent_id=sent_id)
+        expressions = [expression for expression, _ in sentences if expression]
+        if "reg" in self.tasks and self.split != "train" and "box" in regions and expressions:
+            yield draft("reg", "reg", {"expr": expressions[0], "answers": expressions})
+
+    def _annotations(self, ref: Record) -> list[Record]:
+        """The annotations of a ref from left to right, an order that can be learnt.
+
+        gRefCOCO has a list of ids, in which a lone -1 says that nothing is meant.
+        """
+        kinds = (list, int) if self.source == "grefcoco" else (int,)
+        ids = ref.values("ann_id", int) if isinstance(value := ref.require("ann_id", *kinds), list) else [value]
+        annotations = []
+        for ann_id in dict.fromkeys(() if self.source == "grefcoco" and ids == [-1] else ids):
+            annotation = self.annotations.at(ann_id, ref.where)
+            if (image_id := annotation.integer("image_id")) != ref.data["image_id"]:
+                raise annotation.fault(f"expected image {ref.data['image_id']} of {ref.where}, got {image_id}")
+            if len(sides := annotation.values("bbox", int, float)) != 4:
+                raise annotation.fault(f"expected bbox [x, y, width, height], got {sides}")
+            annotations.append(annotation)
+        return sorted(annotations, key=lambda a: (2 * a.data["bbox"][0] + a.data["bbox"][2], a.data["id"]))
+
+
+def _add_regions(
+    regions: dict[str, list[Region]], annotations: list[Record], image: SourceImage, ref: Record
+) -> Iterator[Reject]:
+    """Fill in boxes and masks of a ref's objects by kind; a kind that one of the objects lacks is removed."""
+    for number, annotation in enumerate(annotations):
+        box = image.cut(corners(*annotation.data["bbox"]), annotation.where)
+        rle = annotation.mask(image.height, image.width)
+        yield from [Reject("short-polygon", annotation.where)] * short_parts(annotation.data["segmentation"])
+        if isinstance(box, Reject):
+            yield box
+            regions.pop("box", None)
+        elif "box" in regions:
+            regions["box"].append(Region(0, "box", number, box=box))
+        if not rle_area(rle):
+            yield Reject("empty-mask", f"{annotation.where}: {ref.where} keeps its box samples only")
+            regions.pop("mask", None)
+        elif "mask" in regions:
+            regions["mask"].append(Region(0, "mask", number, rle=rle))
+
+
+def _sentences(ref: Record) -> list[tuple[str, int]]:
+    """Expression and `sent_id` of each sentence; where gRefCOCO has none, its number stands for it."""
+    sentences = []
+    for number, sentence in enumerate(ref.records("sentences", "sentence")):
+        text, sent_id = repair_text(sentence.text("sent")).strip(), sentence.optional("sent_id", int)
+        sentences.append((text, number if sent_id is None else sent_id))
+    return sentences
+
+
+# ---- Flickr30k Entities
+
+_PHRASE = re.compile(r"\[/EN#(\d+)(?:/[\w-]+)+ ([^\]]+)\]")
+_BEFORE_MARK = re.compile(r" (?=[.,;:!?](?: |$))")
+
+
+def load_flickr30k(options: SourceOptions) -> Source:
+    """Captions whose phrases are followed by their boxes (`flickr`), and for evaluation each phrase alone (`grec`).
+
+    "[/EN#1/people A man] in [/EN#2/clothing a blue shirt] ." becomes "A man {regions:0} in a blue shirt {regions:1}.";
+    phrases without a box stay plain words.
+    """
+    split = options.check_split("train", "val", "test")
+    tasks = options.read_settings(tasks=["flickr", "grec"])["tasks"]
+    if split == "train" and "tasks" not in options.settings:
+        tasks = ["flickr"]
+    ids = options.find_file(f"{split}.txt").read_text(encoding="utf-8").split()
+    folder = options.images or options.root / "flickr30k-images"
+
+    def make(image_id: str, _: int) -> Iterator[Draft | Reject]:
+        files = [options.root / name for name in (f"Annotations/{image_id}.xml", f"Sentences/{image_id}.txt")]
+        if missing := [path for path in files if not path.is_file()]:
+            raise SourceFormatError(f"{split}.txt, record {image_id}: expected {missing[0]}, there is no such file")
+        path = first_file(folder, f"{image_id}.jpg", f"flickr30k-images/{image_id}.jpg")
+        image, boxes, of_phrase, rejects = _read_boxes(files[0], path, image_id)
+        yield from rejects
+        for line, sentence in enumerate(files[1].read_text(encoding="utf-8").splitlines()):
+            if not sentence.strip():
+                continue
+            where = f"Sentences/{image_id}.txt, line {line + 1}"
+            caption, used, phrases = _write_caption(sentence, of_phrase, where)
+            if not used:
+                yield Reject("no-box", f"{where}: none of its phrases has a box")
+                continue
+            texts = [("flickr", f"{line}", {"caption": caption}, used)]
+            texts += [("grec", f"{line}-{i}", {"expr": phrase}, named) for i, (phrase, named) in enumerate(phrases)]
+            for task, name, fields, numbers in texts:
+                if task in tasks:
+                    yield image.draft(
+                        f"flickr30k-{split}-{image_id}-{name}",
+                        task,
+                        "flickr30k",
+                        fields={**fields, "targets": list(range(len(numbers)))},
+                        regions=[Region(0, "box", i, box=boxes[number]) for i, number in enumerate(numbers)],
+                    )
+
+    return Source(ids, make)
+
+
+def _write_caption(
+    sentence: str, of_phrase: dict[str, list[int]], where: str
+) -> tuple[str, list[int], list[tuple[str, list[int]]]]:
+    """Caption with placeholders, the boxes behind their numbers as first named, (phrase, boxes) of each phrase."""
+    used: dict[int, int] = {}
+    phrases = []
+
+    def replace(match: re.Match[str]) -> str:
+        boxes = of_phrase.get(match[1], [])
+        if not boxes:
+            return match[2]
+        phrases.append((match[2], boxes))
+        numbers = [str(used.setdefault(number, len(used))) for number in boxes]
+        return f"{match[2]} {{regions:{','.join(numbers)}}}"
+
+    caption = _PHRASE.sub(replace, " ".join(sentence.split()))
+    if "[/EN#" in caption:
+        raise SourceFormatError(f"{where}: expected phrases as [/EN#1/people A man], got {sentence!r}")
+    return _BEFORE_MARK.sub("", caption), list(used), phrases
+
+
+def _read_boxes(
+    path: Path, image_path: Path, image_id: str
+) -> tuple[SourceImage, list[Box], dict[str, list[int]], list[Reject]]:
+    """An XML file's image, its boxes cut to it, the boxes of each phrase id, and boxes that lie outside.
+
+    The file counts pixels from 1 and includes the last one: pixels 2 to 90 span the edges 1 to 90.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise SourceFormatError(f"{path}: not XML ({error}); download it again") from error
+    size = (int(_number(root, f"size/{side}", path)) for side in ("width", "height"))
+    image = SourceImage(image_path, f"flickr30k:{image_id}", *size)
+    boxes: list[Box] = []
+    of_phrase: dict[str, list[int]] = {}
+    rejects = []
+    for number, entry in enumerate(root.findall("object")):
+        where, names = f"{path}, object {number}", [name.text or "" for name in entry.findall("name")]
+        if not names:
+            raise SourceFormatError(f"{where}: expected <name>, there is none")
+        if entry.find("bndbox") is None:
+            if entry.find("scene") is None and entry.find("nobndbox") is None:
+                raise SourceFormatError(f"{where}: expected <bndbox>, <scene> or <nobndbox>, there is none")
+            continue
+        x0, y0, x1, y1 = (_number(entry, f"bndbox/{name}", path) for name in ("xmin", "ymin", "xmax", "ymax"))
+        box = image.cut((x0 - 1, y0 - 1, x1, y1), where)
+        if isinstance(box, Reject):
+            rejects.append(box)
+            continue
+        for name in names:
+            of_phrase.setdefault(name, []).append(len(boxes))
+        boxes.append(box)
+    return image, boxes, of_phrase, rejects
+
+
+def _number(entry: ElementTree.Element, name: str, path: Path) -> float:
+    text = entry.findtext(name)
+    try:
+        return float(text or "")
+    except ValueError:
+        raise SourceFormatError(f"{path}: expected a number in <{name}>, got {text!r}") from None

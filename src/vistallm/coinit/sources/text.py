@@ -1,0 +1,347 @@
+"""Sources answered in words: COCO captions, VQAv2, VQA-E, VQA-X, POPE, NLVR2 and LLaVA's conversations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
+from vistallm.coinit.sources.images import SourceImage, coco_image, first_file, group_draft
+from vistallm.coinit.sources.records import Record, file_source, read_json, read_json_lines, read_object
+
+_SETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+UNKNOWN = "unknown"
+"""The answer of a sample whose dataset publishes none; its meta says `unlabelled`."""
+
+# ---- captions
+
+_Captioned = tuple[int, str, tuple[int, int], list[str]]
+"""image_id, the image's file, (width, height) or (0, 0) where the annotations have none, and its captions."""
+
+
+def load_coco_caption(options: SourceOptions) -> Source:
+    """COCO captions by Karpathy's split or the official one, which differ: never mix the two.
+
+    Training has one sample per caption, evaluation one per image with all its captions as references.
+    """
+    settings = options.read_settings(annotations=("karpathy", "official"), year=("2014", "2017"))
+    training = options.split == "train"
+    if settings["annotations"] == "official":
+        folder = options.check_split("train", "val") + settings["year"]
+        path = options.find_file(f"captions_{folder}.json", folders=("", "annotations/"))
+        records = _official_captions(path, folder)
+    else:
+        split = options.check_split("train", "val", "test")
+        path = options.find_file("dataset_coco.json", folders=("", "karpathy/"))
+        # Images of val2014 that are in neither Karpathy's val nor his test split are trained on, as the papers do.
+        records = _karpathy_captions(path, ("train", "restval") if training else (split,))
+
+    def make(record: _Captioned, _: int) -> Iterator[Draft | Reject]:
+        image_id, file, size, written = record
+        captions = [caption for caption in written if caption]
+        if not captions or len(captions) < len(written):
+            yield Reject("empty-text", f"{path}, image {image_id}: a caption without a word, or none")
+        image_path = first_file(options.image_folder, file, file.rpartition("/")[2])
+        image = SourceImage(image_path, f"coco:{image_id}", *size)
+        for number, caption in enumerate(captions if training else captions[:1]):
+            fields: dict[str, Any] = {"caption": caption} if training else {"caption": caption, "answers": captions}
+            name = f"coco-caption-{options.split}-{image_id}-{number}"
+            yield image.draft(name, "caption", "coco-caption", fields=fields)
+
+    return Source(Packed(records), make)
+
+
+def _official_captions(path: Path, folder: str) -> Iterator[_Captioned]:
+    data, images = read_object(path), dict[int, _Captioned]()
+    for image in data.records("images"):
+        image_id = image.integer("id")
+        size = (int(image.data.get("width", 0)), int(image.data.get("height", 0)))
+        images[image_id] = (image_id, f"{folder}/{image.text('file_name')}", size, [])
+    for annotation in data.records("annotations"):
+        image_id = annotation.integer("image_id")
+        if image_id not in images:
+            raise annotation.fault(f"expected image_id of one of the images listed, got {image_id}")
+        images[image_id][3].append(" ".join(annotation.text("caption").split()))  # some hold line breaks
+    yield from images.values()
+
+
+def _karpathy_captions(path: Path, splits: tuple[str, ...]) -> Iterator[_Captioned]:
+    for image in read_object(path).records("images"):
+        if image.text("split") in splits:
+            captions = [" ".join(sentence.text("raw").split()) for sentence in image.records("sentences")]
+            yield image.integer("cocoid"), f"{image.text('filepath')}/{image.text('filename')}", (0, 0), captions
+
+
+# ---- questions about one image
+
+
+def load_vqav2(options: SourceOptions) -> Source:
+    """VQAv2; the test splits share the images of test2015 and have no answers."""
+    options.read_settings()
+    split = options.check_split(*_SETS)
+
+    def make(record: tuple[int, int, str, str, list[str]], _: int) -> Iterator[Draft]:
+        question_id, image_id, question, answer, ten = record
+        yield _coco(options, "test2015" if split.startswith("test") else _SETS[split], image_id).draft(
+            f"vqav2-{split}-{question_id}",
+            "vqa",
+            "vqav2",
+            fields={"question": question, "answer": answer} | ({"answers": ten} if ten else {}),
+            meta={"question_id": question_id} | ({} if ten else {"unlabelled": True}),
+        )
+
+    return Source(Packed((key, *row) for key, row in _read_vqav2(options, split).items()), make)
+
+
+def _read_vqav2(options: SourceOptions, split: str) -> dict[int, tuple[int, str, str, list[str]]]:
+    """question_id -> image_id, question, the most frequent answer and the ten answers (UNKNOWN and none for a test)."""
+    name = f"v2_OpenEnded_mscoco_{_SETS[split]}_questions.json"
+    records = read_object(options.find_file(name, folders=("", "Questions/"))).records("questions")
+    questions = {r.integer("question_id"): (r.integer("image_id"), r.text("question").strip()) for r in records}
+    if split.startswith("test"):
+        return {key: (*asked, UNKNOWN, []) for key, asked in questions.items()}
+    answers = {}
+    name = f"v2_mscoco_{_SETS[split]}_annotations.json"
+    for record in read_object(options.find_file(name, folders=("", "Annotations/"))).records("annotations"):
+        ten = [answer.text("answer") for answer in record.records("answers")]
+        if len(ten) != 10:
+            raise record.fault(f"expected 10 answers, got {len(ten)}")
+        answers[record.integer("question_id")] = (record.text("multiple_choice_answer"), ten)
+    if missing := questions.keys() ^ answers.keys():
+        raise SourceFormatError(
+            f"{options.root}, {split}: expected the same question_id in questions and annotations; "
+            f"{len(missing)} are in one of them only, such as {min(missing)}"
+        )
+    return {key: (*asked, *answers[key]) for key, asked in questions.items()}
+
+
+def load_vqa_e(options: SourceOptions) -> Source:
+    """VQA-E: questions of VQAv2 whose answer an image caption explains; samples are named by their line or record."""
+    options.read_settings()
+    split = options.check_split("train", "val")
+    path = options.find_file(f"VQA-E_{split}_set.json", f"vqa_E_{split}.jsonl")
+    if path.suffix == ".jsonl":
+        return _explained_lines(options, "vqa-e", path, "explanation", "multiple_answers")
+
+    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
+        fields: dict[str, Any] = {
+            "question": record.text("question"),
+            "explanation": _first_text(record, "explanation"),
+        }
+        fields["answer"] = record.text("multiple_choice_answer")
+        if "answers" in record.data:
+            fields["answers"] = record.values("answers", str)
+        yield _explained("vqa-e", f"{split}-{number}", _coco(options, _SETS[split], record.integer("img_id")), fields)
+
+    return file_source(path, read_json(path, list), make)
+
+
+def load_vqa_x(options: SourceOptions) -> Source:
+    """VQA-X: explanations by people, of VQAv2's training questions (train) and validation questions (val, test)."""
+    options.read_settings()
+    split = options.check_split("train", "val", "test")
+    names = f"{split}_exp_anno.json", f"vqa_X_{split}.jsonl"
+    path = options.find_file(*names, folders=("", "textual/", "Annotations/"))
+    if path.suffix == ".jsonl":
+        return _explained_lines(options, "vqa-x", path, "justification", "multiple_choice_answer")
+    joined = "train" if split == "train" else "val"
+    questions = _read_vqav2(options, joined)
+
+    def make(item: tuple[str, Any], _: int) -> Iterator[Draft | Reject]:
+        key, explanations = item
+        record = Record({"explanations": explanations}, f"{path}, question {key}")
+        if not key.isdigit() or int(key) not in questions:
+            raise record.fault(f"expected a question_id of VQAv2 {joined}, got {key!r}")
+        image_id, question, answer, ten = questions[int(key)]
+        texts = record.values("explanations", str)
+        for number, text in enumerate(texts if split == "train" else texts[:1]):
+            fields = {"question": question, "explanation": text, "answer": answer, "answers": ten}
+            image = _coco(options, _SETS[joined], image_id)
+            yield _explained("vqa-x", f"{split}-{key}-{number}", image, fields, {"question_id": int(key)})
+
+    return Source(Packed(read_json(path, dict).items()), make)
+
+
+def _explained_lines(options: SourceOptions, source: str, path: Path, explanation: str, answer: str) -> Source:
+    """VQA-E or VQA-X as JSON lines, with these keys of an explanation and an answer (a text, or a list of texts)."""
+
+    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
+        file = record.text("file_path")
+        digits = re.search(r"(\d{12})\.jpg$", file)
+        if digits is None:
+            raise record.fault(f"expected a COCO file name in 'file_path', got {file!r}")
+        fields = {"question": record.text("question"), "explanation": _first_text(record, explanation)}
+        fields["answer"] = _first_text(record, answer)
+        image = SourceImage(first_file(options.image_folder, file, Path(file).name), f"coco:{int(digits[1])}")
+        yield _explained(source, f"{options.split}-{number}", image, fields)
+
+    return file_source(path, read_json_lines(path), make)
+
+
+def _first_text(record: Record, key: str) -> str:
+    """A text, or the first of a list."""
+    value = record.require(key, str, list)
+    text = value[0] if isinstance(value, list) and value else value
+    if not isinstance(text, str):
+        raise record.fault(f"expected a list that begins with a text, got {value!r:.80}")
+    return text
+
+
+def _coco(options: SourceOptions, subset: str, image_id: int) -> SourceImage:
+    """An image of a part of COCO, such as "train2014"."""
+    path = coco_image(options.image_folder, f"COCO_{subset}_{image_id:012d}.jpg")
+    return SourceImage(path, f"coco:{image_id}")
+
+
+def _explained(
+    source: str, name: str, image: SourceImage, fields: dict[str, Any], meta: dict[str, Any] | None = None
+) -> Draft | Reject:
+    """The explanation becomes a sentence, as "So the answer is .." follows it."""
+    explanation = " ".join(fields["explanation"].split())
+    if not explanation:
+        return Reject("empty-text", f"{source}, {name}: expected an explanation, got none")
+    fields["explanation"] = explanation if explanation[-1] in ".!?" else f"{explanation}."
+    return image.draft(f"{source}-{name}", "vqa_e", source, meta, fields=fields)
+
+
+def load_pope(options: SourceOptions) -> Source:
+    """POPE: yes/no questions about objects; the splits are the ways to pick absent ones, all for evaluation."""
+    options.read_settings()
+    split = options.check_split("random", "popular", "adversarial")
+    path = options.find_file(f"coco_pope_{split}.json", folders=("", "coco/", "output/coco/"))
+
+    def make(record: Record, _: int) -> Iterator[Draft]:
+        label, file = record.text("label"), record.text("image")
+        image_id = file.rpartition("_")[2].partition(".")[0]
+        if label not in ("yes", "no") or not image_id.isdigit():
+            raise record.fault(f"expected label yes or no and a COCO image, got {label!r}, {file!r}")
+        question_id = record.integer("question_id")
+        yield SourceImage(coco_image(options.image_folder, file), f"coco:{int(image_id)}").draft(
+            f"pope-{split}-{question_id}",
+            "pope",
+            "pope",
+            fields={"question": record.text("text"), "answer": label},
+            meta={"level": split, "question_id": question_id},
+        )
+
+    return file_source(path, read_json_lines(path), make)
+
+
+# ---- statements about two images
+
+
+def load_nlvr2(options: SourceOptions) -> Source:
+    """NLVR2: statements about a left and a right image.
+
+    The identifier "dev-850-0-1" holds split, set, pair and sentence. Consistency counts a sentence as right when all
+    its pairs are, so `meta["group"]` is the identifier without the pair: "dev-850-1".
+    """
+    split = options.check_split("train", "dev", "test1", "test2")
+    file = options.read_settings(file="")["file"]
+    path = options.find_file(file or f"{split}.json", folders=("",) if file else ("", "data/", "nlvr2/data/"))
+    root = options.images or options.root / "images"
+
+    def make(record: Record, _: int) -> Iterator[Draft]:
+        identifier, label = record.text("identifier"), record.text("label").lower()
+        parts = identifier.split("-")
+        if len(parts) != 4 or parts[0] != split:
+            raise record.fault(f"expected identifier as {split}-SET-PAIR-SENTENCE, got {identifier!r}")
+        if label not in ("true", "false"):
+            raise record.fault(f"expected label True or False, got {record.text('label')!r}")
+        folders = [f"{split}/", ""]
+        if (directory := record.data.get("directory")) is not None:  # training images are spread over folders, 0 to 99
+            folders = [f"{split}/{directory}/", f"images/{split}/{directory}/", f"{directory}/", ""]
+        images = []
+        for side in (0, 1):
+            name = f"{'-'.join(parts[:3])}-img{side}"
+            images.append(SourceImage(first_file(root, *(f"{f}{name}.png" for f in folders)), f"nlvr2:{name}"))
+        yield group_draft(
+            images,
+            f"nlvr2-{identifier}",
+            "nlvr2",
+            "nlvr2",
+            fields={"statement": record.text("sentence").strip(), "answer": label.title()},
+            meta={"group": "-".join([*parts[:2], parts[3]])},
+        )
+
+    return file_source(path, read_json_lines(path), make)
+
+
+# ---- conversations
+
+# where a bare COCO name may be: the 2017 sets are the 2014 ones under new names
+_PREFIXES = (
+    "train2017/",
+    "train2014/COCO_train2014_",
+    "COCO_train2014_",
+    "val2014/COCO_val2014_",
+    "COCO_val2014_",
+)
+
+
+def load_llava_instruct(options: SourceOptions) -> Source:
+    """LLaVA-Instruct. Images of COCO, named by their bare number ("000000033471.jpg")."""
+    return _load_conversations("llava-instruct", "llava_instruct_150k.json", options)
+
+
+def load_llava_pretrain(options: SourceOptions) -> Source:
+    """LLaVA's pretraining captions of web images."""
+    return _load_conversations("llava-pretrain", "blip_laion_cc_sbu_558k.json", options)
+
+
+def _load_conversations(source: str, file: str, options: SourceOptions) -> Source:
+    """The last round is the instruction and answer, those before are `rounds`; ids repeat, so names hold the record."""
+    settings = options.read_settings(file=file)
+    options.check_split("train")
+    path = options.find_file(settings["file"])
+
+    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
+        if isinstance(record.data, dict) and not record.data.get("image"):
+            yield Reject("no-image", f"{record.where}: a conversation without an image")
+            return
+        file = record.text("image")
+        turns = [_turn(turn) for turn in record.records("conversations", "turn")]
+        if problem := _problem(turns):
+            yield Reject(problem, f"{record.where}: the conversation has turns {turns!r:.200}")
+            return
+        texts = [text for _, text in turns]
+        rounds = [list(pair) for pair in zip(texts[0::2], texts[1::2], strict=True)]
+        instruction, answer = rounds.pop()
+        bare = [f"{prefix}{PurePosixPath(file).name}" for prefix in _PREFIXES if "/" not in file]
+        yield SourceImage(first_file(options.image_folder, file, *bare), _image_id(file)).draft(
+            f"{source}-train-{number}-{record.require('id', str, int)}",
+            "instruct",
+            source,
+            instruction=instruction,
+            answer=answer,
+            fields={"rounds": rounds} if rounds else {},
+        )
+
+    return file_source(path, read_json(path, list), make)
+
+
+def _turn(turn: Record) -> tuple[str, str]:
+    """Speaker and text; `<image>` is removed, as the sequence puts the image before the first round."""
+    speaker = turn.text("from")
+    if speaker not in ("human", "gpt"):
+        raise turn.fault(f"expected 'from' human or gpt, got {speaker!r}")
+    return speaker, re.sub(r"\s*<image>\s*", " ", turn.text("value")).strip()
+
+
+def _problem(turns: list[tuple[str, str]]) -> str | None:
+    """Why a conversation can't be used, as a reject's reason, or None."""
+    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+        return "turn-order"
+    if not all(text for _, text in turns):
+        return "empty-text"
+    return "placeholder" if any("{regions:" in text for _, text in turns) else None
+
+
+def _image_id(image: str) -> str:
+    """The canonical id of an image, by which leaks into evaluation sets are seen."""
+    stem = PurePosixPath(image).stem.rpartition("_")[2]
+    if "VG_100K" in image or image.startswith("vg/"):
+        return f"vg:{stem}"
+    return f"coco:{int(stem)}" if len(stem) == 12 and stem.isdigit() else f"llava:{image}"
