@@ -27,12 +27,14 @@ from vistallm.regions.masks import (
     SAMPLERS,
     load_compiled,
     mask_to_polygons,
+    mask_to_rle,
     polygons_to_rle,
     rle_box,
     rle_iou,
     rle_to_mask,
     segmentation_to_rle,
 )
+from vistallm.regions.overlay import draw_regions
 from vistallm.schema import Region, Rle
 
 COLUMNS = "sampler points masks mean_iou under_0.8 worst tokens ms_sample ms_all"
@@ -89,28 +91,23 @@ def measure(masks: list[Rle], sampler: str, points: int, num_bins: int, options:
 def save_sheet(
     path: Path, masks: list[Rle], row: dict[str, Any], num_bins: int, count: int, options: dict[str, Any]
 ) -> None:
-    """Picture of the worst masks of a row: the mask grey, its outline white, polygons red, vertices yellow."""
+    """Picture of the worst masks of a row, each with its number and IoU; polygons are white with their vertices."""
     tiles = []
-    for index in np.argsort(row["iou"])[:count]:
-        rle = masks[index]
-        x0, y0, x1, y1 = rle_box(rle)
-        scale = 200 / max(x1 - x0, y1 - y0)
-        shift = np.array([[scale, 0, 20 - x0 * scale], [0, scale, 20 - y0 * scale]])
-        mask = rle_to_mask(rle).view(np.uint8)
-        tile = cv2.warpAffine(np.ascontiguousarray(mask) * 90, shift, (240, 260), flags=cv2.INTER_NEAREST)
-        outline, _ = cv2.findContours(tile, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        tile = cv2.cvtColor(tile, cv2.COLOR_GRAY2BGR)
-        cv2.drawContours(tile, outline, -1, (255, 255, 255), 1)
-        for polygon in mask_to_polygons(mask, row["points"], row["sampler"], num_bins=num_bins, **options):
-            at = np.rint(polygon * scale + shift[:, 2]).astype(np.int32)
-            cv2.polylines(tile, [at], True, (60, 60, 255), 1, cv2.LINE_AA)
-            for vertex in at:
-                cv2.circle(tile, vertex.tolist(), 2, (0, 220, 255), -1)
-        label = f"#{index} IoU {row['iou'][index]:.3f}"
-        cv2.putText(tile, label, (8, 254), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
-        tiles.append(tile)
+    for index in np.argsort(row["iou"])[:count].tolist():
+        x0, y0, x1, y1 = (round(v) for v in rle_box(masks[index]))
+        mask = rle_to_mask(masks[index])
+        polygons = mask_to_polygons(mask, row["points"], row["sampler"], num_bins=num_bins, **options)
+        shift = np.array([x0 - 2, y0 - 2])
+        crop = np.zeros((max(x1 - x0, y1 - y0) + 4,) * 2, bool)
+        crop[2 : y1 - y0 + 2, 2 : x1 - x0 + 2] = mask[y0:y1, x0:x1]
+        whole = Region(0, "mask", rle=mask_to_rle(crop))
+        written = Region(0, "mask", polygons=[polygon - shift for polygon in polygons])
+        black = np.zeros((*crop.shape, 3), np.uint8)
+        tile = draw_regions(black, [whole], 240 / len(crop), [f"#{index} IoU {row['iou'][index]:.3f}"], [written])
+        tiles.append(cv2.copyMakeBorder(tile, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=(90, 90, 90)))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 6)
-    cv2.imwrite(str(path), np.vstack([np.hstack(tiles[k : k + 6]) for k in range(0, len(tiles), 6)]))
+    sheet = np.vstack([np.hstack(tiles[k : k + 6]) for k in range(0, len(tiles), 6)])
+    cv2.imwrite(str(path), sheet[:, :, ::-1])
 
 
 def main() -> int:

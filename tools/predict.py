@@ -25,12 +25,11 @@ from vistallm.evaluate.confidence import set_confidence
 from vistallm.evaluate.generate import Answerer
 from vistallm.evaluate.grammar import Rule
 from vistallm.regions.codec import RegionParseError
-from vistallm.regions.masks import polygons_to_mask
+from vistallm.regions.overlay import draw_regions
 from vistallm.schema import ImageInfo, Parsed, Region, Sample
 from vistallm.train.checkpoint import load_run
 from vistallm.train.run import quiet
 
-COLOURS = ((255, 64, 64), (64, 128, 255), (48, 176, 96), (240, 160, 32))
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")
 _GIVEN = re.compile(r"\{(box|point):([-\d.,\s]+)(?:@(\d+))?\}")
 
@@ -73,27 +72,9 @@ def overlay(images: list[np.ndarray], parsed: Parsed | None) -> np.ndarray:
     height = max(240, *(image.shape[0] for image in images))
     panels: list[np.ndarray] = []
     for index, image in enumerate(images):
-        scale = height / image.shape[0]
-        panel = cv2.resize(image, (round(image.shape[1] * scale), height), interpolation=cv2.INTER_CUBIC)
         regions = [] if parsed is None else [r for r in parsed.regions if r.image == index]
-        for number, region in enumerate(regions):
-            draw(panel, region, scale, COLOURS[number % len(COLOURS)])
-        panels += [panel, np.full((height, 8, 3), 255, np.uint8)]
+        panels += [draw_regions(image, regions, height / image.shape[0]), np.full((height, 8, 3), 255, np.uint8)]
     return np.concatenate(panels[:-1], axis=1)
-
-
-def draw(panel: np.ndarray, region: Region, scale: float, colour: tuple[int, ...]) -> None:
-    """Draw one region in place."""
-    if region.polygons:
-        parts = [polygon * scale for polygon in region.polygons]
-        mask = polygons_to_mask(parts, *panel.shape[:2])
-        panel[mask] = (0.55 * panel[mask] + 0.45 * np.array(colour)).astype(np.uint8)
-        cv2.polylines(panel, [np.round(part).astype(np.int32) for part in parts], True, colour, 2, cv2.LINE_AA)
-    if region.kind == "box" and region.box is not None:
-        x0, y0, x1, y1 = (round(v * scale) for v in region.box)
-        cv2.rectangle(panel, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
-    if region.kind == "point" and region.point is not None:
-        cv2.circle(panel, (round(region.point[0] * scale), round(region.point[1] * scale)), 5, colour, -1, cv2.LINE_AA)
 
 
 def main(argv: list[str]) -> None:

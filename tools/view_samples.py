@@ -26,13 +26,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.data.sequence import Sequence
-from vistallm.regions.masks import box_polygon, rle_to_mask
+from vistallm.regions.overlay import COLOURS, draw_regions
 from vistallm.schema import IGNORE_INDEX, Region, Sample
 from vistallm.tasks import find_task, render
 
 TILE, GAP, LINE = 340, 8, 17  # of the sheet: width of a tile, space around it, height of a text line, in pixels
 PAGE_SIDE = 480  # of the page: longer side of an image
-COLOURS = ((255, 0, 200), (0, 120, 255), (0, 170, 60), (255, 140, 0), (120, 60, 220), (0, 180, 190))
 STYLE = """
 :root { color-scheme: light } * { box-sizing: border-box }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 12px; max-width: 1280px; color: #1a1a1a }
@@ -53,51 +52,6 @@ p.tokens { margin-bottom: 10px }
 """
 
 
-def draw_image(
-    pixels: np.ndarray, regions: list[Region], factor: float, said: list[Region] | None = None
-) -> np.ndarray:
-    """Draw regions of one image, scaled by `factor`: (h, w, 3) uint8 RGB.
-
-    Colours go by object number. Masks are tinted and outlined by the exact pixels; `said`, regions as the tokens write
-    them, are drawn over that in white.
-    """
-    way = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
-    image = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=way)
-    for region in regions:
-        _draw_region(image, region, factor)
-    for region in said or ():
-        rings = region.polygons or []
-        if region.kind == "box" and region.box is not None:
-            rings = [box_polygon(np.reshape(region.box, (2, 2)), 4)]
-        for ring in (np.round(np.asarray(ring) * factor).astype(np.int32) for ring in rings):
-            cv2.polylines(image, [ring], True, (255, 255, 255), 1, cv2.LINE_AA)
-            for x, y in ring.tolist():
-                cv2.rectangle(image, (x - 1, y - 1), (x + 1, y + 1), (255, 255, 255), -1)
-    return image
-
-
-def _draw_region(image: np.ndarray, region: Region, factor: float) -> None:
-    colour = COLOURS[region.object % len(COLOURS)]
-    anchor = None
-    if region.rle is not None:
-        mask = cv2.resize(rle_to_mask(region.rle).astype(np.uint8), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        image[mask > 0] = (0.8 * image[mask > 0] + 0.2 * np.array(colour)).astype(np.uint8)
-        contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(image, contours, -1, colour, 2)
-        rows, columns = np.nonzero(mask)
-        anchor = (int(columns.mean()) - 4, int(rows.mean()) + 5) if len(rows) else None
-    elif region.box is not None:
-        x0, y0, x1, y1 = (round(v * factor) for v in region.box)
-        cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), colour, 2)
-        anchor = (x0 + 3, y0 + 13)
-    if region.point is not None:
-        x, y = (round(v * factor) for v in region.point)
-        cv2.circle(image, (x, y), 6, (255, 255, 255), -1, cv2.LINE_AA)
-        cv2.circle(image, (x, y), 4, colour, -1, cv2.LINE_AA)
-    for width, shade in ((3, (255, 255, 255)), (1, (0, 0, 0))) if anchor else ():
-        cv2.putText(image, str(region.object), anchor, cv2.FONT_HERSHEY_SIMPLEX, 0.45, shade, width, cv2.LINE_AA)
-
-
 def draw_row(sample: Sample, width: int = TILE) -> np.ndarray:
     """The sample's images side by side with their regions, (h, width, 3) uint8 RGB."""
     assert sample.pixels
@@ -105,7 +59,7 @@ def draw_row(sample: Sample, width: int = TILE) -> np.ndarray:
     panels = []
     for index, pixels in enumerate(sample.pixels):
         factor = min(scale, width / 1.6 / pixels.shape[0])
-        panels.append(draw_image(pixels, [r for r in sample.regions if r.image == index], factor))
+        panels.append(draw_regions(pixels, [r for r in sample.regions if r.image == index], factor))
     height = max(panel.shape[0] for panel in panels)
     row = np.hstack([_place(panel, height, panel.shape[1] + GAP) for panel in panels])
     return _place(row[:, :width], height, width)
@@ -196,10 +150,10 @@ def figure(sample: Sample, builder) -> str:  # noqa: ANN001
     from vistallm.schema import SampleReject
 
     assert sample.pixels
-    said: list[Region] = []
+    written: list[Region] = []
     try:
         sequence = builder.build(sample)
-        said = builder.codec.decode(sequence.answer, sequence.letterboxes).regions
+        written = builder.codec.decode(sequence.answer, sequence.letterboxes).regions
         count, total = int((sequence.labels != IGNORE_INDEX).sum()), len(sequence.labels)
         tokens = f"<summary>{total} tokens, {count} supervised</summary>"
         tokens = f'<details open>{tokens}<div class="tokens">{token_spans(sequence, builder)}</div></details>'
@@ -208,8 +162,8 @@ def figure(sample: Sample, builder) -> str:  # noqa: ANN001
     pictures = []
     for index, pixels in enumerate(sample.pixels):
         factor = PAGE_SIDE / max(pixels.shape[:2]) / (1 if len(sample.pixels) == 1 else 2)
-        here = [[r for r in regions if r.image == index] for regions in (sample.regions, said)]
-        drawn = draw_image(pixels, here[0], factor, here[1])
+        here = [[r for r in regions if r.image == index] for regions in (sample.regions, written)]
+        drawn = draw_regions(pixels, here[0], factor, over=here[1])
         data = base64.b64encode(cv2.imencode(".jpg", drawn[:, :, ::-1])[1].tobytes()).decode()
         number = f"Image {index + 1}" if len(sample.pixels) > 1 else ""
         pictures.append(f'<div><img src="data:image/jpeg;base64,{data}" alt="">{number}</div>')

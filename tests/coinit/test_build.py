@@ -21,9 +21,8 @@ from vistallm.coinit.shards import read_index, read_shard
 from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.custom import load_jsonl
 from vistallm.coinit.sources.images import SourceImage
-from vistallm.coinit.sources.records import Record
-from vistallm.coinit.sources.shapes import merge_rles, rle_area, segmentation_to_rle, short_parts
-from vistallm.regions.masks import mask_to_rle, rle_box, rle_to_mask
+from vistallm.coinit.sources.records import Record, short_parts
+from vistallm.regions.masks import mask_to_rle, merge_rles, rle_area, rle_box, rle_to_mask, segmentation_to_rle
 from vistallm.schema import ImageInfo, Region, Sample
 
 ROOT = Path(__file__).parents[2]

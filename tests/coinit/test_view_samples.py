@@ -5,10 +5,9 @@ import importlib.util
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from vistallm.schema import IGNORE_INDEX, Region
+from vistallm.schema import IGNORE_INDEX
 
 VIEWER = Path(__file__).parents[2] / "tools" / "view_samples.py"
 
@@ -55,17 +54,6 @@ def test_a_sample_that_training_leaves_out_says_why(viewer, samples, builder):
     page = viewer.figure(samples["res"][0], dataclasses.replace(builder, max_length=10))
     assert "No tokens, training would leave it out: too-long" in page
     assert 'class="tokens"' not in page
-
-
-def test_regions_are_drawn_in_their_colours_and_what_tokens_say_in_white(viewer):
-    pixels = np.zeros((40, 60, 3), np.uint8)
-    box = Region(0, "box", object=1, box=(10, 10, 30, 30))
-    said = Region(0, "box", box=(10, 10, 50, 35))
-    drawn = viewer.draw_image(pixels, [box], 2.0)
-    assert drawn.shape == (80, 120, 3)
-    assert tuple(drawn[40, 20]) == viewer.COLOURS[1]
-    assert not (drawn == 255).all(axis=2)[60:].any()
-    assert (viewer.draw_image(pixels, [box], 2.0, [said])[70, 20:100] > 200).all()
 
 
 def test_sheet(viewer, mini_root):

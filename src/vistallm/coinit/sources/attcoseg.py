@@ -26,7 +26,7 @@ from vistallm.coinit.sources.base import Draft, Source, SourceOptions
 from vistallm.coinit.sources.genome import GenomeImage, read_images
 from vistallm.coinit.sources.images import SourceImage, coco_image, corners, first_file, group_draft
 from vistallm.coinit.sources.records import Record, read_object, stream_records
-from vistallm.coinit.sources.shapes import merge_rles, rle_area
+from vistallm.regions.masks import merge_rles, rle_area
 from vistallm.schema import Region, Rle
 
 ATTRIBUTES = ["shape", "colour", "size", "position"]

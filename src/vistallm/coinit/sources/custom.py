@@ -16,8 +16,7 @@ from vistallm.coinit.images import image_size
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceOptions
 from vistallm.coinit.sources.images import SourceImage, group_draft
 from vistallm.coinit.sources.records import Record
-from vistallm.coinit.sources.shapes import rle_area, segmentation_to_rle
-from vistallm.regions.masks import mask_to_rle
+from vistallm.regions.masks import mask_to_rle, rle_area, segmentation_to_rle
 from vistallm.schema import REGION_KINDS, Region, Rle
 from vistallm.tasks import TASKS
 

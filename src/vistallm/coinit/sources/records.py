@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError
-from vistallm.coinit.sources.shapes import segmentation_to_rle
+from vistallm.regions.masks import segmentation_to_rle
 from vistallm.schema import Rle
 
 _CHUNK = 1 << 22  # characters read at a time; a record of region_descriptions.json has some 7,000
@@ -77,6 +77,11 @@ class Record:
     def fault(self, text: str) -> SourceFormatError:
         """The error to raise for something else that is not as documented."""
         return SourceFormatError(f"{self.where}: {text}")
+
+
+def short_parts(segmentation: Any) -> int:
+    """Polygons of fewer than three points in a COCO segmentation: each is a Reject, `short-polygon`."""
+    return sum(isinstance(p, list) and len(p) < 6 for p in segmentation) if isinstance(segmentation, list) else 0
 
 
 def file_source(path: Path, values: Iterable[Any], make: Callable[[Record, int], Iterable[Draft | Reject]]) -> Source:

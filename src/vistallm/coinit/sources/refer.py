@@ -10,8 +10,8 @@ from typing import Any
 
 from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.images import Box, SourceImage, coco_image, corners, first_file
-from vistallm.coinit.sources.records import Record, read_json, read_object, read_pickle, repair_text
-from vistallm.coinit.sources.shapes import rle_area, short_parts
+from vistallm.coinit.sources.records import Record, read_json, read_object, read_pickle, repair_text, short_parts
+from vistallm.regions.masks import rle_area
 from vistallm.schema import Region
 
 # ---- the RefCOCO family, on COCO's train2014

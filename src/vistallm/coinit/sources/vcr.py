@@ -25,7 +25,7 @@ from typing import Any
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.images import SourceImage
 from vistallm.coinit.sources.records import Record, file_source, read_json_lines, read_object
-from vistallm.coinit.sources.shapes import rle_area, segmentation_to_rle
+from vistallm.regions.masks import rle_area, segmentation_to_rle
 from vistallm.schema import Region, Rle
 
 _LETTERS = "ABCD"
