@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -8,17 +9,26 @@ import pytest
 from scipy import stats
 
 from vistallm.ablation.arms import Ablation, Run
-from vistallm.ablation.results import Arm, collect, compare, interval, spread, write_results
+from vistallm.ablation.results import (
+    Arm,
+    SeedScore,
+    amount,
+    collect,
+    interval,
+    paired_difference,
+    spread,
+    write_results,
+)
 from vistallm.ablation.runner import Runner
 
 
 def arm(name, scores):
-    return Arm(name, list(range(len(scores))), scores)
+    return Arm(name, [SeedScore(seed, score, None, 0, 0, 0) for seed, score in enumerate(scores)])
 
 
 def test_interval_equals_scipys_paired_test():
     ours, theirs = [0.71, 0.64, 0.69, 0.75], [0.66, 0.65, 0.60, 0.70]
-    mean, half = compare(arm("a", ours), arm("b", theirs)).difference
+    mean, half = paired_difference(arm("a", ours), arm("b", theirs))
     expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
     assert interval([0.5])[0] == 0.5
@@ -35,21 +45,34 @@ def test_interval_equals_scipys_paired_test():
     ],
 )
 def test_verdict(better, other, verdict):
-    assert compare(arm("a", better), arm("b", other)).verdict == verdict
+    compared = arm("b", other)
+    compared.difference = paired_difference(arm("a", better), compared)
+    assert compared.verdict == verdict
 
 
 def test_only_common_seeds_are_paired():
-    missing = Arm("b", [0, 2], [0.1, 0.3])
-    found = compare(arm("a", [0.2, 0.9, 0.4]), missing)
-    assert found.seeds == 2
-    assert found.difference[0] == pytest.approx(0.1)
+    other = arm("b", [0.1, 0.7, 0.3])
+    del other.runs[1]
+    mean, half = paired_difference(arm("a", [0.2, 0.9, 0.4]), other)
+    assert (mean, half) == pytest.approx((0.1, 0.0))
 
 
 @pytest.fixture
 def finished(tmp_path):
     """An ablation with three arms over three seeds, one of which has no run, and the runner of its folder."""
     runs = {name: Run(f"r/{name}", (), None, (), ("mini_res",)) for name in ("8", "16", "32")}
-    ablation = Ablation("points", "More <points>.", "paper", ("mini_res", "miou"), "16", "steps", "points", runs)
+    ablation = Ablation(
+        recipe="r",
+        claim="More <points>.",
+        source="paper",
+        metric="mini_res.miou",
+        better="16",
+        equal="steps",
+        arms={name: [] for name in runs},
+        axis="points",
+        name="points",
+        runs=runs,
+    )
     runner = Runner(tmp_path, 1)
     for name, base in (("8", 0.3), ("16", 0.5)):
         for seed in range(3):
@@ -80,11 +103,13 @@ def test_pages_tables_and_plots(finished, tmp_path):
 
 def test_an_unknown_score_names_those_there_are(finished):
     ablation, runner = finished
-    wrong = Ablation(**{**vars(ablation), "metric": ("mini_res", "mioo")})
+    wrong = dataclasses.replace(ablation, metric="mini_res.mioo")
     with pytest.raises(ValueError, match="mini_res has no score 'mioo'; it has miou"):
         collect(wrong, runner, 1)
 
 
 def test_numbers_as_text():
     assert spread((0.5, 0.01)) == "50.0 ± 1.0"
-    assert spread((-0.005, float("nan")), signed=True) == "-0.5"
+    assert spread((-0.005, float("nan")), "+") == "-0.5"
+    assert spread(interval([])) == amount(interval([])) == ""
+    assert [amount((mean, 0.0)) for mean in (11200.0, 2310000.0)] == ["11,200", "2.31 M"]

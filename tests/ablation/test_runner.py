@@ -26,7 +26,8 @@ from pathlib import Path
 words = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = Path(words["run_dir"])
 folder.mkdir(parents=True, exist_ok=True)
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+for number in (signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda *_: sys.exit(75))
 with open("calls.txt", "a") as calls:
     calls.write(f"{Path(__file__).stem} {folder.relative_to(Path.cwd() / 'out')}\\n")
 if "ckpt" in words and not (Path(words["ckpt"]) / "weights").exists():
@@ -62,7 +63,7 @@ def test_shared_runs_happen_once_and_nothing_twice(root):
     assert calls(root) == before
 
 
-def test_a_failure_is_told_and_the_others_go_on(root, monkeypatch):
+def test_a_failure_is_reported_and_the_others_go_on(root, monkeypatch):
     monkeypatch.setenv("FAILS", "1")
     failures = Runner(root / "out", 2).run(in_order(ARMS, seeds=1))
     assert list(failures) == ["arms/b=1/seed0/eval"]
@@ -87,7 +88,7 @@ def test_other_words_in_a_folder_are_refused(root):
     Runner(root / "out", 1).run(in_order(ARMS[:1], seeds=1))
     other = Run("arms/b=0", ("a=1", "b=0", "trainer.max_steps=9"), PLAIN, (), ("mini_res",))
     failures = Runner(root / "out", 1).run([(other, 0)])
-    assert "holds a run with other words (trainer.max_steps=9)" in next(iter(failures.values()))
+    assert "holds a run with other overrides (trainer.max_steps=9)" in next(iter(failures.values()))
 
 
 def main():
@@ -113,22 +114,33 @@ def wait_for_calls(root, count):
     raise AssertionError("the runner does not get on")
 
 
-def test_killed_runner_loses_and_repeats_nothing(root):
-    """SIGKILL leaves the runner's children at work; a second runner waits for them instead of starting them again."""
+def test_a_killed_runner_resumes(root):
+    """SIGKILL leaves the runner's two processes at work; when they have ended, a second runner does the rest."""
     process = started(root)
     wait_for_calls(root, 4)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    second = started(root)
-    assert second.wait(timeout=60) == 0
-    assert len(calls(root)) == len(set(calls(root))) == 2 * 4 + 2 * 3
+    time.sleep(1)
+    finished = set((root / "out").rglob("scores.json"))
+    kept = {path: path.stat().st_mtime_ns for path in finished}
+    assert started(root).wait(timeout=60) == 0
+    assert len(calls(root)) <= 2 * 4 + 2 * 3 + 2, "at most the two interrupted calls are repeated"
     assert len(list((root / "out").rglob("scores.json"))) == 6
+    assert {path: path.stat().st_mtime_ns for path in finished} == kept
 
 
-def test_a_signal_is_handed_down_and_the_same_command_goes_on(root):
+def test_two_runners_share_a_folder(root):
+    """Tasks of an array need the same start: one trains it, the other waits, and nothing happens twice."""
+    both = [started(root), started(root)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert len(calls(root)) == len(set(calls(root))) == 2 * 4 + 2 * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_passed_on_and_the_same_command_resumes(root, number):
     process = started(root)
     wait_for_calls(root, 1)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
     assert process.wait(timeout=60) == 75
     assert len(calls(root)) <= 2, "nothing new was started"
     assert started(root).wait(timeout=60) == 0
@@ -139,12 +151,12 @@ def test_a_signal_is_handed_down_and_the_same_command_goes_on(root):
 def test_real_runs_from_the_command_line(tiny_words, mini_root, tmp_path):
     """Two arms of one run: its start, itself and two evaluations, then results that a second call only writes again."""
     words = [*tiny_words, f"data.root={mini_root}", "trainer.max_steps=2"]
-    command = [sys.executable, "tools/ablate.py", "grammar", "seeds=1", f"out={tmp_path}", *words]
+    command = [sys.executable, "tools/ablate.py", "grammar", "--seeds", "1", "--out", str(tmp_path), *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "| off |" in done.stdout
-    trained = json.loads((tmp_path / "masks/plain/seed0/words.json").read_text())
+    trained = json.loads((tmp_path / "masks/plain/seed0/overrides.json").read_text())
     assert trained[-1] == "seed=0"
     config = (tmp_path / "masks/plain/seed0/config.yaml").read_text()
     assert f"ckpt: {tmp_path}/boxes/plain/seed0" in config

@@ -114,7 +114,7 @@ def test_ablations_requeue_and_go_on(cluster, tiny_words, mini_root, tmp_path):
     """An array of one task, stopped in its first run; then the job without an array, which has only to gather."""
     out = tmp_path / "out"
     settings = {"TASKS": "1", "ROWS": str(out / "boxes/plain/seed0/metrics.csv")}
-    words = ["coords", "seeds=1", f"out={out}", *tiny_words, f"data.root={mini_root}", "trainer.max_steps=40"]
+    words = ["coords", "--seeds", "1", "--out", str(out), *tiny_words, f"data.root={mini_root}", "trainer.max_steps=40"]
     array = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1", "SIGNALS": "USR1"}
     done = cluster("ablations.sbatch", *words, **settings, **array)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -126,8 +126,8 @@ def test_ablations_requeue_and_go_on(cluster, tiny_words, mini_root, tmp_path):
     lines = subprocess.run(
         ["python", "tools/ablate.py", *words, "--slurm"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert lines[0].startswith("array=$(sbatch --parsable --array=0-1 tools/slurm/ablations.sbatch coords seeds=1 ")
-    assert lines[1].startswith("sbatch --dependency=afterany:$array tools/slurm/ablations.sbatch coords seeds=1 ")
+    assert lines[0].startswith("array=$(sbatch --parsable --array=0-1 tools/slurm/ablations.sbatch coords --seeds 1 ")
+    assert lines[1].startswith("sbatch --dependency=afterany:$array tools/slurm/ablations.sbatch coords --seeds 1 ")
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "tools/slurm").glob("*.sbatch")), ids=lambda path: path.stem)

@@ -1,14 +1,10 @@
-"""configs/ablations.yaml -> ablations, their arms, and the training runs behind them; nothing runs here.
-
-An arm is a list of `key=value` words over its recipe's. `decode.*` words change its evaluation alone, `start=` names
-another recipe whose plain run (same seed) gives the weights; all other words are train.py's. Arms of one recipe and the
-same words share their run.
-"""
+"""configs/ablations.yaml -> ablations, their arms, and the training runs behind them; nothing runs here."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,171 +16,139 @@ from vistallm.config import CONFIG_ROOT, load_config
 from vistallm.evaluate.benchmarks import load_benchmarks
 
 ARMS_FILE = CONFIG_ROOT / "ablations.yaml"
-ABLATION_KEYS = {"recipe", "claim", "source", "metric", "better", "equal", "axis", "arms"}
-RECIPE_KEYS = {"words", "benchmarks", "start"}
-Words = tuple[str, ...]
+Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run and its scores.
+    """One training run and its evaluation.
 
-    name: folder under the output folder, without the seed; words: of train.py; start: the run whose weights it begins
-    with (same seed), None = those of its configuration; decode: words of eval.py alone; benchmarks: names.
+    name: folder under the output folder, without the seed; overrides: of train.py; start: the run whose weights it
+    begins with (same seed), None = those of its configuration; decode: overrides of eval.py alone; benchmarks: names.
     """
 
     name: str
-    words: Words
+    overrides: Overrides
     start: Run | None
-    decode: Words
-    benchmarks: Words
+    decode: Overrides
+    benchmarks: Overrides
 
     @property
-    def scores(self) -> str:
-        """Name of the folder, in that of the run, with the scores of this way to decode."""
-        return slug("eval", self.decode)
+    def evaluation(self) -> str:
+        """Name of the folder, inside the run's, that holds the scores under `decode`."""
+        return _folder_name(self.decode, plain="eval")
 
     @property
     def chain(self) -> list[Run]:
-        """The runs that have to be there for this one, itself last."""
+        """The runs that this one needs in the order of training, itself last."""
         return [*(self.start.chain if self.start else []), self]
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """One claim and its arms.
+@dataclass
+class Recipe:
+    """What runs share: overrides of train.py, benchmarks, and the recipe whose plain run they start from."""
 
-    claim, source: what is tested and where it is from; metric: benchmark and score ("mini_res.miou"); better: the arm
-    that the claim says wins, against each other; equal: what the arms have in common; axis: what their names count
-    (None = they are no numbers); arms: name -> run, in the order they are shown.
+    overrides: list[str]
+    benchmarks: list[str]
+    start: str | None = None
+
+
+@dataclass
+class Ablation:
+    """One claim, as the file gives it, and `runs`: arm -> run, in the order of the tables.
+
+    source: who makes the claim; metric: BENCHMARK.SCORE; better: the arm that wins if the claim holds; equal: what the
+    arms have in common; arms: their overrides; axis: what the arms' names count (None = they are no numbers).
     """
 
-    name: str
+    recipe: str
     claim: str
     source: str
-    metric: tuple[str, str]
+    metric: str
     better: str
     equal: str
-    axis: str | None
-    arms: dict[str, Run]
+    arms: dict[str, list[str]]
+    axis: str | None = None
+    name: str = ""
+    runs: dict[str, Any] = field(default_factory=dict)
 
 
-def load_ablations(extra: Words = (), path: Path = ARMS_FILE) -> dict[str, Ablation]:
-    """Read the file and check every arm as train.py would; `extra` words come after each arm's own.
+@dataclass
+class ArmsFile:
+    """The whole file; `prepare`: the command that builds the arms' data, after `python`."""
+
+    prepare: list[str]
+    recipes: dict[str, Recipe]
+    ablations: dict[str, Ablation]
+
+    def choose(self, names: str) -> list[Ablation]:
+        """The ablations of `all` or of a comma-separated list; ValueError for an unknown name."""
+        wanted = list(self.ablations) if names == "all" else names.split(",")
+        if unknown := [name for name in wanted if name not in self.ablations]:
+            raise ValueError(f"no ablation {', '.join(unknown)}; there are {', '.join(self.ablations)}, or all")
+        return [self.ablations[name] for name in wanted]
+
+
+def load_ablations(extra: Overrides = (), path: Path = ARMS_FILE) -> ArmsFile:
+    """Read the file and check every arm as train.py would; `extra` overrides come after each arm's own.
 
     Raises:
-        ValueError: all problems at once, one per line.
+        ValueError: what is wrong, one line per problem.
     """
-    content = _read(path)
-    recipes, problems = content["recipes"], list[str]()
-    for name, recipe in recipes.items():
-        problems += _unknown(f"recipe {name}", recipe, RECIPE_KEYS, {"words", "benchmarks"})
-    for name, entry in content["ablations"].items():
-        problems += _unknown(f"ablation {name}", entry, ABLATION_KEYS, ABLATION_KEYS - {"axis"})
-        if not problems and entry["recipe"] not in recipes:
-            problems.append(f"ablation {name}: no recipe {entry['recipe']!r}; there are {', '.join(recipes)}")
-    if problems:
-        raise ValueError("\n".join(f"{path.name}: {problem}" for problem in problems))
-    found = {name: _ablation(name, entry, recipes, extra, problems) for name, entry in content["ablations"].items()}
-    for run in {run for ablation in found.values() for arm in ablation.arms.values() for run in arm.chain}:
+    try:
+        content = OmegaConf.merge(OmegaConf.structured(ArmsFile), OmegaConf.load(path))
+        file = cast(ArmsFile, OmegaConf.to_object(content))
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    problems, runs = list[str](), set[Run]()
+    for name, ablation in file.ablations.items():
+        ablation.name = name
         try:
-            load_config([*run.words, *run.decode])
+            _check(ablation, file.recipes)
+            for arm, own in ablation.arms.items():
+                ablation.runs[arm] = make_run(file.recipes, ablation.recipe, tuple(own), extra)
+                runs |= set(ablation.runs[arm].chain)
+        except ValueError as error:
+            problems.append(f"ablation {name}: {error}")
+    for run in runs:
+        try:
+            load_config([*run.overrides, *run.decode])
         except ValueError as error:
             problems += [f"run {run.name}: {line}" for line in str(error).splitlines()]
     if problems:
-        raise ValueError("\n".join(f"{path.name}: {problem}" for problem in dict.fromkeys(problems)))
-    return found
+        raise ValueError("\n".join(f"{path.name}: {problem}" for problem in problems))
+    return file
 
 
-def preparation(extra: Words, path: Path = ARMS_FILE) -> list[str]:
-    """The command that makes the data of the arms, after `python`; [] when `extra` names other data."""
-    named = any(word.startswith(("data=", "data.root=")) for word in extra)
-    return [] if named else [str(word) for word in _read(path)["prepare"]]
+def _check(ablation: Ablation, recipes: dict[str, Recipe]) -> None:
+    if ablation.recipe not in recipes:
+        raise ValueError(f"no recipe {ablation.recipe!r}; there are {', '.join(recipes)}")
+    if len(ablation.arms) < 2 or ablation.better not in ablation.arms:
+        raise ValueError(f"better={ablation.better}: expected one of two arms or more, got {', '.join(ablation.arms)}")
+    benchmark, _, score = ablation.metric.partition(".")
+    scored = recipes[ablation.recipe].benchmarks
+    if benchmark not in load_benchmarks() or benchmark not in scored or not score:
+        raise ValueError(f"metric={ablation.metric}: expected BENCHMARK.SCORE, a benchmark among {', '.join(scored)}")
+    if ablation.axis and not all(re.fullmatch(r"\d+(\.\d+)?", arm) for arm in ablation.arms):
+        raise ValueError(f"axis={ablation.axis}: expected arms named by numbers, got {', '.join(ablation.arms)}")
 
 
-def choose(ablations: dict[str, Ablation], names: str) -> list[Ablation]:
-    """Return the ablations of `all` or of a comma-separated list; ValueError for a name that is not there."""
-    wanted = list(ablations) if names == "all" else names.split(",")
-    if missing := [name for name in wanted if name not in ablations]:
-        raise ValueError(f"no ablation {', '.join(missing)}; there are {', '.join(ablations)}, or all")
-    return [ablations[name] for name in wanted]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict) or set(content) != {"prepare", "recipes", "ablations"}:
-        raise ValueError(f"{path}: expected the keys prepare, recipes and ablations")
-    return cast(dict[str, Any], content)
-
-
-def _unknown(where: str, entry: Any, known: set[str], needed: set[str]) -> list[str]:
-    if not isinstance(entry, dict):
-        return [f"{where}: expected a mapping of {', '.join(sorted(known))}, got {entry!r}"]
-    extra, lacking = sorted(set(entry) - known), sorted(needed - set(entry))
-    told = [f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}" for key in extra]
-    return told + [f"{where}: {key!r} is missing" for key in lacking]
-
-
-def _ablation(name: str, entry: dict[str, Any], recipes: dict[str, Any], extra: Words, problems: list[str]) -> Ablation:
-    benchmark, _, score = str(entry["metric"]).partition(".")
-    arms = {}
-    for arm, words in entry["arms"].items():
-        try:
-            arms[str(arm)] = make_run(recipes, entry["recipe"], tuple(map(str, words)), extra)
-        except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"ablation {name}, arm {arm}: {error}")
-    if str(entry["better"]) not in map(str, entry["arms"]):
-        problems.append(
-            f"ablation {name}: better: {entry['better']} is none of its arms, {', '.join(map(str, entry['arms']))}"
-        )
-    if len(entry["arms"]) < 2:
-        problems.append(f"ablation {name}: expected two arms or more to compare")
-    if benchmark not in load_benchmarks() or benchmark not in recipes[entry["recipe"]]["benchmarks"] or not score:
-        problems.append(
-            f"ablation {name}: metric {entry['metric']!r}: expected BENCHMARK.SCORE of the recipe's benchmarks "
-            f"({', '.join(recipes[entry['recipe']]['benchmarks'])})"
-        )
-    if entry.get("axis") and not all(_is_number(str(arm)) for arm in entry["arms"]):
-        problems.append(f"ablation {name}: axis={entry['axis']}: expected arms named by numbers")
-    return Ablation(
-        name=name,
-        claim=entry["claim"],
-        source=entry["source"],
-        metric=(benchmark, score),
-        better=str(entry["better"]),
-        equal=entry["equal"],
-        axis=entry.get("axis"),
-        arms=arms,
-    )
-
-
-def make_run(recipes: dict[str, Any], recipe: str, words: Words, extra: Words = ()) -> Run:
-    """Return the run of a recipe with an arm's words; its start is the plain run of the recipe named by `start`."""
-    if recipe not in recipes:
-        raise ValueError(f"no recipe {recipe!r}; there are {', '.join(recipes)}")
-    entry = recipes[recipe]
-    own = tuple(word for word in words if not word.startswith(("decode.", "start=")))
-    named = [word.removeprefix("start=") for word in words if word.startswith("start=")]
-    start = (named or [entry.get("start")])[-1]
+def make_run(recipes: dict[str, Recipe], name: str, arm: Overrides, extra: Overrides = ()) -> Run:
+    """Return the run of a recipe with an arm's overrides; its start is the plain run of the recipe named by `start`."""
+    if name not in recipes:
+        raise ValueError(f"no recipe {name!r}; there are {', '.join(recipes)}")
+    recipe = recipes[name]
+    own = [word for word in arm if not word.startswith("decode.")]
+    start = [recipe.start, *(word.removeprefix("start=") for word in own if word.startswith("start="))][-1]
     return Run(
-        name=f"{recipe}/{slug('plain', (*own, *(f'start={name}' for name in named)))}",
-        words=(*map(str, entry["words"]), *own, *extra),
+        name=f"{name}/{_folder_name(own, plain='plain')}",
+        overrides=(*recipe.overrides, *(word for word in own if not word.startswith("start=")), *extra),
         start=make_run(recipes, start, (), extra) if start else None,
-        decode=tuple(word for word in words if word.startswith("decode.")),
-        benchmarks=tuple(entry["benchmarks"]),
+        decode=tuple(word for word in arm if word not in own),
+        benchmarks=tuple(recipe.benchmarks),
     )
 
 
-def slug(plain: str, words: Words) -> str:
-    """A folder name that says the words: `points=8`, `plain` where there are none."""
-    return re.sub(r"[^\w.,=+-]+", "_", ",".join(words)).strip("_") or plain
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return float(text) == float(text)
-    except ValueError:
-        return False
+def _folder_name(overrides: Iterable[str], plain: str) -> str:
+    """A folder name made of overrides, `points=8`; `plain` without any."""
+    return re.sub(r"[^\w.,=+-]+", "_", ",".join(overrides)).strip("_") or plain

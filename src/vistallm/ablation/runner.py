@@ -1,8 +1,7 @@
 """Runs in, finished run folders with scores out: train.py and eval.py as processes, several at a time, resumable.
 
-A run's folder is locked while a process works in it, and the lock is handed down to that process. So a runner that was
-killed and started again waits for what the first one left running, takes up what is unfinished where its checkpoint
-stands, and skips what is done; several runners (an array job) share one output folder.
+One thread of one runner works in a run's folder at a time (a file lock); whoever needs the same run waits. Finished
+runs are skipped, interrupted ones resume from their checkpoints.
 """
 
 from __future__ import annotations
@@ -14,64 +13,70 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from vistallm.ablation.arms import Run
 from vistallm.config import CONFIG_ROOT
+from vistallm.train.preempt import PREEMPTED
 
 ROOT = CONFIG_ROOT.parent
-PREEMPTED = 75  # exit code of train.py after a signal and its checkpoint
-Job = tuple[Run, int]  # a run and its seed
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+Trial = tuple[Run, int]  # a run and its seed
 
 
 class Stopped(Exception):
-    """A signal has ended the runs; starting the same command again goes on."""
+    """A signal has ended the runs; the same command resumes them."""
 
 
 class Runner:
-    """Runs jobs in `out`, `jobs` at a time.
+    """Finishes trials in `out`, `jobs` at a time.
 
-    Each gets an equal share of the cores as OMP_NUM_THREADS (unless that is set) and, where CUDA_VISIBLE_DEVICES names
-    at least `jobs` devices, one of them for itself.
+    Each process gets an equal share of the cores as OMP_NUM_THREADS (unless that is set) and, where
+    CUDA_VISIBLE_DEVICES names at least `jobs` devices, a device of its own.
     """
 
     def __init__(self, out: Path, jobs: int) -> None:
         self.out, self.stopped = out, False
-        self._slots: queue.Queue[dict[str, str]] = queue.Queue()
+        self._pool = ThreadPoolExecutor(jobs)
+        self._slots: queue.Queue[dict[str, str]] = queue.Queue()  # environments of the processes
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
         for slot in range(jobs):
             own = {"CUDA_VISIBLE_DEVICES": devices[slot]} if jobs > 1 and len(devices) >= jobs else {}
             self._slots.put(os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"} | own)
-        self._pool = ThreadPoolExecutor(jobs)
         self._started: set[subprocess.Popen[bytes]] = set()
-        self._failed: dict[Path, str] = {}  # not tried again for each run that starts from them
-        self._print = threading.Lock()
+        self._failed: dict[Path, str] = {}  # a start that failed is not tried again for each run that needs it
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Finish all jobs and what they start from; returns the failures, folder of the scores -> reason.
+    def folder(self, trial: Trial) -> Path:
+        """The run folder of a trial."""
+        return self.out / trial[0].name / f"seed{trial[1]}"
 
-        SIGTERM and SIGUSR1 are handed down to the runs, which then write their checkpoints; raises Stopped.
+    def scores(self, trial: Trial) -> Path:
+        """The scores file of a trial, which may not exist yet."""
+        return self.folder(trial) / trial[0].evaluation / "scores.json"
+
+    def run(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """Finish all trials and what they start from; returns the failures, folder of the scores -> reason.
+
+        SIGNALS are passed on to the processes, which then write their checkpoints; raises Stopped.
         """
-        former = {sign: signal.signal(sign, self._stop) for sign in (signal.SIGTERM, signal.SIGUSR1)}
+        former = {number: signal.signal(number, self._stop) for number in SIGNALS}
         failures: dict[str, str] = {}
         try:
-            futures = {self._pool.submit(self._finish, job): self.scores(job).parent for job in jobs}
+            futures = {self._pool.submit(self._finish, trial): self.scores(trial).parent for trial in trials}
             for number, future in enumerate(as_completed(futures), 1):
-                place = futures[future].relative_to(self.out)
-                if (error := future.exception()) is None:
-                    self._say(f"[{number}/{len(futures)}] {place} is done")
-                elif isinstance(error, ValueError):
-                    failures[str(place)] = str(error)
-                    self._say(f"[{number}/{len(futures)}] {error}")
-                elif not isinstance(error, Stopped):
+                name, error = str(futures[future].relative_to(self.out)), future.exception()
+                if isinstance(error, Stopped):
+                    continue
+                if isinstance(error, ValueError):
+                    failures[name] = str(error)
+                elif error is not None:
                     raise error
+                clock = time.strftime("%H:%M:%S")
+                print(f"{clock} [{number}/{len(futures)}] {error or f'{name} is done'}", flush=True)
         finally:
             for sign, handler in former.items():
                 signal.signal(sign, handler)
@@ -79,102 +84,63 @@ class Runner:
             raise Stopped
         return failures
 
-    def folder(self, job: Job) -> Path:
-        """The run folder of a job."""
-        return self.out / job[0].name / f"seed{job[1]}"
+    def _finish(self, trial: Trial) -> None:
+        """Train the runs of the chain that are not trained, then evaluate the last one."""
+        run, seed = trial
+        for link in run.chain:
+            folder = self.folder((link, seed))
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "runner.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._train(link, seed, folder)
+                if link is run and not self.scores(trial).is_file():
+                    own = [f"benchmarks=[{','.join(run.benchmarks)}]", *run.decode]
+                    self._call("eval.py", [f"ckpt={folder}", f"run_dir={self.scores(trial).parent}", *own], folder)
 
-    def scores(self, job: Job) -> Path:
-        """The scores file of a job, whether there or not."""
-        return self.folder(job) / job[0].scores / "scores.json"
+    def _train(self, run: Run, seed: int, folder: Path) -> None:
+        if folder in self._failed:
+            raise ValueError(self._failed[folder])
+        record, done, overrides = folder / "overrides.json", folder / "trained", [*run.overrides, f"seed={seed}"]
+        if not record.is_file():
+            record.write_text(json.dumps(overrides), encoding="utf-8")
+        if changed := set(json.loads(record.read_text(encoding="utf-8"))) ^ set(overrides):
+            words = ", ".join(sorted(changed))
+            raise ValueError(f"{folder}: holds a run with other overrides ({words}); use another --out, or delete it")
+        if not done.is_file():
+            overrides += [f"run_dir={folder}", "trainer.enable_progress_bar=false"]
+            overrides += [f"ckpt={self.folder((run.start, seed))}"] if run.start else []
+            self._call("train.py", overrides, folder)
+            done.touch()
 
-    def _finish(self, job: Job) -> None:
-        self._train(job)
-        with self._locked(self.folder(job)) as lock:
-            if not self.scores(job).is_file():
-                words = [f"ckpt={self.folder(job)}", f"run_dir={self.scores(job).parent}", *job[0].decode]
-                words += [f"benchmarks=[{','.join(job[0].benchmarks)}]"]
-                self._call("eval.py", words, self.folder(job), lock)
-
-    def _train(self, job: Job) -> None:
-        run, seed = job
-        if run.start:
-            self._train((run.start, seed))
-        folder = self.folder(job)
-        with self._locked(folder) as lock:
-            words = [*run.words, f"seed={seed}"]
-            if folder in self._failed:
-                raise ValueError(self._failed[folder])
-            _same_words(folder, words)
-            words += [f"run_dir={folder}", "trainer.enable_progress_bar=false"]
-            words += [f"ckpt={self.folder((run.start, seed))}"] if run.start else []
-            if not (done := folder / "trained").is_file():
-                start = time.monotonic()
-                self._call("train.py", words, folder, lock)
-                done.write_text(f"{time.monotonic() - start:.0f} s\n", encoding="utf-8")
-
-    def _call(self, script: str, words: list[str], folder: Path, lock: IO[str]) -> None:
+    def _call(self, script: str, overrides: list[str], folder: Path) -> None:
         """Run a command in a free slot, its output in the folder's log; ValueError when it fails."""
-        environment = self._slots.get()
+        environment, log = self._slots.get(), folder / "output.txt"
+        command = [sys.executable, str(ROOT / script), *overrides]
         try:
             if self.stopped:
                 raise Stopped
-            with (folder / "output.txt").open("ab") as output:
-                process = subprocess.Popen(
-                    [sys.executable, str(ROOT / script), *words],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[lock.fileno()],
-                )
-                self._started.add(process)
-                code = process.wait()
-                self._started.discard(process)
+            with log.open("ab") as out:  # process_group: Ctrl-C reaches the process once, through `_stop`
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, process_group=0)
+            self._started.add(process)
+            code = process.wait()
+            self._started.discard(process)
         finally:
             self._slots.put(environment)
         if code == PREEMPTED or (code and self.stopped):
             self.stopped = True
             raise Stopped
         if code:
-            last = (folder / "output.txt").read_text(errors="replace").strip().rpartition("\n")[2]
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
             self._failed[folder] = f"{folder}: {script} ended with {code}: {last}; see output.txt there"
             raise ValueError(self._failed[folder])
 
-    @contextmanager
-    def _locked(self, folder: Path) -> Iterator[IO[str]]:
-        """Hold the folder's lock, waiting for another process that has it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._say(f"{folder.relative_to(self.out)}: waiting for the process that works there")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield lock
-
-    def _stop(self, sign: int, _: object) -> None:
+    def _stop(self, number: int, _: object) -> None:
         self.stopped = True
         for process in list(self._started):
-            process.send_signal(sign)
-
-    def _say(self, text: str) -> None:
-        with self._print:
-            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+            process.send_signal(number)
 
 
-def in_order(runs: Sequence[Run], seeds: int) -> list[Job]:
-    """Each run once per seed: seed by seed, and what others start from first."""
-    unique = {(run.name, run.scores): run for run in sorted(runs, key=lambda run: len(run.chain))}
+def in_order(runs: Sequence[Run], seeds: int) -> list[Trial]:
+    """Each run once per seed: seed by seed, and first what others start from."""
+    unique = {(run.name, run.evaluation): run for run in sorted(runs, key=lambda run: len(run.chain))}
     return [(run, seed) for seed in range(seeds) for run in unique.values()]
-
-
-def _same_words(folder: Path, words: list[str]) -> None:
-    """Note what a folder's run was started with; ValueError when that is something else."""
-    path = folder / "words.json"
-    if not path.is_file():
-        path.write_text(json.dumps(words), encoding="utf-8")
-    elif (there := json.loads(path.read_text(encoding="utf-8"))) != words:
-        changed = sorted(set(there) ^ set(words))
-        raise ValueError(
-            f"{folder}: holds a run with other words ({', '.join(changed)}); use another out=, or delete the folder"
-        )
