@@ -69,8 +69,9 @@ def builder(tiny_config, vocabulary):
 @pytest.fixture(scope="session")
 def samples(mini_root):
     """Decoded test samples by task."""
+    from vistallm.coinit.shards import read_raw
     from vistallm.data.datamodule import split_shards
-    from vistallm.data.reader import decode_sample, read_raw
+    from vistallm.data.images import decode_sample
 
     found: dict[str, list] = {}
     for shard in split_shards(mini_root, "test"):

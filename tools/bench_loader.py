@@ -26,11 +26,11 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader
 
-from vistallm.coinit.shards import write_index, write_shard
+from vistallm.coinit.shards import RawSample, read_raw, write_index, write_shard
 from vistallm.config import Config, load_config
 from vistallm.data import stream
 from vistallm.data.datamodule import CoinItDataModule, build_codec
-from vistallm.data.reader import RawSample, decode_sample, read_raw
+from vistallm.data.images import decode_sample
 from vistallm.data.sequence import collate
 from vistallm.data.stream import RejectLog
 from vistallm.data.vocabulary import Vocabulary

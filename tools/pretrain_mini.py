@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from vistallm.coinit.shards import read_raw
 from vistallm.config import PAD_COLOUR, load_config
 from vistallm.data.datamodule import build_codec, build_sequencer, split_shards
-from vistallm.data.reader import decode_sample, read_raw
+from vistallm.data.images import decode_sample
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.scene import ATTRIBUTES, random_scene

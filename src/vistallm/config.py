@@ -100,7 +100,7 @@ class DataConfig:
     pool_batches: int = 8  # batches filled together, by length
     max_length: int = 1024  # tokens of one sequence; longer ones are counted rejects
     max_pixels: int = 50_000_000  # of one image; larger ones are counted rejects, never decoded
-    cache: str | None = None  # folder that keeps copies of remote shards; null = read them as streams
+    cache: str | None = None  # folder that keeps copies of remote shards; null = copied to a temporary file while read
     max_reject_share: float = 0.01  # of the samples read; above it the run stops
     weights: dict[str, float] = field(default_factory=dict)  # task -> how often met per epoch; absent = 0
     val_batches: int = 20  # batches of one validation pass

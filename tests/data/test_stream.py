@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vistallm.coinit.shards import seal
+from vistallm.coinit.shards import RawSample, read_raw, seal
 from vistallm.data import stream as module
 from vistallm.data.datamodule import split_shards
+from vistallm.data.images import decode_sample
 from vistallm.data.order import Mixture, Shard
-from vistallm.data.reader import RawSample, decode_sample, read_raw
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
 from vistallm.schema import Sample, SampleReject
 from vistallm.tasks import TASKS

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from vistallm.coinit.shards import read_raw
 from vistallm.data.datamodule import split_shards
-from vistallm.data.reader import decode_sample, read_raw
+from vistallm.data.images import decode_sample
 from vistallm.data.sequence import collate
 from vistallm.evaluate import confidence as C
 from vistallm.evaluate.benchmarks import load_benchmarks, score

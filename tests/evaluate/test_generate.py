@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from vistallm.coinit.shards import read_raw
 from vistallm.data.datamodule import split_shards
-from vistallm.data.reader import decode_sample, read_raw
+from vistallm.data.images import decode_sample
 from vistallm.data.sequence import collate
 from vistallm.evaluate.benchmarks import load_benchmarks
 from vistallm.evaluate.generate import Answerer, Pace, generate_predictions, picked_images

@@ -1,27 +1,43 @@
-"""Shards: samples with encoded images in, `<split>-%06d.tar` files and `index.json` out; and the check of both.
+"""Shards: samples with encoded images <-> `<split>-%06d.tar` files and `index.json`; their only writer and reader.
 
-A tar member's name is `<key>.json` or `<key>.<n>.<jpg|png>`; the key says the shard and the place in it. The same
-samples give the same bytes: members carry no time, owner or machine. A record holds the CRC-32 of its sample's files.
+A tar member's name is `<key>.json` or `<key>.<n>.<jpg|png>`; the key says the shard and the place in it. An image that
+several samples use is stored with the first one, and the records of the others name that member. The same samples give
+the same bytes: members carry no time, owner or machine. A record holds the CRC-32 of its sample's files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
+import shlex
+import shutil
 import tarfile
+import tempfile
+import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from vistallm.schema import Sample
+from vistallm.schema import Sample, SampleReject
 
 INDEX_VERSION = 1
+REMOTE = ("http://", "https://", "s3://", "pipe:")
+TRIES, WAIT, STALL = 5, 0.5, 60  # of a remote copy; seconds before the second try, doubled each time; without a byte
 _OWN = b',"json":'  # what stands before the record's own CRC-32, the last of its `crc32`
 _ROW = ("split", "samples", "bytes", "sha256", "tasks")
-Row = dict[str, Any]  # what index.json says of one shard: the fields of _ROW
+_NAME = re.compile(r"[^./\\][^/\\]*\.[A-Za-z0-9.]+")  # <key>.<extension>, no folder
+_CHANGED = "is not as it was written: a byte has changed; copy or build the shard again"
+_BROKEN = (tarfile.TarError, EOFError, OSError)  # what reading a damaged tar raises
+Row = dict[
+    str, Any
+]  # what index.json says of one shard: the fields of _ROW; "images": of those stored, if any is shared
 EncodedImage = tuple[bytes, str]  # file bytes and their suffix, "jpg" or "png"
 
 
@@ -30,8 +46,15 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
 def write_shard(
-    out_dir: Path, split: str, number: int, samples: Iterable[tuple[Sample, Sequence[EncodedImage]]]
+    out_dir: Path,
+    split: str,
+    number: int,
+    samples: Iterable[tuple[Sample, Sequence[EncodedImage]]],
+    share_images: bool = True,
 ) -> tuple[str, Row]:
     """Write one shard and return its name and index row; the file appears whole or not at all.
 
@@ -39,25 +62,40 @@ def write_shard(
         out_dir: existing folder.
         split: "train", "val", "test" or a benchmark's own split.
         number: number of the shard in its split.
-        samples: each with its images in order; `sample.images[i].file` must be "<i>.<suffix>".
+        samples: each with its images in order; the written record names them, whatever `sample.images[i].file` says.
+        share_images: store images of equal bytes once. Samples of one image should be neighbours.
     """
     path = out_dir / shard_name(split, number)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tasks: Counter[str] = Counter()
-    with _TarFile(temporary) as tar:
+    tasks, listed = Counter[str](), 0
+    stored: dict[bytes, str] = {}  # digest of an image -> its member
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for place, (sample, images) in enumerate(samples):
-            key = f"{split}-{number:06d}-{place:05d}"
-            names = [f"{i}.{suffix}" for i, (_, suffix) in enumerate(images)]
-            if names != [info.file for info in sample.images]:
-                raise ValueError(f"sample {sample.id}: images are listed as {sample.images}, but the files are {names}")
-            files = {name: data for name, (data, _) in zip(names, images, strict=True)}
-            tar.add(f"{key}.json", seal(sample.to_json(), files))
-            for name, data in files.items():
-                tar.add(f"{key}.{name}", data)
+            if len(images) != len(sample.images):
+                raise ValueError(f"sample {sample.id}: {len(sample.images)} images are listed, {len(images)} came")
+            key, record = f"{split}-{number:06d}-{place:05d}", sample.to_json()
+            files, own = dict[str, bytes](), dict[str, bytes]()
+            for i, (data, suffix) in enumerate(images):
+                name = f"{i}.{suffix}"
+                member = f"{key}.{name}"
+                digest = hashlib.blake2b(data, digest_size=16).digest() if share_images else member.encode()
+                if stored.setdefault(digest, member) == member:
+                    own[name] = data
+                else:
+                    name = stored[digest]
+                record["images"][i]["file"], files[name] = name, data
+            for name, data in {"json": seal(record, files), **own}.items():
+                entry = tarfile.TarInfo(f"{key}.{name}")  # time 0 and owner 0 by default
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
             tasks[sample.task] += 1
+            listed += len(images)
+    with temporary.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    row = {"split": split, "samples": tasks.total(), "bytes": temporary.stat().st_size, "sha256": sha256}
     temporary.replace(path)
-    row = {"split": split, "samples": tasks.total(), "bytes": tar.size, "sha256": tar.digest.hexdigest()}
-    return path.name, {**row, "tasks": dict(sorted(tasks.items()))}
+    row |= {"tasks": dict(sorted(tasks.items()))} | ({"images": len(stored)} if len(stored) < listed else {})
+    return path.name, row
 
 
 def seal(record: dict[str, Any], files: dict[str, bytes]) -> bytes:
@@ -65,40 +103,6 @@ def seal(record: dict[str, Any], files: dict[str, bytes]) -> bytes:
     sums = {name: zlib.crc32(data) for name, data in files.items()}
     body = json.dumps(record | {"crc32": sums}, ensure_ascii=False, separators=(",", ":")).encode()[:-2]
     return body + _OWN + b"%d}}" % zlib.crc32(body)
-
-
-def broken_seal(record: dict[str, Any], content: bytes) -> bool:
-    """Whether the bytes of a record are not those that were sealed; shards of before `crc32` are taken as they are."""
-    sums = record.get("crc32", {})
-    own = sums.get("json") if isinstance(sums, dict) else None
-    return "crc32" in record and own != zlib.crc32(content.rpartition(_OWN)[0])
-
-
-class _TarFile:
-    """Writes a tar file in one pass, hashing as it goes; `tarfile` needs a second one and copies in small pieces."""
-
-    def __init__(self, path: Path) -> None:
-        self._file, self.digest, self.size = path.open("wb"), hashlib.sha256(), 0
-
-    def __enter__(self) -> _TarFile:
-        return self
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def add(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)  # time 0 and owner 0 by default
-        member.size = len(data)
-        self._write(member.tobuf(tarfile.USTAR_FORMAT))
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-
-    def __exit__(self, *_: object) -> None:
-        end = 2 * tarfile.BLOCKSIZE
-        self._write(bytes(end + -(self.size + end) % tarfile.RECORDSIZE))
-        self._file.close()
 
 
 def write_index(out_dir: Path, shards: dict[str, Row], **extra: Any) -> dict[str, Any]:
@@ -114,48 +118,276 @@ def write_index(out_dir: Path, shards: dict[str, Row], **extra: Any) -> dict[str
     return index
 
 
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
 def read_index(root: Path | str) -> dict[str, Any]:
-    """Read index.json; raises ValueError with what to do when the folder, the file or its shards are missing."""
-    path = Path(root) / "index.json"
-    if not path.is_file():
-        raise ValueError(f"shards: expected {path}, which is not there; build it with `python tools/build_coinit.py`")
+    """Read index.json of a local or remote folder; raises ValueError with what to do when it is missing or broken."""
+    place = join(str(root), "index.json")
+    if not is_remote(place) and not Path(place).is_file():
+        raise ValueError(f"shards: expected {place}, which is not there; build it with `python tools/build_coinit.py`")
+    with open_place(place) as file:
+        text = file.read()
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(text)
         rows = [[row[name] for name in _ROW] for row in index["shards"].values()]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not an index of shards ({error!r}); build the shards again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place}: not an index of shards ({error!r}); build the shards again") from error
     if index.get("version") != INDEX_VERSION:
         raise ValueError(
-            f"{path}: expected version {INDEX_VERSION}, got {index.get('version')!r}; build the shards again"
+            f"{place}: expected version {INDEX_VERSION}, got {index.get('version')!r}; build the shards again"
         )
     if not rows:
-        raise ValueError(f"{path}: expected at least one shard, it lists none; build the shards again")
+        raise ValueError(f"{place}: expected at least one shard, it lists none; build the shards again")
     return index
+
+
+@dataclass
+class RawSample:
+    """One sample of a shard, undecoded.
+
+    Attributes:
+        shard: place of the shard; key: the sample's name in it.
+        record: its JSON, None when broken or not there; files: images by the name in the record, as bytes.
+        copy: how many times the run has seen this sample before; fault: why it can't be used, None = nothing known.
+    """
+
+    shard: str
+    key: str
+    record: dict[str, Any] | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    copy: int = 0
+    fault: SampleReject | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The task of the sample, None when its JSON can't be read (decoding then rejects it)."""
+        return None if self.record is None else str(self.record.get("task"))
+
+    def sample(self) -> Sample:
+        """The sample without pixels; raises SampleReject (bad-json, checksum, missing-image, or its fault)."""
+        if self.fault is not None:
+            raise self.fault
+        if self.record is None:
+            raise SampleReject("bad-json", f"{self.key}: no member {self.key}.json in the shard")
+        try:
+            sample = Sample.from_json(self.record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SampleReject("bad-json", f"{self.key}: {error}") from error
+        for info in sample.images:
+            if info.file not in self.files:
+                raise SampleReject("missing-image", f"{self.key}: no member for image {info.file} in the shard")
+            if "crc32" in self.record and self.record["crc32"].get(info.file) != zlib.crc32(self.files[info.file]):
+                raise SampleReject("checksum", f"{self.key}, image {info.file} {_CHANGED}")
+        return sample
+
+
+def read_raw(
+    place: str | Path,
+    keep: Callable[[str], bool] = lambda task: True,
+    cache: str | Path | None = None,
+    size: int | None = None,
+    images: bool = True,
+) -> Iterator[RawSample]:
+    """Yield the samples of a tar shard in file order; images of tasks that `keep` refuses are not read.
+
+    Broken and strange members become samples with a `fault`; a tar that ends or breaks early does so as the last one.
+
+    Args:
+        place: path, `http(s)://`, `s3://` or `pipe:COMMAND` address.
+        keep: called once with the task of each sample that has one, in file order.
+        cache: folder that keeps remote shards.
+        size: bytes that a remote shard must have.
+        images: read the images; else `files` stays empty.
+
+    Raises:
+        ValueError: a remote shard can't be read.
+    """
+    place = str(place)
+    try:
+        with open_place(place, cache, size) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            yield from _ShardReader(place, file, tar, keep, images).samples()
+    except _BROKEN as error:
+        text = f"{place}: not a readable tar file to its end ({error}); run `python tools/build_coinit.py check` on it"
+        yield RawSample(place, "", fault=SampleReject("broken-shard", text))
+
+
+class _ShardReader:
+    """Groups the members of an open tar into samples, and finds the images that an earlier sample brought."""
+
+    def __init__(
+        self, place: str, file: BinaryIO, tar: tarfile.TarFile, keep: Callable[[str], bool], images: bool
+    ) -> None:
+        self.place, self.file, self.tar, self.keep, self.images = place, file, tar, keep, images
+        self.located: dict[str, tuple[int, int]] = {}  # member -> place of its content and its size, in bytes
+        self.recent: dict[
+            str, bytes
+        ] = {}  # the images of the last sample that was read: its neighbours share the bytes
+        self.strange: list[str] = []
+        self.error: Exception | None = None
+
+    def samples(self) -> Iterator[RawSample]:
+        """The samples that `keep` wants, those before a break first."""
+        for key, names in groupby(self._names(), lambda name: name.partition(".")[0]):
+            raw = self._sample(key, [name.partition(".")[2] for name in names])
+            yield from self._strange_members()
+            if raw is not None:
+                yield raw
+        yield from self._strange_members()
+        if self.error is not None:
+            raise self.error
+
+    def _names(self) -> Iterator[str]:
+        """Names of the regular files in order; what ends the tar early is kept in `error`."""
+        try:
+            for member in self.tar:
+                self.tar.members = []  # type: ignore[attr-defined]  # or the tar would keep them all
+                if not member.isreg():
+                    continue
+                if _NAME.fullmatch(member.name):
+                    self.located[member.name] = member.offset_data, member.size
+                    yield member.name
+                else:
+                    self.strange.append(member.name)
+        except _BROKEN as error:
+            self.error = error
+
+    def _strange_members(self) -> Iterator[RawSample]:
+        for name in self.strange:
+            text = f"member {name!r}: expected a file <key>.<extension> without folders; left out"
+            yield RawSample(self.place, name, fault=SampleReject("bad-member", text))
+        self.strange.clear()
+
+    def _sample(self, key: str, names: list[str]) -> RawSample | None:
+        """The sample with these members, None when `keep` refuses its task."""
+        raw = RawSample(self.place, key)
+        if "json" in names and not self._read_record(raw):
+            return None
+        if not self.images:
+            return raw
+        members = {name: f"{key}.{name}" for name in names if name != "json"}
+        listed = raw.record.get("images") if raw.record is not None else None
+        for image in listed if isinstance(listed, list) else []:
+            name = image.get("file") if isinstance(image, dict) else None
+            if isinstance(name, str) and name not in members and name in self.located:
+                members[name] = name
+        raw.files = {name: self._content(member) for name, member in members.items()}
+        self.recent = {member: raw.files[name] for name, member in members.items()}
+        return raw
+
+    def _read_record(self, raw: RawSample) -> bool:
+        """Parse the JSON of a sample; returns whether the sample is wanted (one that can't be read is, as a fault)."""
+        content = self._content(f"{raw.key}.json")
+        try:
+            record = json.loads(content)
+        except ValueError as error:
+            raw.fault = SampleReject("bad-json", f"{raw.key}: {error}")
+            return True
+        if not isinstance(record, dict) or "task" not in record:
+            raw.fault = SampleReject("bad-json", f"{raw.key}: expected a sample's record, got {content[:60]!r}")
+        elif _is_changed(record, content):
+            raw.fault = SampleReject("checksum", f"{raw.key}.json {_CHANGED}")
+        else:
+            raw.record = record
+        return raw.record is None or self.keep(str(record["task"]))
+
+    def _content(self, member: str) -> bytes:
+        if member in self.recent:
+            return self.recent[member]
+        offset, size = self.located[member]
+        self.file.seek(offset)
+        content = self.file.read(size)
+        if len(content) < size:
+            raise EOFError(f"{member} ends after {len(content)} of {size} bytes")
+        return content
+
+
+def _is_changed(record: dict[str, Any], content: bytes) -> bool:
+    """Whether the bytes of a record are not those that were sealed; shards of before `crc32` are taken as they are."""
+    sums = record.get("crc32", {})
+    own = sums.get("json") if isinstance(sums, dict) else None
+    return "crc32" in record and own != zlib.crc32(content.rpartition(_OWN)[0])
 
 
 def read_shard(path: Path | str) -> Iterator[tuple[Sample, list[bytes]]]:
     """Samples of a shard in order, with their images as encoded bytes; raises ValueError for a broken member."""
-    with tarfile.open(path) as tar:
-        members: dict[str, dict[str, bytes]] = {}
-        for member in tar:
-            key, _, name = member.name.partition(".")
-            file = tar.extractfile(member)
-            if key not in members and members:
-                yield _sample_of(path, *members.popitem())
-            members.setdefault(key, {})[name] = file.read() if file is not None else b""
-        if members:
-            yield _sample_of(path, *members.popitem())
+    for raw in read_raw(path):
+        try:
+            sample = raw.sample()
+        except SampleReject as error:
+            raise ValueError(f"{Path(path).name}, {error}") from error
+        names = [info.file for info in sample.images]
+        if unlisted := sorted(set(raw.files) - set(names)):
+            raise ValueError(f"{Path(path).name}, {raw.key}: the record lists images {names}, not {unlisted}")
+        yield sample, [raw.files[name] for name in names]
 
 
-def _sample_of(path: Path | str, key: str, files: dict[str, bytes]) -> tuple[Sample, list[bytes]]:
-    where = f"{Path(path).name}, {key}"
-    if "json" not in files:
-        raise ValueError(f"{where}: expected a member {key}.json, got {', '.join(files)}")
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
+class UnreachableError(ValueError):
+    """A remote place that can't be copied."""
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is not a local path."""
+    return place.startswith(REMOTE)
+
+
+def join(root: str, name: str) -> str:
+    """The place of a file in a root; `{}` in a `pipe:` command stands for the file's name."""
+    if root.startswith("pipe:"):
+        return root.replace("{}", shlex.quote(name))
+    return f"{root.rstrip('/')}/{name}"
+
+
+def open_place(place: str, cache: str | Path | None = None, size: int | None = None) -> BinaryIO:
+    """Open a place for reading; a remote file is copied first, into `cache` or a temporary file.
+
+    Raises:
+        UnreachableError: the copy failed `TRIES` times.
+        ValueError: the copy has not `size` bytes.
+    """
+    if not is_remote(place):
+        return open(place, "rb")
+    digest = hashlib.sha256(place.encode()).hexdigest()[:16]
+    folder = Path(cache or tempfile.gettempdir())
+    path = folder / f"vistallm-{digest}-{size}-{place.rpartition('/')[2][-60:]}"
+    if cache and path.is_file():
+        return path.open("rb")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        sample = Sample.from_json(json.loads(files["json"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    names = [info.file for info in sample.images]
-    if sorted(names) != sorted(set(files) - {"json"}):
-        raise ValueError(f"{where}: the record lists images {names}, the shard holds {sorted(set(files) - {'json'})}")
-    return sample, [files[name] for name in names]
+        _copy(place, temporary)
+        if size is not None and temporary.stat().st_size != size:
+            raise ValueError(
+                f"{place}: the index says {size} bytes, got {temporary.stat().st_size}; the shard was replaced "
+                "or cut; build or copy it again"
+            )
+        if cache:
+            return temporary.replace(path).open("rb")
+        return temporary.open("rb")  # the name goes, the file stays until it is closed
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(place: str, out: Path) -> None:
+    """Copy a remote file by curl, `aws s3 cp` or the given command; from its start again when that fails."""
+    from webdataset.gopen import gopen  # here, because it imports torch, which builders do without
+
+    command = place.removeprefix("pipe:")
+    if place.startswith("http"):
+        command = f"curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time {STALL} {shlex.quote(place)}"
+    elif place.startswith("s3:"):
+        command = f"aws s3 cp {shlex.quote(place)} -"
+    for attempt in range(TRIES):
+        try:
+            with out.open("wb") as file, gopen(f"pipe:{command}") as source:
+                return shutil.copyfileobj(source, file, 1 << 20)
+        except OSError as error:
+            if attempt == TRIES - 1:
+                raise UnreachableError(
+                    f"{place}: gave up after {TRIES} tries ({error}); check the address and the network, then start "
+                    "again: the run resumes (data.cache keeps what is read)"
+                ) from error
+            time.sleep(WAIT * 2**attempt)

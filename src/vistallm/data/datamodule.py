@@ -9,10 +9,9 @@ from typing import Any, cast
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from vistallm.coinit.shards import read_index
+from vistallm.coinit.shards import is_remote, read_index
 from vistallm.config import PAD_COLOUR, Config
-from vistallm.data.mixture import build_mixture, remote_files, require_folders
-from vistallm.data.remote import is_remote
+from vistallm.data.mixture import build_mixture, require_folders
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
@@ -141,7 +140,7 @@ class CoinItDataModule(L.LightningDataModule):
             done=self.batches_done,
             pool=data.pool_batches,
             mix=data.mix_shards,
-            files=remote_files(data),
+            cache=data.cache,
             max_pixels=data.max_pixels,
         )
 

@@ -1,18 +1,14 @@
-"""Source folders + configuration -> the training mixture: which shards, and how often each (source, task) is met."""
+"""Source folders + configuration -> the training mixture: which shards, and how often each (source, task) is seen."""
 
 from __future__ import annotations
 
-import tempfile
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.shards import read_index
+from vistallm.coinit.shards import UnreachableError, is_remote, join, read_index
 from vistallm.config import Config, DataConfig
 from vistallm.data.order import Column, Mixture, Shard
-from vistallm.data.remote import Files, is_remote, join
 from vistallm.tasks import TASKS
 
 
@@ -27,17 +23,11 @@ class Folder:
 
     def shards(self, split: str) -> list[Shard]:
         """The shards of a split, in index order."""
-        rows = self.index["shards"].items()
         return [
             Shard(join(self.place, name), self.source, row["tasks"], row["bytes"])
-            for name, row in rows
+            for name, row in self.index["shards"].items()
             if row["split"] == split
         ]
-
-
-def remote_files(data: DataConfig) -> Files:
-    """How the configuration reads remote shards."""
-    return Files(Path(data.cache) if data.cache else None)
 
 
 def find_folders(data: DataConfig, root: str) -> tuple[list[Folder], list[str]]:
@@ -74,16 +64,13 @@ def require_folders(data: DataConfig, root: str, dry: bool = False) -> list[Fold
 
 
 def _index(place: str) -> dict[str, Any] | None:
-    """The index of a folder, None when there is none."""
-    if not is_remote(place):
-        return read_index(place) if (Path(place) / "index.json").is_file() else None
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with Files().open(join(place, "index.json")) as file:
-                (Path(folder) / "index.json").write_bytes(file.read())
-        except ValueError:  # gave up: no such source, and the place is named where that is reported
-            return None
-        return read_index(folder)
+    """The index of a folder, None when there is none or it can't be reached: the caller names the source."""
+    if not is_remote(place) and not (Path(place) / "index.json").is_file():
+        return None
+    try:
+        return read_index(place)
+    except UnreachableError:
+        return None
 
 
 def build_mixture(config: Config, folders: list[Folder]) -> Mixture:
@@ -105,37 +92,30 @@ def build_mixture(config: Config, folders: list[Folder]) -> Mixture:
     tasks, own = stage_weights(data.weights, config.stage), {folder.source: folder.weight for folder in folders}
     counts = {column: n for column, n in counts.items() if column[1] in tasks}
     weights = {column: own[column[0]] * tasks[column[1]] for column in counts}
-    weights = _capped(_tempered(weights, counts, data.temperature), counts, data.max_per_task)
+    if data.temperature <= 0:
+        raise ValueError(f"data.temperature={data.temperature}: expected a number above 0; 1 keeps the weights")
+    size = _sizes(weights, counts, 0)
+    total = sum(size.values())
+    powers = {source: (n / total) ** (1 / data.temperature) for source, n in size.items() if n > 0}
+    scale = {source: total * power / sum(powers.values()) / size[source] for source, power in powers.items()}
+    weights = {column: weight * scale.get(column[0], 1.0) for column, weight in weights.items()}
+    caps = data.max_per_task
+    if wrong := set(caps) - set(TASKS):
+        raise ValueError(f"data.max_per_task: unknown task(s) {', '.join(sorted(wrong))}; known: {', '.join(TASKS)}")
+    size = _sizes(weights, counts, 1)
+    for column in weights:
+        weights[column] *= min(1.0, caps.get(column[1], float("inf")) / max(size[column[1]], 1e-9))
     named = {(folder.source, task): 0.0 for folder in folders for task in tasks}  # for the message when none is there
     shards = [shard for folder in folders for shard in folder.shards("train")]
     return Mixture(shards, named | weights, data.fraction)
 
 
-def _tempered(weights: dict[Column, float], counts: dict[Column, int], temperature: float) -> dict[Column, float]:
-    if temperature <= 0:
-        raise ValueError(f"data.temperature={temperature}: expected a number above 0; 1 keeps the weights")
-    size = _sums((column[0], weights[column] * n) for column, n in counts.items())
-    total = sum(size.values())
-    powers = {source: (n / total) ** (1 / temperature) for source, n in size.items() if n > 0}
-    scale = {source: total * power / sum(powers.values()) / size[source] for source, power in powers.items()}
-    return {column: weight * scale.get(column[0], 1.0) for column, weight in weights.items()}
-
-
-def _capped(weights: dict[Column, float], counts: dict[Column, int], caps: dict[str, int]) -> dict[Column, float]:
-    if unknown := set(caps) - set(TASKS):
-        raise ValueError(f"data.max_per_task: unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
-    size = _sums((column[1], weights[column] * n) for column, n in counts.items())
-    return {
-        column: weight * min(1.0, caps.get(column[1], float("inf")) / max(size[column[1]], 1e-9))
-        for column, weight in weights.items()
-    }
-
-
-def _sums(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    sums: Counter[str] = Counter()
-    for key, value in pairs:
-        sums[key] += value  # type: ignore[assignment]
-    return dict(sums)
+def _sizes(weights: dict[Column, float], counts: dict[Column, int], side: int) -> dict[str, float]:
+    """Samples of an epoch by source (side 0) or by task (side 1)."""
+    sizes: dict[str, float] = {}
+    for column, n in counts.items():
+        sizes[column[side]] = sizes.get(column[side], 0) + weights[column] * n
+    return sizes
 
 
 def stage_weights(weights: dict[str, float], stage: int) -> dict[str, float]:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vistallm.coinit.shards import RawSample, is_remote, read_raw
+from vistallm.data.images import MAX_PIXELS, decode_sample
 from vistallm.data.order import Epoch, Mixture, Visit, check_layout, lane_groups
-from vistallm.data.reader import MAX_PIXELS, RawSample, decode_sample, read_raw
-from vistallm.data.remote import Files, is_remote
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.schema import Batch, SampleReject
 from vistallm.tasks import TASKS
@@ -95,7 +95,7 @@ class TrainStream(IterableDataset):
         done: int = 0,
         pool: int = 1,
         mix: int = 16,
-        files: Files | None = None,
+        cache: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class TrainStream(IterableDataset):
         self.batch_size, self.buffer, self.seed = batch_size, buffer, seed
         self.rank, self.world_size, self.workers = rank, world_size, max(workers, 1)
         self.done, self.pool, self.mix = done, pool, mix
-        self.files, self.max_pixels = files or Files(), max_pixels
+        self.cache, self.max_pixels = cache, max_pixels
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -211,7 +211,7 @@ class TrainStream(IterableDataset):
 
         given, broken = visit.start, list[RawSample]()
         self._check_size(visit)
-        for raw in read_raw(shard.place, keep, self.files, shard.size):
+        for raw in read_raw(shard.place, keep, self.cache, shard.size):
             if raw.task not in takes:
                 broken.append(raw)
                 continue

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vistallm.coinit.shards import read_raw
 from vistallm.config import Config
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
-from vistallm.data.reader import decode_sample, read_raw
+from vistallm.data.images import decode_sample
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.stream import evaluation_sequences
 from vistallm.evaluate.benchmarks import Benchmark

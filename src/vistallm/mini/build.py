@@ -89,7 +89,7 @@ def _build_slice(out: Path, recipe: MiniRecipe, first: int = 0, step: int = 1) -
         plan, size = recipe.plan(split), recipe.samples_per_shard if split == "train" else recipe.samples_per_shard // 2
         planned += [(split, i, plan[i * size : (i + 1) * size]) for i in range(-(-len(plan) // size))]
     return dict(
-        write_shard(out, split, number, (make_sample(recipe, split, task, n) for task, n in samples))
+        write_shard(out, split, number, (make_sample(recipe, split, task, n) for task, n in samples), False)
         for split, number, samples in planned[first::step]
     )
 

@@ -18,7 +18,8 @@ MADE = [
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory, picture, command, builder):
     """The sequences of every row of MADE, with drawn templates."""
-    from vistallm.data.reader import decode_sample, read_raw
+    from vistallm.coinit.shards import read_raw
+    from vistallm.data.images import decode_sample
 
     found = []
     for number, (source, split, write, *words) in enumerate(MADE):

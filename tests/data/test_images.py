@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vistallm.config import PAD_COLOUR
-from vistallm.data.reader import decode_image, reduction
+from vistallm.data.images import decode_image, reduction
 from vistallm.regions.letterbox import Letterbox, square_resize
 from vistallm.schema import SampleReject
 
