@@ -33,8 +33,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vistallm.coinit.build import build
-from vistallm.coinit.job import BuildOptions
+from vistallm.coinit.build import BuildOptions, build
 from vistallm.coinit.shards import read_shard
 from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions

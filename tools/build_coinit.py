@@ -15,9 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from vistallm.coinit.build import BuildOptions, build
-from vistallm.coinit.check import verify
-from vistallm.coinit.leaks import evaluation_images, read_ids
+from vistallm.coinit.build import BuildOptions, build, read_ids
+from vistallm.coinit.check import check, evaluation_images
 from vistallm.coinit.shards import read_index
 from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions
@@ -50,7 +49,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     if not arguments.folders:
         raise ValueError("check: expected a folder, as in `build_coinit.py check DIR`")
     exclude = read_ids(arguments.exclude) if arguments.exclude else frozenset()
-    report = verify(arguments.folders, exclude, arguments.workers)
+    report = check(arguments.folders, exclude, arguments.workers)
     for (folder, split), counts in report.counts.items():
         print(f"{folder}, {split}: {counts.total()} samples")
         for task, number in sorted(counts.items()):

@@ -13,10 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-from vistallm.coinit.build import build
-from vistallm.coinit.check import verify
+from vistallm.coinit.build import BuildOptions, build
+from vistallm.coinit.check import check
 from vistallm.coinit.images import image_size, read_image
-from vistallm.coinit.job import BuildOptions
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.custom import load_jsonl
@@ -95,7 +94,7 @@ def test_shards_hold_every_sample_once_in_shuffled_order(whole, tmp_path, pictur
     rejects = [json.loads(line) for line in (whole / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == 18
     assert {"split": "train", "reason": "odd", "where": "unit 13"} in rejects
-    assert not verify([whole]).totals
+    assert not check([whole]).totals
     make(tmp_path / "val", pictures, split="val")
     numbers = [int(sample.id.split("-")[2]) for sample in samples_of(tmp_path / "val")]
     assert numbers == sorted(numbers)
@@ -140,6 +139,8 @@ def test_a_missing_or_half_written_shard_is_written_again(whole, tmp_path, pictu
     (out / ".train-000004.tar.17.tmp").write_bytes(b"left behind")
     (out / ".build" / "train" / "000004.json").unlink()
     (out / "index.json").unlink()
+    for stale in (".train-000000.tar.17.tmp", ".build/train/.000000.json.17.tmp", ".build/train/.000004.json.17.tmp"):
+        (out / stale).write_bytes(b"left behind, also beside a shard that is done")
     make(out, pictures)
     assert contents(out) == contents(whole)
 
@@ -234,7 +235,7 @@ def test_max_side_scales_images_and_regions(tmp_path, pictures):
     assert sample.regions[0].box == (10.0, 5.0, 25.0, 15.0)
     assert sample.regions[0].rle["size"] == [24, 32]
     assert rle_box(sample.regions[0].rle) == (10.0, 5.0, 25.0, 15.0)
-    assert not verify([tmp_path / "made"]).totals
+    assert not check([tmp_path / "made"]).totals
 
 
 def test_images_that_are_missing_broken_or_of_another_size(tmp_path, pictures):

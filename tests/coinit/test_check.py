@@ -6,9 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vistallm.coinit.check import FIRST, SampleChecker, verify
-from vistallm.coinit.leaks import evaluation_images, read_ids
-from vistallm.coinit.mojibake import broken_text
+from vistallm.coinit.build import read_ids
+from vistallm.coinit.check import FIRST, SampleChecker, broken_text, check, evaluation_images
 from vistallm.coinit.shards import read_index, write_index, write_shard
 from vistallm.mini.build import MiniRecipe, build_mini, make_sample
 from vistallm.regions.masks import mask_to_rle
@@ -30,7 +29,7 @@ def write(root, split, pairs):
 
 def test_mini_set_is_sound_and_counted(tmp_path):
     build_mini(tmp_path, workers=1, train=60, val=15, test=30, samples_per_shard=20)
-    report = verify([tmp_path], workers=1)
+    report = check([tmp_path], workers=1)
     assert not report.totals
     assert not report.faults
     assert report.counts[str(tmp_path), "val"].total() == 15
@@ -97,9 +96,9 @@ def damage_count(root):
 )
 def test_verify_sees_damaged_folders(tmp_path, pair, damage, kind, number, message):
     write(tmp_path, "val", [pair])
-    assert not verify([tmp_path]).totals
+    assert not check([tmp_path]).totals
     damage(tmp_path)
-    report = verify([tmp_path], workers=1)
+    report = check([tmp_path], workers=1)
     assert report.totals[kind] == number
     assert any(message in text for text in report.faults[kind])
 
@@ -111,7 +110,7 @@ def test_two_processes_report_the_same_and_keep_the_first(tmp_path):
             sample.fields["expr"] = "the cafÃ© table"
             sample.instruction = "Where is the cafÃ© table?"
         write(tmp_path, split, pairs)
-    one, two = verify([tmp_path], workers=1), verify([tmp_path], workers=2)
+    one, two = check([tmp_path], workers=1), check([tmp_path], workers=2)
     assert (one.totals, one.faults) == (two.totals, two.faults)
     assert one.totals == Counter(mojibake=2 * (FIRST + 2))
     assert len(one.faults["mojibake"]) == FIRST
@@ -126,12 +125,12 @@ def with_image(split, name, serial=0):
 def test_leaks_are_seen_across_folders(tmp_path):
     write(tmp_path / "a", "train", [with_image("train", "vg:1|coco:5"), with_image("train", "vg:2", 1)])
     write(tmp_path / "b", "testA", [with_image("test", "coco:5")])
-    assert not verify([tmp_path / "a"]).totals
-    report = verify([tmp_path / "a", tmp_path / "b"], workers=1)
+    assert not check([tmp_path / "a"]).totals
+    report = check([tmp_path / "a", tmp_path / "b"], workers=1)
     assert report.totals == Counter(leak=1)
     assert "coco:5" in report.faults["leak"][0]
     assert "testA-000000.tar" in report.faults["leak"][0]
-    assert verify([tmp_path / "a"], frozenset({"vg:2", "coco:5"})).totals["leak"] == 2
+    assert check([tmp_path / "a"], frozenset({"vg:2", "coco:5"})).totals["leak"] == 2
     assert evaluation_images([tmp_path / "a", tmp_path / "b"]) == {"coco:5"}
 
 
@@ -141,7 +140,7 @@ def test_the_same_file_under_another_id_is_noted(tmp_path):
     other, _ = make_sample(MiniRecipe(), "train", "rec", 3)
     other.id, other.meta["image_ids"] = "other", ["coco:1"]
     write(tmp_path, "val", [(other, images)])
-    report = verify([tmp_path], workers=2)
+    report = check([tmp_path], workers=2)
     assert not report.totals
     assert ["1 image file(s)" in report.notes[0], "2 training sample(s)" in report.notes[1]] == [True, True]
 

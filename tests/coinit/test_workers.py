@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from vistallm.coinit.workers import run_forked
+from vistallm.coinit.build import run_forked
 
 PROGRAM = """
 import os, time
-from vistallm.coinit.workers import run_forked
+from vistallm.coinit.build import run_forked
 
 def work(number):
     os.write(1, b"%d\\n" % os.getpid())

@@ -6,11 +6,13 @@ Shards are checked by all cores, one shard at a time each; what is kept per samp
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tarfile import TarError
 from typing import Any
 
 import cv2
@@ -18,13 +20,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from vistallm.coinit.leaks import is_training, records, sample_images
-from vistallm.coinit.mojibake import broken_text
+from vistallm.coinit.build import run_forked
 from vistallm.coinit.shards import read_index, read_shard
-from vistallm.coinit.workers import run_forked
+from vistallm.coinit.sources.base import is_training, sample_images
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
-from vistallm.schema import Region, Sample
+from vistallm.schema import ImageInfo, Region, Sample
 from vistallm.tasks import (
     TASKS,
     RegionSlot,
@@ -35,13 +36,14 @@ from vistallm.tasks import (
     write_instruction,
 )
 
-_SIDES = ("instruction", "answer")
 FIRST = 5  # faults of each kind that are kept with their text
 Fault = tuple[str, str]  # kind, a short kebab-case word, and what is wrong where
+_BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_FOREIGN = re.compile(r"[^\x00-\x7f]{2,}")
 
 
 @dataclass
-class Report:
+class CheckReport:
     """Samples per (folder, split) by task, faults counted by kind, and the first FIRST of each kind (empty = sound).
 
     `notes` say what is worth a look, but may be right.
@@ -61,58 +63,77 @@ class Report:
 
 
 @dataclass
-class _Checked:
+class _CheckedShard:
     """What one shard gives: its faults, and what only makes sense beside the other shards."""
 
     path: Path
     split: str
     tasks: Counter[str] = field(default_factory=Counter)
-    faults: Report = field(default_factory=Report)
+    report: CheckReport = field(default_factory=CheckReport)
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     images: set[str] = field(default_factory=set)
     files: set[int] = field(default_factory=set)  # hashes of image bytes: forked workers share Python's hash seed
     nameless: int = 0  # samples without image ids
 
 
-def verify(roots: Iterable[Path | str], exclude: frozenset[str] = frozenset(), workers: int | None = None) -> Report:
+def check(
+    roots: Iterable[Path | str], exclude: frozenset[str] = frozenset(), workers: int | None = None
+) -> CheckReport:
     """Read every byte of shard folders and list what is wrong.
 
     Args:
         roots: folders; those of evaluation splits too, so that leaks between sources are seen.
-        exclude: image ids that no training sample may use, beside those of the evaluation splits found.
+        exclude: image ids that no training sample may use, beside those of the evaluation splits given.
         workers: processes; None = one per CPU.
 
     Raises:
         ValueError: a folder has no index.
     """
-    report, jobs = Report(), []
+    report, listed = CheckReport(), []
     for root in map(Path, roots):
-        listed = read_index(root)["shards"]
+        rows = read_index(root)["shards"]
         for path in sorted(root.glob("*.tar")):
-            if path.name not in listed:
+            if path.name not in rows:
                 report.add("unlisted-shard", f"{path}: not in index.json")
-        jobs += [(root / name, row) for name, row in listed.items()]
-    running = run_forked(_check_shard, jobs, workers)
-    checked = sorted(tqdm(running, total=len(jobs), unit="shard", desc="check"), key=lambda shard: shard.path)
-    for shard in checked:
-        for kind, texts in shard.faults.faults.items():
+        listed += [(root / name, row) for name, row in rows.items()]
+    running = run_forked(_check_shard, listed, workers)
+    shards = sorted(tqdm(running, total=len(listed), unit="shard", desc="check"), key=lambda shard: shard.path)
+    for shard in shards:
+        for kind, texts in shard.report.faults.items():
             for text in texts:
                 report.add(kind, f"{shard.path}: {text}", 0)
-            report.totals[kind] += shard.faults.totals[kind]
+            report.totals[kind] += shard.report.totals[kind]
         report.counts.setdefault((str(shard.path.parent), shard.split), Counter()).update(shard.tasks)
-    _find_duplicates(checked, report)
-    _find_leaks(checked, exclude, report)
+    _find_duplicates(shards, report)
+    _find_leaks(shards, exclude, report)
     return report
 
 
-def _check_shard(job: tuple[Path, dict[str, Any]]) -> _Checked:
+def evaluation_images(folders: Iterable[Path]) -> set[str]:
+    """Ids of all images in evaluation splits of shard folders."""
+    shards = [(folder / name, row) for folder in folders for name, row in read_index(folder)["shards"].items()]
+    records = (record for path, row in shards if not is_training(row["split"]) for record in _records(path))
+    return {image_id for record in records for image_id in sample_images(Sample.from_json(record))}
+
+
+def _records(shard: Path) -> Iterator[dict]:
+    """JSON records of a shard; the images are skipped, not read."""
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                file = tar.extractfile(member)
+                assert file is not None
+                yield json.loads(file.read())
+
+
+def _check_shard(listed: tuple[Path, dict[str, Any]]) -> _CheckedShard:
     """Check one shard against its index row, and every sample in it."""
-    path, row = job
-    checked = _Checked(path, row["split"])
-    report = checked.faults
+    path, row = listed
+    shard = _CheckedShard(path, row["split"])
+    report = shard.report
     if not path.is_file():
         report.add("missing-shard", "listed in index.json, but there is no such file")
-        return checked
+        return shard
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     size = path.stat().st_size
@@ -121,19 +142,25 @@ def _check_shard(job: tuple[Path, dict[str, Any]]) -> _Checked:
     checker, ids = SampleChecker(), []
     try:
         for sample, images in read_shard(path):
-            checked.tasks[sample.task] += 1
+            shard.tasks[sample.task] += 1
             ids.append(id_digest(sample.id))
-            checked.images |= sample_images(sample)
-            checked.files.update(map(hash, images))
-            checked.nameless += not sample.meta.get("image_ids")
+            shard.images |= sample_images(sample)
+            shard.files.update(map(hash, images))
+            shard.nameless += not sample.meta.get("image_ids")
             for kind, text in checker.faults(sample, images):
                 report.add(kind, f"sample {sample.id}: {text}")
-    except (ValueError, TypeError, AttributeError, OSError, TarError) as error:  # of a record with other types, too
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OSError,
+        tarfile.TarError,
+    ) as error:  # a record with other types, too
         report.add("record", f"{error!r}; the rest of the shard was not checked")
-    checked.ids = np.array(ids, np.uint64)
-    if checked.tasks != Counter(row["tasks"]) or checked.tasks.total() != row["samples"]:
-        report.add("count", f"holds {dict(sorted(checked.tasks.items()))}, the index says {row['tasks']}")
-    return checked
+    shard.ids = np.array(ids, np.uint64)
+    if shard.tasks != Counter(row["tasks"]) or shard.tasks.total() != row["samples"]:
+        report.add("count", f"holds {dict(sorted(shard.tasks.items()))}, the index says {row['tasks']}")
+    return shard
 
 
 def id_digest(name: str) -> int:
@@ -141,43 +168,52 @@ def id_digest(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _find_duplicates(checked: list[_Checked], report: Report) -> None:
+def _find_duplicates(shards: list[_CheckedShard], report: CheckReport) -> None:
     """Ids that occur twice anywhere; the shards that hold them are read again for the names."""
-    values, counts = np.unique(np.concatenate([shard.ids for shard in checked]), return_counts=True)
+    values, counts = np.unique(np.concatenate([shard.ids for shard in shards]), return_counts=True)
     twice = values[counts > 1]
     if not len(twice):
         return
     report.totals["duplicate-id"] += int((counts - 1).sum())
     seen: dict[str, Path] = {}
-    for shard in checked:
-        if len(report.faults.get("duplicate-id", ())) >= FIRST:
-            return
-        if not np.isin(shard.ids, twice[:FIRST]).any():
-            continue
-        for name in (str(record["id"]) for record in records(shard.path)):
-            if np.isin(np.uint64(id_digest(name)), twice[:FIRST]):
-                if name in seen:
-                    report.add("duplicate-id", f"{shard.path}: sample {name}: the same id is in {seen[name]}", 0)
-                seen[name] = shard.path
+    for shard in shards:
+        if len(report.faults.get("duplicate-id", ())) < FIRST and np.isin(shard.ids, twice[:FIRST]).any():
+            for name in (str(record["id"]) for record in _records(shard.path)):
+                if np.isin(np.uint64(id_digest(name)), twice[:FIRST]):
+                    if name in seen:
+                        report.add("duplicate-id", f"{shard.path}: sample {name}: the same id is in {seen[name]}", 0)
+                    seen[name] = shard.path
 
 
-def _find_leaks(checked: list[_Checked], exclude: frozenset[str], report: Report) -> None:
+def _find_leaks(shards: list[_CheckedShard], exclude: frozenset[str], report: CheckReport) -> None:
     """Images of evaluation splits, here or in `exclude`, that training shards hold."""
     kept: dict[str, str] = dict.fromkeys(exclude, "the list of excluded images")
-    for shard in checked:
-        if not is_training(shard.split):
-            kept.update(dict.fromkeys(shard.images, str(shard.path)))
-    training = [shard for shard in checked if is_training(shard.split)]
+    training = [shard for shard in shards if is_training(shard.split)]
+    evaluation = [shard for shard in shards if not is_training(shard.split)]
+    for shard in evaluation:
+        kept.update(dict.fromkeys(shard.images, str(shard.path)))
     for shard in training:
         if leaked := sorted(shard.images & kept.keys()):
             text = f"{shard.path}: {len(leaked)} image(s) are for evaluation, first {leaked[0]} of {kept[leaked[0]]}"
             report.add("leak", f"{text}; build the split with --exclude", len(leaked))
-    same = set[int]().union(*(shard.files for shard in training))
-    same &= set[int]().union(*(shard.files for shard in checked if not is_training(shard.split)))
+    same = set[int]().union(*(shard.files for shard in training)) & set().union(*(shard.files for shard in evaluation))
     if same:
         report.notes.append(f"{len(same)} image file(s) of evaluation splits are in training shards, byte for byte")
     if nameless := sum(shard.nameless for shard in training):
-        report.notes.append(f"{nameless} training sample(s) carry no image ids, so that leaks can't be told by them")
+        report.notes.append(f"{nameless} training sample(s) carry no image ids, so that leaks cannot be seen by them")
+
+
+def broken_text(text: str) -> str | None:
+    """The first piece of a text that was decoded wrongly: lost or control characters, or UTF-8 read as Windows-1252."""
+    if broken := _BROKEN.search(text):
+        return broken[0]
+    for piece in _FOREIGN.findall(text):
+        try:
+            if piece.encode("cp1252").decode("utf-8") != piece:
+                return piece
+        except UnicodeError:
+            continue
+    return None
 
 
 class SampleChecker:
@@ -186,7 +222,7 @@ class SampleChecker:
     def __init__(self) -> None:
         # The answer must be readable whatever the sampler, so the cheapest one writes it.
         self.codec = RegionCodec(mask_sampler="uniform", cache_size=256)
-        self._sizes: dict[bytes, tuple[int, ...] | None] = {}
+        self._shapes: dict[bytes, tuple[int, ...] | None] = {}
 
     def faults(self, sample: Sample, images: list[bytes]) -> Iterator[Fault]:
         """Faults of a sample: task, image sizes, regions inside their image, texts, and an answer that reads back."""
@@ -203,33 +239,27 @@ class SampleChecker:
             elif shape != (info.height, info.width):
                 got = f"{shape[1]} x {shape[0]}"
                 yield "image-size", f"image {info.file} is {got}, its record says {info.width} x {info.height}"
-        bad = False
-        for region in sample.regions:
-            size = sample.images[region.image]
-            if fault := _region_fault(region, size.width, size.height):
-                bad = True
-                yield "region", f"region of object {region.object}: {fault}"
-        if not bad:
+        faults = [(region.object, _region_fault(region, sample.images[region.image])) for region in sample.regions]
+        for number, fault in faults:
+            if fault:
+                yield "region", f"region of object {number}: {fault}"
+        if not any(fault for _, fault in faults):
             yield from self._text_faults(sample)
 
     def _shape(self, data: bytes) -> tuple[int, ...] | None:
         """(height, width) as decoded, None when it does not; the samples of an image mostly follow one another."""
-        if data not in self._sizes:
+        if data not in self._shapes:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-            if len(self._sizes) >= 16:
-                self._sizes.pop(next(iter(self._sizes)))
-            self._sizes[data] = None if pixels is None else pixels.shape[:2]
-        return self._sizes[data]
+            if len(self._shapes) >= 16:
+                self._shapes.pop(next(iter(self._shapes)))
+            self._shapes[data] = None if pixels is None else pixels.shape[:2]
+        return self._shapes[data]
 
     def _text_faults(self, sample: Sample) -> Iterator[Fault]:
         """The evaluation template must fill, placeholders name objects that have regions, and the answer read back."""
-        letterboxes = [Letterbox(info.width, info.height, max(info.width, info.height)) for info in sample.images]
         try:
-            texts = [
-                (f"earlier {name}", text)
-                for pair in earlier_rounds(sample)
-                for name, text in zip(_SIDES, pair, strict=True)
-            ]
+            rounds = [dict(zip(("instruction", "answer"), pair, strict=True)) for pair in earlier_rounds(sample)]
+            texts = [(f"earlier {name}", text) for pair in rounds for name, text in pair.items()]
             texts.append(("instruction", write_instruction(sample, template=0)))
             if not sample.meta.get("unlabelled"):
                 texts.append(("answer", write_answer(sample)))
@@ -242,34 +272,32 @@ class SampleChecker:
             if broken := broken_text(text):
                 yield "mojibake", f"the {name} holds {broken!r}; read the source's texts as UTF-8"
             try:
-                written, regions = self._write(text, sample, letterboxes)
-                if regions and name.endswith("answer"):
-                    parsed = self.codec.decode(written, letterboxes)
-                    if [r.image for r in parsed.regions] != [r.image for r in regions]:
-                        yield (
-                            "parse-back",
-                            f"the {name} has {len(regions)} regions, {len(parsed.regions)} are read back",
-                        )
+                written, read = self._write_and_read(text, sample, name.endswith("answer"))
+                if written != read:
+                    yield "parse-back", f"the {name} has {len(written)} regions, {len(read)} are read back"
             except RegionParseError as error:
                 yield "parse-back", f"the {name}: {error}"
             except ValueError as error:
                 yield "placeholder", f"the {name}: {error}"
 
-    def _write(self, text: str, sample: Sample, letterboxes: list[Letterbox]) -> tuple[str, list[Region]]:
-        """A text with its regions written as when streaming, and these regions in the order of writing."""
-        written, regions = [], []
-        for part in split_placeholders(text):
-            if not isinstance(part, RegionSlot):
-                written.append(part)
-                continue
-            found = [find_region(sample, number, part.kind) for number in part.objects]
-            found.sort(key=lambda region: region.image)
-            written.append(self.codec.encode(found, letterboxes, part.kind or found[0].kind))
-            regions += found
-        return "".join(written), regions
+    def _write_and_read(self, text: str, sample: Sample, is_answer: bool) -> tuple[list[int], list[int]]:
+        """The image of each region of a text, written as when streaming; and as read back, where that is an answer."""
+        letterboxes = [Letterbox(info.width, info.height, max(info.width, info.height)) for info in sample.images]
+        pieces, written = [], []
+        for piece in split_placeholders(text):
+            if isinstance(piece, RegionSlot):
+                regions = [find_region(sample, number, piece.kind) for number in piece.objects]
+                regions.sort(key=lambda region: region.image)
+                written += [region.image for region in regions]
+                piece = self.codec.encode(regions, letterboxes, piece.kind or regions[0].kind)
+            pieces.append(piece)
+        if not written or not is_answer:
+            return written, written
+        return written, [region.image for region in self.codec.decode("".join(pieces), letterboxes).regions]
 
 
-def _region_fault(region: Region, width: int, height: int) -> str | None:
+def _region_fault(region: Region, image: ImageInfo) -> str | None:
+    width, height = image.width, image.height
     if region.box is not None:
         x0, y0, x1, y1 = region.box
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):

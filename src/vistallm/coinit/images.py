@@ -43,10 +43,8 @@ def read_image(path: Path) -> ImageFile:
         ValueError: it is not an image.
     """
     data = path.read_bytes()
-    kind, (width, height) = _read_header(io.BytesIO(data), path)
-    if kind in _SUFFIXES:
-        return ImageFile(data, _SUFFIXES[kind], width, height)
-    return _encode(_decode(data, path), "png")
+    kind, size = _read_header(io.BytesIO(data), path)
+    return ImageFile(data, _SUFFIXES[kind], *size) if kind in _SUFFIXES else _encode(_decode(data, path), "png")
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[str, tuple[int, int]]:
@@ -67,9 +65,8 @@ def shrink(image: ImageFile, max_side: int, path: Path) -> ImageFile:
     scale = max_side / max(image.width, image.height)
     if scale >= 1:
         return image
-    pixels = _decode(image.data, path)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return _encode(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), image.suffix)
+    return _encode(cv2.resize(_decode(image.data, path), size, interpolation=cv2.INTER_AREA), image.suffix)
 
 
 def scale_region(region: Region, old: tuple[int, int], new: tuple[int, int]) -> Region:
@@ -97,7 +94,5 @@ def _decode(data: bytes, path: Path) -> np.ndarray:
 
 
 def _encode(pixels: np.ndarray, suffix: str) -> ImageFile:
-    settings = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if suffix == "jpg" else []
-    done, data = cv2.imencode(f".{suffix}", pixels, settings)
-    assert done
+    data = cv2.imencode(f".{suffix}", pixels, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if suffix == "jpg" else [])[1]
     return ImageFile(data.tobytes(), suffix, pixels.shape[1], pixels.shape[0])

@@ -90,6 +90,16 @@ def _read_setting(key: str, value: str | None, allowed: str | float | tuple[str,
     return values if isinstance(allowed, list) else values[0]
 
 
+def is_training(split: str) -> bool:
+    """Whether a split is trained on: "train", "train2014", ...; every other one is kept for evaluation."""
+    return split.startswith("train")
+
+
+def sample_images(sample: Sample) -> set[str]:
+    """Ids of a sample's images; one that is in two datasets has both ("vg:1|coco:5" is two ids)."""
+    return {part for name in sample.meta.get("image_ids", []) for part in str(name).split("|")}
+
+
 @dataclass
 class Draft:
     """A sample and its image files, in order.

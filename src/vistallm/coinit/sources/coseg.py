@@ -22,8 +22,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vistallm.coinit.leaks import is_training
-from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions, is_training
 from vistallm.coinit.sources.images import SourceImage, group_draft
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
