@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from vistallm.evaluate import analysis, gallery, plots
 from vistallm.evaluate import benchmarks as B
+from vistallm.evaluate import gallery, plots
 from vistallm.evaluate.confidence import set_confidence
-from vistallm.evaluate.report import TITLES, write_report
+from vistallm.evaluate.report import TITLES, outcome, write_report
 from vistallm.regions.codec import RegionCodec
 from vistallm.tasks import TASKS
 
@@ -55,8 +55,8 @@ def parse(page):
 @pytest.fixture
 def metrics_csv(tmp_path):
     path = tmp_path / "metrics.csv"
-    rows = ["step,seconds,loss,lr,samples,val_loss,loss/res"]
-    rows += [f"{i},0.5,{3 / i},0.001,8,,{2 / i}" for i in range(1, 30)] + ["30,,,,,0.5,"]
+    rows = ["step,seconds,loss,lr,samples,val_loss,loss/res,val/res_ciou"]
+    rows += [f"{i},0.5,{3 / i},0.001,8,,{2 / i}," for i in range(1, 30)] + ["30,,,,,0.5,,0.61"]
     path.write_text("\n".join(rows) + "\n")
     return path
 
@@ -93,6 +93,7 @@ def test_page_shows_every_task_and_loads_nothing(predictions, tmp_path, metrics_
     for text in (
         "odd-count",
         "Stage 1",
+        "Validation scores",
         "30 steps",
         "12.5",
         "seed: 7",
@@ -209,7 +210,7 @@ def test_outcome(predictions, metric, empty, regions, score, expected):
     one = next(p for p in predictions if p.task == "rec")
     one.target["empty"], one.score = empty, score
     one.parsed = None if regions is None else dataclasses.replace(one.parsed, regions=one.parsed.regions[:regions])
-    assert analysis.outcome(one, metric) == expected
+    assert outcome(one, metric) == expected
 
 
 def test_gallery_picks_worst_median_and_best(predictions):

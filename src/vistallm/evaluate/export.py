@@ -1,4 +1,4 @@
-"""Predictions of one benchmark -> the submission or result file that its own evaluation reads.
+"""Predictions -> the files that public evaluations take: each benchmark's own submission or result file.
 
 COCO results (masks, boxes, captions) are read by pycocotools' `COCO.loadRes` beside the dataset's own annotations;
 VQAv2's JSON by the VQA evaluation, NLVR2's CSV by its metrics.py, POPE's lines by its evaluate.py; VCR's CSV is the
@@ -10,18 +10,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vistallm.evaluate.parse import read_words
 from vistallm.evaluate.targets import boxes_of, fact, image_masks
-from vistallm.schema import Prediction, Region, Rle
+from vistallm.schema import Prediction, Region
 
-Export = Callable[[Sequence[Prediction]], str]
+Predictions = Sequence[Prediction]
 
 
-def write_exports(folder: Path, kind: str, name: str, predictions: Sequence[Prediction]) -> Path:
+def write_exports(folder: Path, kind: str, name: str, predictions: Predictions) -> Path:
     """Write one benchmark's file as `folder/<name><suffix>` and return its path.
 
     Raises:
@@ -49,9 +49,12 @@ def _image_id(prediction: Prediction) -> int | str:
     return int(chosen) if chosen.isdigit() else chosen
 
 
-def _xywh(prediction: Prediction) -> list[list[float]]:
-    boxes = boxes_of(prediction.parsed.regions if prediction.parsed else [])
-    return [[round(float(v), 3) for v in (x0, y0, x1 - x0, y1 - y0)] for x0, y0, x1, y1 in boxes]
+def _regions(prediction: Prediction) -> list[Region]:
+    return prediction.parsed.regions if prediction.parsed else []
+
+
+def _answer(prediction: Prediction, unreadable: str = "") -> str:
+    return prediction.parsed.answer if prediction.parsed else unreadable
 
 
 def _score(regions: Sequence[Region]) -> float:
@@ -59,101 +62,90 @@ def _score(regions: Sequence[Region]) -> float:
     return min((1.0 if region.confidence is None else region.confidence for region in regions), default=0.0)
 
 
-def _mask(prediction: Prediction) -> Rle:
+def _xywh(prediction: Prediction) -> list[list[float]]:
+    boxes = boxes_of(_regions(prediction))
+    return [[round(float(v), 3) for v in (x0, y0, x1 - x0, y1 - y0)] for x0, y0, x1, y1 in boxes]
+
+
+def _segmentation(prediction: Prediction) -> dict[str, Any]:
     """The answer's regions in the first image as one RLE with text counts, as JSON needs them."""
-    rle = image_masks(prediction.parsed.regions if prediction.parsed else [], prediction)[0]
+    rle = image_masks(_regions(prediction), prediction)[0]
     counts = rle["counts"]
     return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
-
-
-def _answer(prediction: Prediction, unreadable: str = "") -> str:
-    return prediction.parsed.answer if prediction.parsed else unreadable
 
 
 def _json(records: Any) -> str:
     return json.dumps(records, ensure_ascii=False) + "\n"
 
 
-def _coco_result(prediction: Prediction, regions: Sequence[Region], what: dict[str, Any]) -> dict[str, Any]:
-    ids = {"image_id": _image_id(prediction), "category_id": 1}
-    return ids | what | {"score": _score(regions), "expression": prediction.id}
+def _coco(results: Iterable[tuple[Prediction, Sequence[Region], dict[str, Any]]]) -> str:
+    return _json(
+        [
+            {"image_id": _image_id(p), "category_id": 1, **shape, "score": _score(regions), "expression": p.id}
+            for p, regions, shape in results
+        ]
+    )
 
 
-def _coco_masks(predictions: Sequence[Prediction]) -> str:
+def _coco_masks(predictions: Predictions) -> str:
     """One result per expression, its regions joined; an answer without a region has none."""
-    found = [(p, p.parsed.regions) for p in predictions if p.parsed and p.parsed.regions]
-    return _json([_coco_result(p, regions, {"segmentation": _mask(p)}) for p, regions in found])
+    return _coco((p, regions, {"segmentation": _segmentation(p)}) for p in predictions if (regions := _regions(p)))
 
 
-def _coco_boxes(predictions: Sequence[Prediction]) -> str:
+def _coco_boxes(predictions: Predictions) -> str:
     """One result per region."""
-    found = [(p, zip(p.parsed.regions, _xywh(p), strict=True)) for p in predictions if p.parsed]
-    return _json([_coco_result(p, [region], {"bbox": box}) for p, boxes in found for region, box in boxes])
+    results = ((p, zip(_regions(p), _xywh(p), strict=True)) for p in predictions)
+    return _coco((p, [region], {"bbox": box}) for p, boxes in results for region, box in boxes)
 
 
-def _grefcoco(predictions: Sequence[Prediction]) -> str:
+def _grefcoco(predictions: Predictions) -> str:
     records = []
     for p in predictions:
-        regions = p.parsed.regions if p.parsed else []
-        found = {key: _needed(p, key) for key in ("ref_id", "sent_id")} | {"image_id": _image_id(p)}
-        found |= {"no_target": p.parsed is not None and not regions, "score": _score(regions)}
+        regions = _regions(p)
+        ids = {key: _needed(p, key) for key in ("ref_id", "sent_id")} | {"image_id": _image_id(p)}
         masks = any(region.kind == "mask" for region in regions)
-        records.append(found | ({"segmentation": _mask(p)} if masks else {"boxes": _xywh(p)}))
+        shape = {"segmentation": _segmentation(p)} if masks else {"boxes": _xywh(p)}
+        records.append(ids | {"no_target": p.parsed is not None and not regions, "score": _score(regions)} | shape)
     return _json(records)
 
 
-def _captions(predictions: Sequence[Prediction]) -> str:
-    return _json([{"image_id": _image_id(p), "caption": _answer(p)} for p in predictions])
-
-
-def _vqav2(predictions: Sequence[Prediction]) -> str:
-    return _json([{"question_id": _needed(p, "question_id"), "answer": _answer(p)} for p in predictions])
-
-
-def _nlvr2(predictions: Sequence[Prediction]) -> str:
-    """`identifier,True`; the identifier is what the sample's id has after its source and split."""
-    return "".join(f"{p.id.split('-', 2)[2]},{_answer(p, 'unreadable')}\n" for p in predictions)
-
-
-def _pope(predictions: Sequence[Prediction]) -> str:
-    """What could not be read stays as it was written: POPE's own code takes it for a yes."""
-    return "".join(_json({"question": p.prompt, "answer": _answer(p, p.text)}) for p in predictions)
-
-
-def _vcr(predictions: Sequence[Prediction]) -> str:
+def _vcr(predictions: Predictions) -> str:
     """Annotation id and 20 probabilities, 1 for the chosen letter; .25 each where nothing was asked or read.
 
     A rationale's prompt holds an answer: its number is `meta["given"]` in the test set, which asks for all four; in
     other sets it is the right one, known from the question's own sample.
     """
     names = ["answer", *(f"rationale_conditioned_on_a{i}" for i in range(4))]
-    right = {
-        str(_needed(p, "group")): "ABCD".find(read_words(str(p.target.get("answer")), "choice")[0] or "?")
-        for p in predictions
-        if fact(p, "mode") == "q_a"
-    }
-    rows: dict[str, dict[str, list[float]]] = {}
+    right, rows = dict[str, int](), dict[str, dict[str, list[float]]]()
     for p in predictions:
-        group = str(_needed(p, "group"))
+        if fact(p, "mode") == "q_a":
+            letter = read_words(str(p.target.get("answer")), "choice")[0] or "?"
+            right[str(_needed(p, "group"))] = "ABCD".find(letter)
+    for p in predictions:
+        group, chosen = str(_needed(p, "group")), "ABCD".find(_answer(p) or "?")
         given = fact(p, "given", right.get(group, -1))
         name = "answer" if fact(p, "mode") == "q_a" else f"rationale_conditioned_on_a{given}"
-        chosen = "ABCD".find(_answer(p) or "?")
         rows.setdefault(group, {})[name] = [float(i == chosen) for i in range(4)] if chosen >= 0 else [0.25] * 4
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["annot_id", *(f"{name}_{i}" for name in names for i in range(4))])
-    for group, found in rows.items():
-        writer.writerow([group, *(value for name in names for value in found.get(name, [0.25] * 4))])
+    for group, row in rows.items():
+        writer.writerow([group, *(value for name in names for value in row.get(name, [0.25] * 4))])
     return text.getvalue()
 
 
-EXPORTS: dict[str, tuple[str, Export]] = {
+EXPORTS: dict[str, tuple[str, Callable[[Predictions], str]]] = {
     "coco_masks": (".json", _coco_masks),
     "coco_boxes": (".json", _coco_boxes),
     "grefcoco": (".json", _grefcoco),
-    "captions": (".json", _captions),
-    "vqav2": (".json", _vqav2),
+    "captions": (".json", lambda ps: _json([{"image_id": _image_id(p), "caption": _answer(p)} for p in ps])),
+    "vqav2": (
+        ".json",
+        lambda ps: _json([{"question_id": _needed(p, "question_id"), "answer": _answer(p)} for p in ps]),
+    ),
     "vcr": (".csv", _vcr),
-    "nlvr2": (".csv", _nlvr2),
-    "pope": (".json", _pope),
+    # `identifier,True`; the identifier is what the sample's id has after its source and split.
+    "nlvr2": (".csv", lambda ps: "".join(f"{p.id.split('-', 2)[2]},{_answer(p, 'unreadable')}\n" for p in ps)),
+    # What could not be read stays as it was written: POPE's own code takes it for a yes.
+    "pope": (".json", lambda ps: "".join(_json({"question": p.prompt, "answer": _answer(p, p.text)}) for p in ps)),
 }

@@ -1,6 +1,6 @@
-"""Predictions and images -> gallery cards: each image with the target's outline and the answer's fill, and the words.
+"""Predictions and images -> gallery cards: each image with the target's outline and the answer's fill, and the texts.
 
-Overlays are SVG in pixels of the original image over a JPEG (or a plain canvas when no image is at hand), so they stay
+Overlays are SVG in pixels of the original image over a JPEG (or a plain canvas where no image is at hand), so they stay
 sharp at any zoom and their layers can be switched. The card itself is written in `report.html`.
 """
 
@@ -55,11 +55,11 @@ def pick(predictions: Sequence[Prediction], per_group: int = 3) -> list[tuple[st
     groups = {
         "unreadable": [p for p in predictions if p.parsed is None][:per_group],
         "worst": ranked[:per_group],
-        # with few samples worst and best must not lose theirs to the median
+        # with few samples worst and best keep theirs, the median has what is left
         "median": ranked[max(per_group, middle) : min(middle + per_group, top)],
         "best": ranked[max(per_group, top) :][::-1],
     }
-    return [(group, prediction) for group, part in groups.items() for prediction in part]
+    return [(group, prediction) for group, members in groups.items() for prediction in members]
 
 
 def shown(predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -86,30 +86,26 @@ def short_text(text: str, limit: int = 220) -> Markup:
 
 def make_card(prediction: Prediction, group: str, images: Sequence[np.ndarray] | None) -> Card:
     """Draw one answer; `images` holds the (H, W, 3) uint8 RGB images of the sample, None for a plain canvas."""
-    pictures = [
-        _picture(prediction, index, None if images is None else images[index])
-        for index in range(len(prediction.images))
-    ]
-    return Card(prediction, group, pictures, answer_confidence(prediction))
-
-
-def _picture(prediction: Prediction, index: int, image: np.ndarray | None) -> Picture:
-    width, height = (int(prediction.images[index][side]) for side in ("width", "height"))
-
-    def shapes(regions: list[Region]) -> Markup:
-        return Markup("").join(_shape(region, width, height) for region in regions if region.image == index)
-
     target = target_regions(prediction)
     given = [Region.from_json(record) for record in prediction.target.get("given", [])]
     given += [Region(0, "box", box=tuple(box)) for box in prediction.target.get("candidates", [])]
-    truth = shapes([region for region in target if region.kind != "mask"])
-    if any(region.kind == "mask" and region.image == index for region in target):
-        truth += _outline(rle_to_mask(image_masks(target, prediction)[index]))
-    answer = shapes(prediction.parsed.regions if prediction.parsed else [])
-    return Picture(width, height, None if image is None else _data_uri(image), shapes(given), answer, truth)
+    answer = prediction.parsed.regions if prediction.parsed else []
+    masks = image_masks([region for region in target if region.kind == "mask"], prediction)
+    pictures = []
+    for index, size in enumerate(prediction.images):
+        width, height = int(size["width"]), int(size["height"])
+        layers = [
+            Markup("").join(_shape(region, max(width, height) / 45) for region in regions if region.image == index)
+            for regions in (given, answer, [region for region in target if region.kind != "mask"])
+        ]
+        if any(region.kind == "mask" and region.image == index for region in target):
+            layers[2] += _outline(rle_to_mask(masks[index]))  # one outline of all objects
+        pictures.append(Picture(width, height, None if images is None else _data_uri(images[index]), *layers))
+    return Card(prediction, group, pictures, answer_confidence(prediction))
 
 
-def _shape(region: Region, width: int, height: int) -> Markup:
+def _shape(region: Region, radius: float) -> Markup:
+    """A region as SVG; `radius` of a point, in pixels of the image."""
     if region.kind == "mask" and region.polygons is not None:
         return _path(region.polygons)
     if region.kind == "mask" and region.rle is not None:
@@ -118,7 +114,7 @@ def _shape(region: Region, width: int, height: int) -> Markup:
         x0, y0, x1, y1 = region.box
         return Markup(f'<rect x="{x0:g}" y="{y0:g}" width="{max(0, x1 - x0):g}" height="{max(0, y1 - y0):g}"/>')
     x, y = region.point or (0, 0)
-    return Markup(f'<circle cx="{x:g}" cy="{y:g}" r="{max(width, height) / 45:g}"/>')
+    return Markup(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}"/>')
 
 
 def _outline(mask: np.ndarray) -> Markup:
@@ -136,6 +132,5 @@ def _data_uri(image: np.ndarray) -> str:
     scale = MAX_SIDE / max(image.shape[:2])
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    done, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
-    assert done
+    data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 INK, SOFT, GRID = "#1d2330", "#6a7280", "#e4e7ec"
 LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c", "#1098ad", "#5c677d")
+MAX_LINES = len(LINES)  # of one plot: more can't be told apart
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, both (n,) float64
 
 PLOT_STYLE: Any = {
@@ -64,37 +65,48 @@ def curve(columns: Mapping[str, np.ndarray], name: str, points: int = 120) -> Cu
     return tuple(np.array([columns[key][run].mean() for run in runs]) for key in ("step", name))  # type: ignore[return-value]
 
 
-def line_plot(
+def line_plots(
+    caption: str,
     curves: Mapping[str, Curve],
     x_label: str,
     y_label: str,
+    note: str = "",
     *,
     log_y: bool = False,
     square: bool = False,
     diagonal: bool = False,
-) -> Markup:
-    """Draw named curves; `square`: both axes run from 0 to 1; `diagonal`: points, beside the line y = x."""
-    with matplotlib.rc_context(PLOT_STYLE):
-        figure = matplotlib.figure.Figure(figsize=(4.4, 2.9), layout="constrained")
-        axes = figure.add_subplot()
-        if diagonal:
-            axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
-        for colour, (name, (x, y)) in zip(LINES * 4, curves.items(), strict=False):
-            axes.plot(x, y, color=colour, linewidth=1.6, label=name, marker="o" if diagonal else None, markersize=3.5)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if log_y and all((y > 0).all() for _, y in curves.values()):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
-        if square:
-            axes.set(xlim=(0, 1), ylim=(0, 1.02))
-        if len(curves) > 1 or diagonal:
-            axes.legend(fontsize=8, handlelength=1.4)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    return Markup(svg[svg.index("<svg") :])
+) -> list[Figure]:
+    """Draw named curves, at most `MAX_LINES` a figure; no figure without a curve.
+
+    `square`: both axes run from 0 to 1; `diagonal`: points, beside the line y = x.
+    """
+    figures = []
+    for start in range(0, len(curves), MAX_LINES):
+        part = dict(list(curves.items())[start : start + MAX_LINES])
+        with matplotlib.rc_context(PLOT_STYLE):
+            figure = matplotlib.figure.Figure(figsize=(4.4, 2.9), layout="constrained")
+            axes = figure.add_subplot()
+            if diagonal:
+                axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
+            for colour, (name, (x, y)) in zip(LINES, part.items(), strict=False):
+                axes.plot(
+                    x, y, color=colour, linewidth=1.6, label=name, marker="o" if diagonal else None, markersize=3.5
+                )
+            axes.set_xlabel(x_label)
+            axes.set_ylabel(y_label)
+            if log_y and all((y > 0).all() for _, y in part.values()):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
+            if square:
+                axes.set(xlim=(0, 1), ylim=(0, 1.02))
+            if len(part) > 1 or diagonal:
+                axes.legend(fontsize=8, handlelength=1.4)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        svg = buffer.getvalue()
+        figures.append(Figure(caption, Markup(svg[svg.index("<svg") :]), note))
+    return figures
 
 
 def sparkline(values: np.ndarray, width: int = 120, height: int = 30) -> Markup:

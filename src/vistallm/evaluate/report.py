@@ -1,24 +1,24 @@
 """Scores, predictions and a run's history -> report.html: one page that needs nothing beside itself.
 
 The page is the Jinja template `report.html` beside this module, with `report.css` and `report.js` in it; images are
-data URIs, plots inline SVG. Here stands what the template is filled with.
+data URIs, plots inline SVG. This module computes what the template is filled with.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
-from vistallm.evaluate import analysis
 from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
-from vistallm.evaluate.families import SCORE_NAMES
+from vistallm.evaluate.confidence import RIGHT_FROM, calibrate, rejection_curve
+from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
 from vistallm.evaluate.gallery import make_card, pick, short_text
-from vistallm.evaluate.plots import Figure, curve, line_plot, read_columns, sparkline
+from vistallm.evaluate.plots import Curve, Figure, curve, line_plots, precision_curve, read_columns, sparkline
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.schema import Prediction
 from vistallm.tasks import TASKS
@@ -46,6 +46,16 @@ TITLES = {
 }
 COLUMNS = ("Ceiling", "Known pairs", "New pairs", "Published", "Samples", "Unreadable")
 TILES = ("samples per second", "tokens per second", "seconds per image", "seconds of generation")
+OUTCOMES = {
+    "right": "right",
+    "inexact": "in place, inexact",
+    "elsewhere": "in the wrong place",
+    "missed": "target not seen",
+    "imagined": "target that is not there",
+    "wrong": "wrong words",
+    "unreadable": "unreadable",
+}
+Benchmarks = list[tuple[BenchmarkScores, str, list[Prediction]]]  # scores, short name, and what was scored
 
 
 def write_report(
@@ -76,8 +86,9 @@ def write_report(
     order = sorted(scores.values(), key=lambda one: kinds.index(TASKS[one.task].kind))
     groups, images, run = by_benchmark(predictions), images or {}, run or {}
     titles = {one.name: TITLES.get(one.task, one.task) if one.name.startswith("mini_") else one.name for one in order}
-    # the part of a title in brackets, "RES", where there is one
+    # the abbreviation at the end of a title, "RES", where there is one
     short = {name: words.rpartition("(")[2].rstrip(")") for name, words in titles.items()}
+    benchmarks = [(one, short[one.name], groups[one.name]) for one in order]
     columns = {one.name: _columns(one) for one in order}
     chosen = [(group, one) for name in titles for group, one in pick(groups[name])]
     page = _template().render(
@@ -87,17 +98,18 @@ def write_report(
         short=short,
         score_names=SCORE_NAMES,
         values=_values,
-        summary=_summary(order),
+        samples=sum(one.n for one in order),
+        unreadable=sum(sum(one.failures.values()) for one in order),
         columns=columns,
         labels=[label for label in COLUMNS if any(row[label] for row in columns.values())],
-        published=[found for found in map(_published, order) if found.names],
+        published=[_published(one) for one in order if any(set(one.scores) & set(row["scores"]) for row in one.paper)],
         cards=[make_card(one, group, images.get(one.id)) for group, one in chosen],
-        outcome_words=analysis.OUTCOMES,
-        outcomes=[(one, *analysis.outcomes(groups[one.name], one.metric)) for one in order],
-        precision=analysis.precision(order, groups, short),
-        failures=analysis.failures(order, short),
-        confidence=analysis.confidence(order, groups, short),
-        training=[found for label, file in (history or {}).items() if (found := _training(label, file))],
+        outcome_words=OUTCOMES,
+        outcomes=[(one, *_outcomes(group, one.metric)) for one, _, group in benchmarks],
+        precision=_precision(benchmarks),
+        failures=_failures(benchmarks),
+        confidence=_confidence(benchmarks),
+        training=[_training(label, found) for label, file in (history or {}).items() if (found := read_columns(file))],
         run=run,
         tiles=[name for name in TILES if name in run],
         config=config,
@@ -127,17 +139,15 @@ def _brief(value: Any) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _summary(order: Sequence[BenchmarkScores]) -> str:
-    samples = sum(one.n for one in order)
-    unread = sum(sum(one.failures.values()) for one in order)
-    share = 100 * unread / max(samples, 1)
-    return f"{samples:,} answers on {len(order)} benchmarks; {unread:,} ({share:.1f}%) could not be read."
-
-
 def _values(one: BenchmarkScores, name: str) -> list[float | None]:
     """A score's result, its mask ceiling, and the results on known and on new pairs."""
     parts = (one.splits.get(split, {"scores": {}})["scores"] for split in ("seen", "held_out"))
-    return [one.scores[name], *(found.get(name) for found in (one.ceiling or {}, *parts))]
+    return [one.scores[name], *(scores.get(name) for scores in (one.ceiling or {}, *parts))]
+
+
+def _is_followed(row: Mapping[str, Any]) -> bool:
+    """Whether a published row is of the system that this code follows."""
+    return str(row["model"]).startswith("VistaLLM")
 
 
 def _columns(one: BenchmarkScores) -> dict[str, str]:
@@ -148,48 +158,93 @@ def _columns(one: BenchmarkScores) -> dict[str, str]:
     return dict(zip(COLUMNS, (*own, paper, f"{one.n:,}", f"{100 * one.unreadable:.1f}%"), strict=True))
 
 
-def _is_followed(row: Mapping[str, Any]) -> bool:
-    """Whether a published row is of the system that this code follows."""
-    return str(row["model"]).startswith("VistaLLM")
-
-
-class Published(NamedTuple):
-    """A benchmark beside published rows: the scores that any of them gives, and our ceilings of these, if any."""
-
-    one: BenchmarkScores
-    names: list[str]
-    ceilings: list[float | None]
-    rows: list[dict[str, Any]]
-
-
-def _published(one: BenchmarkScores) -> Published:
+def _published(one: BenchmarkScores) -> tuple[BenchmarkScores, list[str], list[float | None], list[dict[str, Any]]]:
+    """A benchmark, the scores that any published row gives, our ceilings of these if any, and the rows."""
     names = [name for name in one.scores if any(name in row["scores"] for row in one.paper)]
     ceilings = [_values(one, name)[1] for name in names]
     rows = sorted(one.paper, key=lambda row: not _is_followed(row))
-    return Published(one, names, ceilings if any(value is not None for value in ceilings) else [], rows)
+    return one, names, ceilings if any(value is not None for value in ceilings) else [], rows
 
 
-class Training(NamedTuple):
-    """How one run of training went: its plots, and (task, last loss, curve) for every task."""
+def outcome(prediction: Prediction, metric: str) -> str:
+    """Return the key of `OUTCOMES` that says how a scored answer went."""
+    parsed, empty = prediction.parsed, bool(prediction.target.get("empty"))
+    if parsed is None:
+        return "unreadable"
+    if (prediction.score or 0.0) >= RIGHT_FROM.get(metric, 0.5):
+        return "right"
+    if metric not in RIGHT_FROM:
+        return "wrong"
+    if empty or not parsed.regions:
+        return "imagined" if empty else "missed"
+    return "inexact" if prediction.score else "elsewhere"
 
-    label: str
-    pace: str
-    plots: list[Figure]
-    task_losses: list[tuple[str, float, Markup]]
+
+def _outcomes(predictions: Sequence[Prediction], metric: str) -> tuple[Counter[str], str | None]:
+    """How often each outcome occurs, and the most common failure, None without any."""
+    counts = Counter(outcome(prediction, metric) for prediction in predictions)
+    failed = [key for key in OUTCOMES if counts[key] and key != "right"]
+    return counts, max(failed, key=lambda key: counts[key], default=None)
 
 
-def _training(label: str, path: Path) -> Training | None:
-    columns = read_columns(path)
-    if not columns:
-        return None
-    losses = {"training": curve(columns, "loss"), "validation": curve(columns, "val_loss")}
-    drawn = {name: line for name, line in losses.items() if line is not None}
-    plots = [Figure("Loss", line_plot(drawn, "step", "loss per token", log_y=True))] if drawn else []
-    if (rate := curve(columns, "lr")) is not None:
-        plots.append(Figure("Learning rate", line_plot({"learning rate": rate}, "step", "learning rate")))
-    tasks = {name: curve(columns, name, 40) for name in columns if name.startswith("loss/")}
-    sparks = [(name[5:], line[1][-1], sparkline(line[1])) for name, line in tasks.items() if line is not None]
-    return Training(label, _pace(columns), plots, sparks)
+def _precision(benchmarks: Benchmarks) -> list[Figure]:
+    """Pr@ as a curve over all thresholds, of the mask tasks; samples without a target have no IoU and are left out."""
+    curves = {}
+    for one, name, group in benchmarks:
+        ious = [p.score or 0.0 for p in group if p.target.get("regions")]
+        if FAMILIES[one.metric].masks and ious:
+            curves[name] = precision_curve(ious)
+    return line_plots("Precision at every IoU threshold", curves, "IoU threshold", "share at or above", square=True)
+
+
+def _failures(benchmarks: Benchmarks) -> list[tuple[str, int, str]]:
+    """Unreadable answers: (reason, how many, from which benchmarks), most first."""
+    reasons: dict[str, dict[str, int]] = {}
+    for one, name, _ in benchmarks:
+        for reason, number in one.failures.items():
+            reasons.setdefault(reason, {})[name] = number
+    rows = [
+        (reason, sum(tasks.values()), ", ".join(f"{task} {number}" for task, number in tasks.items()))
+        for reason, tasks in reasons.items()
+    ]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def _confidence(benchmarks: Benchmarks) -> list[Figure]:
+    """Reliability of the confidences with its ECE, and rejection where samples may have no target."""
+    curves: dict[str, Curve] = {}
+    rejections = []
+    for one, name, group in benchmarks:
+        if (bins := calibrate(group, one.metric)) is not None:
+            curves[f"{name}, ECE {100 * bins.ece:.0f}%"] = (bins.confidence, bins.right)
+        if (lines := rejection_curve(group)) is not None:
+            x_label, note = (
+                "share of regions taken back, least present first",
+                "At 0 the answers as given; further right, more are emptied.",
+            )
+            rejections += line_plots(f"Rejection, {name}", lines, x_label, "share", note, square=True)
+    right = "Right: IoU of at least 0.5, every box, or the right candidate."
+    return (
+        line_plots("Reliability", curves, "mean confidence", "share right", right, square=True, diagonal=True)
+        + rejections
+    )
+
+
+def _training(label: str, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How one run of training went: its pace, its plots, and (task, last loss, curve) for every task."""
+
+    def curves(names: Mapping[str, str]) -> dict[str, Curve]:
+        return {words: line for name, words in names.items() if (line := curve(columns, name)) is not None}
+
+    plots = line_plots(
+        "Loss", curves({"loss": "training", "val_loss": "validation"}), "step", "loss per token", log_y=True
+    )
+    plots += line_plots("Learning rate", curves({"lr": "learning rate"}), "step", "learning rate")
+    scores = {name: name.removeprefix("val/") for name in columns if name.startswith("val/")}
+    plots += line_plots("Validation scores", curves(scores), "step", "score")
+    tasks = {name[5:]: line for name in columns if name.startswith("loss/") and (line := curve(columns, name, 40))}
+    sparks = [(name, losses[-1], sparkline(losses)) for name, (_, losses) in tasks.items()]
+    return {"label": label, "pace": _pace(columns), "plots": plots, "task_losses": sparks}
 
 
 def _pace(columns: Mapping[str, np.ndarray]) -> str:
