@@ -22,8 +22,8 @@ from vistallm.evaluate.gallery import shown
 from vistallm.evaluate.generate import Pace, generate_predictions, picked_images
 from vistallm.evaluate.predictions import read_predictions, write_predictions
 from vistallm.evaluate.report import write_report
+from vistallm.model.checkpoint import find_checkpoint, load_run
 from vistallm.schema import Prediction
-from vistallm.train.checkpoint import find_checkpoint, load_run
 from vistallm.train.run import quiet
 
 Faults = dict[str, str]  # benchmark -> why it has no score

@@ -86,7 +86,7 @@ def tiny_model(tiny_config, vocabulary):
     """A seeded tiny model in evaluation mode."""
     import torch
 
-    from vistallm.model.vistallm import VistaLLM
+    from vistallm.model.build import build_model
 
     torch.manual_seed(0)
-    return VistaLLM(tiny_config(), vocabulary).eval()
+    return build_model(tiny_config(), vocabulary).eval()

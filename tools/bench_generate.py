@@ -33,9 +33,10 @@ from vistallm.data.stream import evaluation_sequences
 from vistallm.evaluate.generate import Answerer
 from vistallm.evaluate.grammar import RegionGrammar
 from vistallm.evaluate.parse import read_answer
+from vistallm.model.build import build_model
+from vistallm.model.checkpoint import load_run
 from vistallm.model.vistallm import VistaLLM
 from vistallm.tasks import TASKS
-from vistallm.train.checkpoint import load_run
 from vistallm.train.run import quiet
 
 has_accelerator = functools.cache(torch.cuda.is_available)  # asking takes longer than a step of the grammar
@@ -127,7 +128,7 @@ def unreadable(answerer: Answerer, sequences: list[Sequence], size: int, number:
         if not left:
             break
         torch.manual_seed(seed)
-        model = VistaLLM(config, vocabulary).to(answerer.model.bin_ids.device).eval()
+        model = build_model(config, vocabulary).to(answerer.model.bin_ids.device).eval()
         for parameter in model.decoder.parameters():  # answers that vary, instead of one token over and over
             if parameter.ndim > 1:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))

@@ -23,6 +23,7 @@ from torch import nn
 from vistallm.config import Config, load_config
 from vistallm.data.datamodule import build_codec
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.build import build_model
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Batch
 from vistallm.train.optim import build_optimizer, cast_frozen, keep_frozen_in_eval, set_trainable
@@ -41,7 +42,7 @@ def build(config: Config, device: torch.device) -> VistaLLM:
     if vicuna:
         vocabulary.lm.add_tokens([f"<filler {i}>" for i in range(VICUNA_ROWS - vocabulary.first_new)])
     with torch.device(device):
-        model = VistaLLM(config, vocabulary)
+        model = build_model(config, vocabulary)
     set_trainable(model, config.train)
     if config.train.frozen_bf16 and resolve_precision(config) == "bf16-mixed":
         cast_frozen(model)

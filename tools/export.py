@@ -1,4 +1,4 @@
-"""Write a run as a folder that describes itself: what VistaLLM.from_pretrained, `ckpt=`, eval.py and predict.py load.
+"""Write a run as a folder that describes itself: what `ckpt=`, eval.py and predict.py load.
 
     python tools/export.py RUN OUT [--dtype bfloat16|float32] [--keep-lora] [--language-model]
 
@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vistallm.model.pretrained import load_pretrained, save_pretrained
+from vistallm.model.checkpoint import load_run, save_exported
 from vistallm.model.vistallm import VistaLLM
-from vistallm.train.checkpoint import load_run
 from vistallm.train.plan import Workload, made_batch
 
 
@@ -61,7 +60,7 @@ def export(
         plain.float()
     step = re.search(r"step-(\d+)", checkpoint.name)
     facts = {"step": int(step[1]) if step else None, "merged": lora and merge}
-    save_pretrained(model, config, out, dtype, **facts, largest_logit_difference=differences)
+    save_exported(model, config, out, dtype, **facts, largest_logit_difference=differences)
     return differences
 
 
@@ -76,7 +75,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     dtype = getattr(torch, arguments.dtype)
     differences = export(arguments.run, arguments.out, dtype, not arguments.keep_lora, arguments.language_model)
-    load_pretrained(arguments.out)
+    load_run(arguments.out)
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     print(f"{arguments.out}: {size / 1e6:.1f} MB; largest logit difference: {differences}")
 

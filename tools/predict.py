@@ -24,10 +24,10 @@ from vistallm.data.datamodule import build_sequencer
 from vistallm.evaluate.confidence import set_confidence
 from vistallm.evaluate.generate import Answerer
 from vistallm.evaluate.grammar import Rule
+from vistallm.model.checkpoint import load_run
 from vistallm.regions.codec import RegionParseError
 from vistallm.regions.overlay import draw_regions
 from vistallm.schema import ImageInfo, Parsed, Region, Sample
-from vistallm.train.checkpoint import load_run
 from vistallm.train.run import quiet
 
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")

@@ -37,9 +37,9 @@ from vistallm.data.images import decode_sample
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.scene import ATTRIBUTES, random_scene
-from vistallm.model.attention import training_attention
+from vistallm.model.build import build_model
 from vistallm.model.encoder import ImageEncoder
-from vistallm.model.vistallm import VistaLLM
+from vistallm.model.vistallm import training_attention
 from vistallm.regions.letterbox import square_resize
 from vistallm.regions.masks import rle_box, rle_to_mask
 from vistallm.schema import Sample
@@ -235,7 +235,7 @@ def pretrain_tokenizer(arguments: argparse.Namespace) -> None:
     """Train the QFormer with its heads on groups of queries; writes it without its projection."""
     config = load_config(["model=mini", f"model.tokenizer.weights={arguments.init}"])
     vocabulary, bins = Vocabulary.build(config.model, build_codec(config)), config.num_bins
-    model = VistaLLM(config, vocabulary)
+    model = build_model(config, vocabulary)
     model.encoder.requires_grad_(False)
     heads = Heads(config.model.tokenizer.hidden_size, [GRID**2, 4 * bins, 2 * VERTICES * bins, VERTICES], weight=0.3)
 

@@ -24,9 +24,9 @@ from vistallm.config import Config, apply_overrides, config_from_file
 from vistallm.data.datamodule import data_root
 from vistallm.evaluate.benchmarks import Benchmark, load_benchmarks, score, select_benchmarks
 from vistallm.evaluate.generate import Pace, generate_predictions
+from vistallm.model.checkpoint import find_checkpoint, load_run
 from vistallm.model.vistallm import VistaLLM
 from vistallm.tasks import TemplateRange, load_templates
-from vistallm.train.checkpoint import find_checkpoint, load_run
 from vistallm.train.run import quiet
 
 

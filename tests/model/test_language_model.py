@@ -12,8 +12,8 @@ from vistallm.config import DecoderConfig, load_config
 from vistallm.data.datamodule import build_codec, build_sequencer
 from vistallm.data.sequence import collate
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.build import build_model
 from vistallm.model.language_model import build_decoder, initialise_new_rows
-from vistallm.model.vistallm import VistaLLM
 from vistallm.train.optim import set_trainable
 
 
@@ -39,7 +39,7 @@ def test_new_rows_start_with_near_coordinates_near():
 def test_lora_trains_adapters_and_new_rows_alone(tiny_config, vocabulary, builder, samples):
     config = tiny_config("train.decoder=lora", "model.decoder.lora_rank=2", "model.decoder.tie_embeddings=false")
     torch.manual_seed(0)
-    model = VistaLLM(config, vocabulary)
+    model = build_model(config, vocabulary)
     rows = {name: trainable for name, _, trainable, _ in set_trainable(model, config.train)}
     trained = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("decoder.")]
     assert trained
@@ -97,7 +97,7 @@ def test_vicuna_config_builds_through_the_same_classes(checkpoints, samples):
     vocabulary = Vocabulary.build(config.model, build_codec(config))
     assert vocabulary.lm.pad_token == "<unk>", "no row is added for padding"
     assert vocabulary.qformer.cls_token == "[CLS]"
-    model = VistaLLM(config, vocabulary).eval()
+    model = build_model(config, vocabulary).eval()
     old = LlamaForCausalLM.from_pretrained(checkpoints / "llama")
     assert model.decoder.config.vocab_size == len(vocabulary.lm) > vocabulary.first_new == 34
     weight = model.decoder.get_input_embeddings().weight

@@ -16,8 +16,8 @@ from vistallm.config import TokenizerConfig
 from vistallm.data.datamodule import build_sequencer, split_shards
 from vistallm.data.sequence import collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
+from vistallm.model.build import build_model
 from vistallm.model.qformer import InstructionGuidedTokenizer
-from vistallm.model.vistallm import VistaLLM
 
 SHAPE = TokenizerConfig(
     queries=4, hidden_size=32, layers=4, heads=2, intermediate_size=64, cross_attention_every=2, dropout=0.0
@@ -140,7 +140,7 @@ def test_guidance_in_the_whole_model(tiny_model, builder, samples, guided):
 def test_patches_go_straight_to_the_decoder(tiny_config, vocabulary, mini_root):
     """Without a tokenizer: the patch tokens, projected, in as many slots; the instruction changes nothing."""
     config = tiny_config("model.tokenizer.kind=patches", "model.tokenizer.queries=16")
-    model = VistaLLM(config, vocabulary)
+    model = build_model(config, vocabulary)
     builder = build_sequencer(config, vocabulary)
     rows = list(evaluation_sequences(split_shards(mini_root, "val", "rec"), builder, "rec", RejectLog(None, 0.0), 2))
     batch = collate(rows, vocabulary)
@@ -150,4 +150,4 @@ def test_patches_go_straight_to_the_decoder(tiny_config, vocabulary, mini_root):
     assert slots.any(), "a slot holds the eighth patch"
     assert model(batch).loss.isfinite()
     with pytest.raises(ValueError, match=r"expected queries=16.*got queries=4.*set model\.tokenizer\.queries=16"):
-        VistaLLM(tiny_config("model.tokenizer.kind=patches"), vocabulary)
+        build_model(tiny_config("model.tokenizer.kind=patches"), vocabulary)

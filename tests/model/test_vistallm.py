@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vistallm.data.sequence import collate
-from vistallm.model.vistallm import VistaLLM
+from vistallm.model.build import build_model
 from vistallm.schema import IGNORE_INDEX
 
 TASKS = ("attcoseg", "pope", "rec", "nlvr2", "res", "caption")
@@ -73,7 +73,7 @@ def test_soft_coordinate_targets(tiny_config, vocabulary, builder, samples):
     losses = {}
     for sigma in (0, 1e-3, 2):
         torch.manual_seed(0)
-        model = VistaLLM(tiny_config(f"train.bin_sigma={sigma}"), vocabulary).eval()
+        model = build_model(tiny_config(f"train.bin_sigma={sigma}"), vocabulary).eval()
         with torch.no_grad():
             losses[sigma] = model(batch).token_loss
     targets = batch.labels[batch.labels != IGNORE_INDEX]

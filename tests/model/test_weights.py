@@ -19,8 +19,8 @@ from transformers import (
 from vistallm.data.datamodule import build_codec
 from vistallm.data.sequence import collate
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.vistallm import VistaLLM
-from vistallm.model.weights import load_tokenizer_weights
+from vistallm.model.build import build_model
+from vistallm.model.qformer import load_tokenizer_weights
 
 NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "mask"]
 
@@ -53,10 +53,23 @@ def instructblip(folder):
     return made
 
 
+def join(folder):
+    """Turn the files of the checkpoint into one, without an index."""
+    state = {}
+    for path in folder.glob("*.safetensors"):
+        state |= load_file(path)
+        path.unlink()
+    save_file(state, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+
+
 def as_bin(folder, index):
     """Turn the checkpoint into the files that InstructBLIP was published in: pickles, and position numbers in them."""
-    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    (folder / "model.safetensors.index.json").unlink()
+    if not index:
+        join(folder)
+    else:
+        places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        (folder / "model.safetensors.index.json").unlink()
     for path in folder.glob("*.safetensors"):
         state = load_file(path) | {"qformer.embeddings.position_ids": torch.arange(512)[None]}
         torch.save(state, folder / f"pytorch_{path.stem}.bin")
@@ -70,24 +83,24 @@ def test_fewer_queries_are_the_first_of_the_file(tiny_config, tmp_path):
     theirs = {key.removeprefix("model."): value for key, value in instructblip(tmp_path).state_dict().items()}
     words = [f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}"]
     config = tiny_config(*words, "model.tokenizer.queries=3")
-    ours = VistaLLM(config, Vocabulary.build(config.model, build_codec(config))).tokenizer.query_tokens
+    ours = build_model(config, Vocabulary.build(config.model, build_codec(config))).tokenizer.query_tokens
     assert torch.equal(ours, theirs["query_tokens"][:, :3])
     config = tiny_config(*words, "model.tokenizer.queries=5")
     with pytest.raises(ValueError, match=r"query_tokens \(1, 4, 32\) in the file, \(1, 5, 32\) here"):
-        VistaLLM(config, Vocabulary.build(config.model, build_codec(config)))
+        build_model(config, Vocabulary.build(config.model, build_codec(config)))
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "safetensors, no index", "bin", "bin, no index"])
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors, whole", "bin", "bin, whole"])
 def test_instructblip_checkpoint_in_its_real_layout(tiny_config, tmp_path, layout):
     theirs = {key.removeprefix("model."): value for key, value in instructblip(tmp_path).state_dict().items()}
     if layout.startswith("bin"):
         as_bin(tmp_path, index=layout == "bin")
-    elif "no index" in layout:
-        (tmp_path / "model.safetensors.index.json").unlink()
+    elif "whole" in layout:
+        join(tmp_path)
     config = tiny_config(f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}")
     vocabulary = Vocabulary.build(config.model, build_codec(config))
     assert vocabulary.qformer_first_new == len(NAMES)
-    ours = VistaLLM(config, vocabulary).tokenizer.state_dict()
+    ours = build_model(config, vocabulary).tokenizer.state_dict()
     for key, value in theirs.items():
         if key.startswith("qformer.") and "word_embeddings" not in key:
             assert torch.equal(ours[key], value), key
@@ -106,7 +119,7 @@ def test_tokens_are_those_that_transformers_gives_its_language_model(tiny_config
     theirs, seen = instructblip(tmp_path), []
     words = (f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}")
     config = tiny_config(*words, "model.tokenizer.norm_eps=1e-6")
-    tokenizer = VistaLLM(config, Vocabulary.build(config.model, build_codec(config))).tokenizer.eval()
+    tokenizer = build_model(config, Vocabulary.build(config.model, build_codec(config))).tokenizer.eval()
     norm = next(part for name, part in theirs.named_modules() if name.endswith("post_layernorm"))
     norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     ids = torch.tensor([[2, 4, 5, 3, 0], [2, 5, 4, 4, 3]])
@@ -167,7 +180,7 @@ def test_damaged_and_other_checkpoints_are_one_line(damage, said, tiny_config, t
     words = [f"model.tokenizer.weights={folder}", f"model.tokenizer.text_tokenizer={folder}"]
     config = tiny_config(*words, *change.get(damage, []))
     with pytest.raises(ValueError, match=said) as error:
-        VistaLLM(config, Vocabulary.build(config.model, build_codec(config)))
+        build_model(config, Vocabulary.build(config.model, build_codec(config)))
     assert all(line.startswith("  ") for line in str(error.value).splitlines()[1:]), "a line, and one for each key"
 
 
@@ -198,7 +211,7 @@ def test_activation_checkpointing_changes_no_gradient(tiny_config, vocabulary, b
     gradients = []
     for flag in ("false", "true"):
         torch.manual_seed(0)
-        model = VistaLLM(tiny_config(f"train.activation_checkpointing={flag}"), vocabulary).train()
+        model = build_model(tiny_config(f"train.activation_checkpointing={flag}"), vocabulary).train()
         model.encoder.requires_grad_(False)
         model(batch).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

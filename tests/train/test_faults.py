@@ -198,7 +198,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops(train
     else:
         run = train_tiny(tmp_path / "run", *words)
         assert [row["skipped"] for row in run.rows] == [0, 1, 0, 1, 1, 0]
-        from vistallm.train.checkpoint import read_state
+        from vistallm.model.checkpoint import read_state
 
         one, two, three = (read_state(run.dir / "checkpoints" / f"step-00000{i}.ckpt") for i in (1, 2, 3))
         assert all((one[key] == two[key]).all() for key in one), "skipped"

@@ -60,7 +60,7 @@ def take_step(words, sizes, out):
     from vistallm.config import load_config
     from vistallm.data.sequence import collate
     from vistallm.train.module import VistaModule
-    from vistallm.train.run import build_model, build_trainer, quiet
+    from vistallm.train.run import build_trainer, prepare_model, quiet
 
     quiet()
     config = load_config([*words, "trainer.max_steps=1", "trainer.enable_progress_bar=false"])
@@ -71,7 +71,7 @@ def take_step(words, sizes, out):
         batches.append(collate(mine[:size], vocabulary))
         mine = mine[size:]
     L.seed_everything(0, verbose=False)
-    module = VistaModule(build_model(config, vocabulary, None)[0], config, steps=1)
+    module = VistaModule(prepare_model(config, vocabulary, None)[0], config, steps=1)
     kept = {}
 
     class Keep(L.Callback):
@@ -96,13 +96,13 @@ def reference(config):
     import lightning as L
 
     from vistallm.data.sequence import collate
-    from vistallm.train.run import build_model
+    from vistallm.train.run import prepare_model
 
     sequences, vocabulary = unequal_sequences(config)
     sizes = [int((row.labels >= 0).sum()) for row in sequences]
     assert max(sizes) > 10 * min(sizes), "lengths as unequal as they come"
     L.seed_everything(0, verbose=False)
-    model = build_model(config, vocabulary, None)[0].double()
+    model = prepare_model(config, vocabulary, None)[0].double()
     bins, sigma = vocabulary.bin_ids, config.train.bin_sigma
     total = weight = 0.0
     for row, size in zip(sequences, sizes, strict=True):

@@ -5,7 +5,7 @@ import torch
 
 from vistallm.config import TrainConfig
 from vistallm.data.sequence import collate
-from vistallm.model.vistallm import VistaLLM
+from vistallm.model.build import build_model
 from vistallm.tasks import TASKS
 from vistallm.train.module import FACTS, VistaModule
 from vistallm.train.optim import build_optimizer, cast_frozen, keep_frozen_in_eval, set_trainable
@@ -64,7 +64,7 @@ def test_mini_may_train_the_encoder_with_its_own_rate(tiny_model):
 def test_what_the_forward_never_reads_is_frozen(words, tiny_config, vocabulary, builder, samples):
     """Every trainable parameter gets a gradient (else ddp would stop), and what gets none is not trainable."""
     config = tiny_config("train.encoder=true", *words)
-    model = VistaLLM(config, vocabulary)
+    model = build_model(config, vocabulary)
     model.requires_grad_(True)
     batch = collate([builder.build(samples["res"][0])], vocabulary)
     model(batch).loss.backward()

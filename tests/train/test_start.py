@@ -9,9 +9,9 @@ from vistallm.config import save_config
 from vistallm.data.datamodule import build_sequencer, split_shards
 from vistallm.data.sequence import collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
-from vistallm.model.vistallm import VistaLLM
-from vistallm.train.checkpoint import find_checkpoint
-from vistallm.train.run import build_model
+from vistallm.model.build import build_model
+from vistallm.model.checkpoint import find_checkpoint
+from vistallm.train.run import prepare_model
 
 LORA = ("train.decoder=lora", "model.decoder.lora_rank=2", "model.decoder.lora_dropout=0.0")
 
@@ -25,7 +25,7 @@ def batch(tiny_config, vocabulary, mini_root):
 
 def saved(config, vocabulary, folder):
     """A run folder with random weights, all LoRA factors and new rows away from zero; returns the model, too."""
-    model = VistaLLM(config, vocabulary).eval()
+    model = build_model(config, vocabulary).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "trainable_tokens" in name or "embed_tokens" in name:
@@ -42,7 +42,7 @@ def saved(config, vocabulary, folder):
 @pytest.mark.parametrize("wanted", ["train.decoder=frozen", "train.decoder=full"])
 def test_lora_is_merged_where_the_next_run_has_none(tiny_config, vocabulary, batch, tmp_path, wanted):
     model, start = saved(tiny_config(*LORA), vocabulary, tmp_path)
-    after, rows = build_model(tiny_config(wanted), vocabulary, start)
+    after, rows = prepare_model(tiny_config(wanted), vocabulary, start)
     assert not any("lora_" in name for name, _ in after.named_parameters())
     assert (rows[2][1], rows[2][2] > 0) == (wanted.partition("=")[2], wanted.endswith("full"))
     torch.testing.assert_close(after.eval()(batch).loss, model(batch).loss, rtol=1e-5, atol=1e-5)
@@ -51,7 +51,7 @@ def test_lora_is_merged_where_the_next_run_has_none(tiny_config, vocabulary, bat
 @torch.no_grad()
 def test_lora_is_added_to_weights_without_it(tiny_config, vocabulary, batch, tmp_path):
     model, start = saved(tiny_config(), vocabulary, tmp_path)
-    after, _ = build_model(tiny_config(*LORA), vocabulary, start)
+    after, _ = prepare_model(tiny_config(*LORA), vocabulary, start)
     trained = {name for name, parameter in after.decoder.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name or "trainable_tokens" in name for name in trained)

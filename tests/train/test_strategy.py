@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vistallm.config import load_config
 from vistallm.data.stream import RejectLog
+from vistallm.model.checkpoint import is_whole, load_run, newest_checkpoint, read_state, resume_path
 from vistallm.model.encoder import ImageEncoder
 from vistallm.train.callbacks import read_metrics
-from vistallm.train.checkpoint import is_whole, load_run, newest_checkpoint, read_state, resume_path
 from vistallm.train.optim import build_optimizer
-from vistallm.train.run import build, build_model, train
+from vistallm.train.run import build, prepare_model, train
 from vistallm.train.strategy import check_layout, resolve_precision
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +218,7 @@ def test_only_the_first_process_holds_weights_before_they_are_shared_out(
     for rank in range(2):
         monkeypatch.setattr("vistallm.train.run.rank_zero_only.rank", rank)
         config = tiny_config("strategy=fsdp", f"model.decoder.weights={tmp_path}", *words)
-        model, _ = build_model(config, vocabulary, None)
+        model, _ = prepare_model(config, vocabulary, None)
         assert all(parameter.is_meta == (rank == 1) for parameter in model.parameters())
         facts.append({name: (p.shape, p.dtype) for name, p in model.named_parameters()})
     assert list(facts[0].items()) == list(facts[1].items())

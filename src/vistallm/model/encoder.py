@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vistallm.config import CLIP_MEAN, CLIP_STD, EncoderConfig
 from vistallm.data.vocabulary import loading
-from vistallm.model.keys import check_keys, reading
+from vistallm.model.weights import check_keys, read_safetensors
 
 AFTER_BLOCKS = ("ln_post", "proj", "attn_pool", "norm", "fc_norm", "head")  # names in open_clip's and timm's towers
 
@@ -41,7 +41,7 @@ class ImageEncoder(nn.Module):
         self.visual = model.visual
         logging.getLogger().removeFilter(_is_not_about_random_weights)
         if is_file:
-            load_visual(self.visual, Path(str(config.weights)))
+            self._load(str(config.weights))
         self.layer, self.image_size = config.layer, size
         self.register_buffer("mean", 255 * torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
@@ -75,22 +75,13 @@ class ImageEncoder(nn.Module):
     def _block(self) -> int:
         return self.layer % len(self.blocks)
 
+    def _load(self, path: str) -> None:
+        """Load a safetensors file; ValueError unless names and shapes match exactly."""
+        own, (state, _) = self.visual.state_dict(), read_safetensors(Path(path), "model.encoder.weights")
+        check_keys(own, state, f"model.encoder.weights={path}", "model.encoder.name must be the tower that wrote it")
+        self.visual.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
+
 
 def _is_not_about_random_weights(record: logging.LogRecord) -> bool:
     """open_clip warns of random weights, but ours come from a file or a checkpoint a moment later."""
     return "No pretrained weights loaded" not in record.getMessage()
-
-
-def load_visual(visual: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a vision tower; raises ValueError unless names and shapes match exactly."""
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ValueError(
-            f"model.encoder.weights={path}: no such file; give a .safetensors file, an open_clip tag or null"
-        )
-    with reading(path):
-        state = load_file(path)
-    own = visual.state_dict()
-    check_keys(own, state, f"model.encoder.weights={path}", "model.encoder.name must be the tower that wrote it")
-    visual.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})

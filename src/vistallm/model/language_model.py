@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,8 +22,14 @@ from transformers.utils import is_flash_attn_2_available
 
 from vistallm.config import DecoderConfig
 from vistallm.data.vocabulary import loading
-from vistallm.model.keys import raise_faults, reading
+from vistallm.model.weights import raise_faults, reading
 
+SIZES = {  # names of a language model's sizes here -> in transformers' configurations
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -36,38 +42,31 @@ def build_decoder(
     """Build the language model with one embedding row per token of `text_tokenizer` (transformers causal LM).
 
     Its weights are those of `config.weights`, or random: for a `shape`, and for a small Llama of the config's sizes.
+
+    Raises:
+        ValueError: weights are missing or broken, or are another model's; FlashAttention is asked for and not there.
     """
     if config.attention.startswith("flash_attention_2") and not is_flash_attn_2_available():
         raise ValueError(
             f"model.decoder.attention={config.attention}: the package flash-attn is not installed, or there is no GPU "
             "for it; install it, or use model.decoder.attention=sdpa, which needs none"
         )
-    if shape is not None:
-        # The shape's file names the dtype of its weights, which need not be the one wanted here.
-        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, attn_implementation=config.attention
-        )
-    elif config.weights is not None:
+    if shape is None and config.weights is not None:
         decoder = _read(config.weights, dtype, config.attention)
     else:
-        llama = LlamaConfig(
-            vocab_size=len(text_tokenizer),
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=2048,
-            tie_word_embeddings=config.tie_embeddings,
-            bos_token_id=text_tokenizer.bos_token_id,
-            eos_token_id=text_tokenizer.eos_token_id,
-            pad_token_id=text_tokenizer.pad_token_id,
-        )
-        llama._attn_implementation = config.attention
-        decoder = LlamaForCausalLM(llama)
+        tokens = {name: getattr(text_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        shape = shape or llama_config(config, len(text_tokenizer), **tokens)
+        # The dtype is given: the file of a shape names that of its weights, which need not be the one wanted here.
+        decoder = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=config.attention)
     decoder.resize_token_embeddings(len(text_tokenizer), mean_resizing=False)
-    rows = len(embedding_weight(decoder))
-    assert rows == len(text_tokenizer) == decoder.config.vocab_size, "tokenizer, embedding and config sizes must agree"
     return decoder
+
+
+def llama_config(config: DecoderConfig, rows: int, **tokens: Any) -> LlamaConfig:
+    """Return the Llama of the configuration's sizes with a vocabulary of `rows`; `tokens`: ids of its special ones."""
+    sizes: dict[str, Any] = {theirs: getattr(config, own) for own, theirs in SIZES.items()}
+    tied = config.tie_embeddings
+    return LlamaConfig(vocab_size=rows, max_position_embeddings=2048, tie_word_embeddings=tied, **sizes, **tokens)
 
 
 def _read(weights: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -76,26 +75,38 @@ def _read(weights: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
         with reading(path), safe_open(path, framework="pt"):  # transformers does not name the file
             pass
     with loading("model.decoder.weights", weights):
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,  # transformers gives what is missing random values, and goes on
             ignore_mismatched_sizes=True,
         )
-    decoder, found = read
-    shapes = [f"{key} {tuple(there)} in the file, {tuple(here)} here" for key, there, here in found["mismatched_keys"]]
-    faults = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"], "of another shape": shapes}
+    decoder, report = loaded
+    shapes = [f"{key} {tuple(there)} in the file, {tuple(here)} here" for key, there, here in report["mismatched_keys"]]
+    faults = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"], "of another shape": shapes}
     advice = "fetch it again: its files are not those of its config.json"
     raise_faults({what: sorted(keys) for what, keys in faults.items()}, f"model.decoder.weights={weights}", advice)
     return decoder
 
 
-def embedding_weight(decoder: nn.Module) -> Tensor:
-    """Return the (V, D) input embedding of a transformers model."""
-    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
-    assert isinstance(weight, Tensor)
-    return weight
+def check_sizes(asked: DecoderConfig, folder: Path) -> None:
+    """Raise ValueError when the language model of a run's folder is not of the configuration's, or its weights', sizes.
+
+    LoRA is merged into the language model that it was trained on: a 13B run would go on under the name of 7B.
+    """
+    if not (folder / "decoder").is_dir():
+        return
+    saved, wanted = AutoConfig.from_pretrained(folder / "decoder"), {own: getattr(asked, own) for own in SIZES}
+    if asked.weights is not None:
+        with loading("model.decoder.weights", asked.weights):
+            base = AutoConfig.from_pretrained(asked.weights)
+        wanted = {own: getattr(base, theirs) for own, theirs in SIZES.items()}
+    sizes = {own: (wanted[own], getattr(saved, theirs)) for own, theirs in SIZES.items()}
+    wrong = [f"model.decoder.{key}={a}, it has {b}" for key, (a, b) in sizes.items() if a != b]
+    if wrong:
+        text = f"{folder}: of another model than the config asks for ({'; '.join(wrong)}); use the model= of its run"
+        raise ValueError(text)
 
 
 @torch.no_grad()

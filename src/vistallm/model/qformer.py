@@ -7,15 +7,21 @@ Shape legend: N images, P patches, D encoder width, I instruction tokens, Q quer
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
 from vistallm.config import TokenizerConfig
-from vistallm.model.encoder import ImageEncoder
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.language_model import initialise_new_rows
+from vistallm.model.weights import check_keys, read_instructblip, read_safetensors
+
+WORDS = "qformer.embeddings.word_embeddings.weight"
 
 
 class InstructionGuidedTokenizer(nn.Module):
@@ -104,8 +110,51 @@ class PatchProjection(nn.Module):
 Tokenizer = InstructionGuidedTokenizer | PatchProjection
 
 
-def build_tokenizer(config: TokenizerConfig, vocabulary: int, encoder: ImageEncoder, decoder_width: int) -> Tokenizer:
+def build_tokenizer(
+    config: TokenizerConfig, rows: int, patches: int, encoder_width: int, decoder_width: int
+) -> Tokenizer:
     """Build the kind that the configuration names; ValueError where its settings do not fit the encoder."""
     if config.kind == "patches":
-        return PatchProjection(config, encoder.patches, encoder.width, decoder_width)
-    return InstructionGuidedTokenizer(config, vocabulary, encoder.width, decoder_width)
+        return PatchProjection(config, patches, encoder_width, decoder_width)
+    return InstructionGuidedTokenizer(config, rows, encoder_width, decoder_width)
+
+
+def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str | None, vocabulary: Vocabulary) -> None:
+    """Set the weights of `tokenizer` in place; a file of ours has no projection, which stays as it is.
+
+    Args:
+        tokenizer: built with one word row per token of `vocabulary.qformer`.
+        path: a .safetensors file of tools/pretrain_mini.py, an InstructBLIP folder, or a hub name of one; None = leave
+            them random.
+        vocabulary: word rows are matched by token where the file names its tokens, else by number (BERT's order); new
+            tokens that the file does not have start as `initialise_new_rows` says.
+
+    Raises:
+        ValueError: a file is missing or cut short, or a weight is missing, unexpected or of another shape.
+    """
+    own, known = tokenizer.state_dict(), vocabulary.qformer.get_vocab()
+    first_new, bins = vocabulary.qformer_first_new, torch.as_tensor(vocabulary.bin_values)
+    if path is None:
+        initialise_new_rows(own[WORDS], first_new, vocabulary.qformer_bin_ids, bins)
+        return
+    if Path(path).suffix == ".safetensors":
+        state, metadata = read_safetensors(Path(path), "model.tokenizer.weights")
+        names = json.loads(metadata.get("tokens", "null"))
+        if names is None:
+            raise ValueError(f"{path}: no token names in its metadata; write it with tools/pretrain_mini.py")
+        own = {key: value for key, value in own.items() if not key.startswith("projection.")}
+    else:
+        state = read_instructblip(path)
+        names = vocabulary.qformer.convert_ids_to_tokens(list(range(len(state.get(WORDS, ())))))
+    if "query_tokens" in state:  # fewer queries than the file's: its first ones
+        state["query_tokens"] = state["query_tokens"][:, : own["query_tokens"].shape[1]]
+    advice = "model.tokenizer.* and the width of the decoder must be the checkpoint's"
+    check_keys(own, state, f"model.tokenizer.weights={path}", advice, free_rows=WORDS)  # rows are matched by token
+    numbers = [number for number, name in enumerate(names) if name in known]
+    ids = [known[names[number]] for number in numbers]
+    rows = own[WORDS].clone()
+    rows[ids] = state[WORDS][numbers].to(rows.dtype)
+    # New rows start from the mean of the loaded ones; those that the file has are then set once more.
+    initialise_new_rows(rows, first_new, vocabulary.qformer_bin_ids, bins)
+    rows[ids] = state[WORDS][numbers].to(rows.dtype)
+    tokenizer.load_state_dict(state | {WORDS: rows}, strict=False)

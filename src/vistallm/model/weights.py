@@ -1,155 +1,157 @@
-"""Pretrained weights of the instruction-guided tokenizer: an InstructBLIP checkpoint, or a file of ours for mini.
-
-In: a path or hub name. Out: the tokenizer's weights set in place, or a ValueError that lists every key at fault.
-"""
+"""Weight files of others: their keys against a module's own, files that are cut short, InstructBLIP's layout."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
-from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.keys import check_keys, reading
-from vistallm.model.language_model import initialise_new_rows
-from vistallm.model.qformer import InstructionGuidedTokenizer
-
-WORDS = "qformer.embeddings.word_embeddings.weight"
 INSTRUCTBLIP_NAMES = {  # prefix in an InstructBLIP checkpoint (Hugging Face layout) -> prefix here
     "qformer.": "qformer.",
     "query_tokens": "query_tokens",
     "vision_model.post_layernorm.": "feature_norm.",
     "language_projection.": "projection.",
 }
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 
 
-def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str, vocabulary: Vocabulary) -> None:
-    """Set the weights of `tokenizer` in place; a file of ours has no projection, which stays as it is.
+def check_keys(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, advice: str, free_rows: str | None = None
+) -> None:
+    """Raise ValueError unless `state`, read from `source`, has the names and shapes of `own`.
 
-    Args:
-        tokenizer: built with one word row per token of `vocabulary.qformer`.
-        path: a .safetensors file of ours, an InstructBLIP folder, or a hub name of one.
-        vocabulary: word rows are matched by token where the file names its tokens, else by number (BERT's order); new
-            tokens that the file does not have start as `initialise_new_rows` says.
+    The message is a line that ends with `advice`, and one for every missing, unexpected or misshapen key, in which the
+    numbers of layers are folded. `free_rows` names a matrix whose number of rows may differ.
+    """
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    faults = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {there} in the file, {here} here"
+            for key, (there, here) in shapes.items()
+            if there[key == free_rows :] != here[key == free_rows :]
+        ],
+    }
+    raise_faults(faults, source, advice)
+
+
+def raise_faults(faults: Mapping[str, list[str]], source: str, advice: str) -> None:
+    """Raise ValueError with all keys of `faults` by what is wrong with them, unless there are none."""
+    if any(faults.values()):
+        counts = ", ".join(f"{len(names)} keys {what}" for what, names in faults.items() if names)
+        lines = [f"{what}: {name}" for what, names in faults.items() for name in fold(names)]
+        raise ValueError("\n  ".join([f"{source}: weights of another model ({counts}); {advice}", *lines]))
+
+
+def fold(names: Iterable[str]) -> list[str]:
+    """Join names that differ in their first number alone: `layers.0.x`, `layers.1.x` -> `layers.{0..1}.x`."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        before, number, after = re.fullmatch(r"(?:(.*?\.)(\d+)(?=\.))?(.*)", name, re.DOTALL).groups("")  # type: ignore[union-attr]
+        numbers.setdefault((before, after), []).extend([int(number)] if number else [])
+    return [before + _ranges(sorted(values)) + after for (before, after), values in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write 0, 1, 2, 5 as `{0..2,5}`, and one number as it is."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{{{text}}}" if len(numbers) > 1 else text
+
+
+@contextlib.contextmanager
+def reading(path: Path, holds: Iterable[str] = ()) -> Iterator[None]:
+    """Turn whatever a reader of `path` raises into one ValueError that names the weights it holds."""
+    try:
+        yield
+    except Exception as error:
+        reason, keys = str(error).strip().partition("\n")[0], ", ".join(holds)
+        text = f"{path}: not readable (half-downloaded?); fetch it again ({reason})"
+        raise ValueError(text + (f"; it holds {keys}" if keys else "")) from error
+
+
+def read_safetensors(path: Path, key: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, and its metadata; `key` is the setting that names the file.
 
     Raises:
-        ValueError: a file is missing or cut short, or a weight is missing, unexpected or of another shape.
+        ValueError: the file is missing or cut short.
     """
-    own = tokenizer.state_dict()
-    if Path(path).suffix == ".safetensors":
-        state, tokens = read_own(Path(path))
-        own = {key: value for key, value in own.items() if not key.startswith("projection.")}
-    else:
-        state, tokens = read_instructblip(path), None
-    if "query_tokens" in state:  # fewer queries than the file's: its first ones
-        state["query_tokens"] = state["query_tokens"][:, : own["query_tokens"].shape[1]]
-    advice = "model.tokenizer.* and the width of the decoder must be the checkpoint's"
-    check_keys(own, state, f"model.tokenizer.weights={path}", advice, free_rows=WORDS)  # rows are matched by token
-    rows, known = own[WORDS].clone(), vocabulary.qformer.get_vocab()
-    names = tokens or vocabulary.qformer.convert_ids_to_tokens(list(range(len(state[WORDS]))))
-    pairs = [(known[name], number) for number, name in enumerate(names) if name in known]
-    places, numbers = (list(column) for column in zip(*pairs, strict=True))
-    rows[places] = state[WORDS][numbers].to(rows.dtype)
-    # New rows start from the mean of the loaded ones; those that the file has are then set once more.
-    bins = torch.as_tensor(vocabulary.bin_values)
-    initialise_new_rows(rows, vocabulary.qformer_first_new, vocabulary.qformer_bin_ids, bins)
-    rows[places] = state[WORDS][numbers].to(rows.dtype)
-    state[WORDS] = rows
-    tokenizer.load_state_dict(state, strict=False)
-
-
-def read_own(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read a file written by tools/pretrain_mini.py: weights in float32, and the names of its word rows."""
     if not path.is_file():
-        raise ValueError(f"model.tokenizer.weights={path}: no such file; give an InstructBLIP folder, a file, or null")
+        raise ValueError(f"{key}={path}: no such file; give a .safetensors file, a name that is known, or null")
     with reading(path), safe_open(path, framework="pt") as file:
-        tokens = json.loads((file.metadata() or {}).get("tokens", "null"))
-        state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    if tokens is None:
-        raise ValueError(f"{path}: no token names in its metadata; write it with tools/pretrain_mini.py")
-    return state, tokens
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
 
 
-def read_instructblip(path: str) -> dict[str, Tensor]:
+def read_instructblip(source: str) -> dict[str, Tensor]:
     """Read the QFormer, query tokens, vision post-layernorm and projection of an InstructBLIP checkpoint, in float32.
 
-    Of the checkpoint's files, safetensors or bin, only those that hold such weights are opened (or downloaded).
+    Args:
+        source: a folder or a hub name. Only the files with such weights are opened (or downloaded), safetensors or the
+            `.bin` pickles of tensors of the first release.
+
+    Raises:
+        ValueError: there is no checkpoint, or a file of it is missing or cut short.
     """
-    folder = Path(path) if Path(path).is_dir() else _download(path)
-    return {
-        ours: value.to(torch.float32)
-        for file, keys in _files(folder).items()
-        for key, value in _read(folder / file, keys).items()
-        if (ours := _our_name(key))
-    }
+    state: dict[str, Tensor] = {}
+    for name, keys in _instructblip_files(source).items():
+        path = _find(source, name)
+        if path is None:
+            raise ValueError(f"{source}/{name}: the index lists it, but it is not there; it holds {', '.join(keys)}")
+        with reading(path, keys):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    found = {key: file.get_tensor(key) for key in file.keys() if _own_name(key)}  # noqa: SIM118
+            else:  # files of before torch 1.6 are no zip files and can't be mapped
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state |= {own: value.float() for key, value in found.items() if (own := _own_name(key))}
+    return state
 
 
-def _our_name(key: str) -> str | None:
+def _instructblip_files(source: str) -> dict[str, list[str]]:
+    """Return the files with weights of ours and the keys that the index promises in each."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = _find(source, f"{whole}.index.json")
+        if index is not None:
+            files: dict[str, list[str]] = {}
+            try:
+                for key, file in json.loads(index.read_text())["weight_map"].items():
+                    if _own_name(key):
+                        files.setdefault(file, []).append(key)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                text = f"{index}: expected an index with a weight_map ({error!r}); fetch the folder again"
+                raise ValueError(text) from error
+            return files
+        if _find(source, whole) is not None:
+            return {whole: []}
+    raise ValueError(
+        f"{source}: expected an InstructBLIP checkpoint (model.safetensors or pytorch_model.bin, or an index of its "
+        "files), found no weights of one"
+    )
+
+
+def _find(source: str, name: str) -> Path | None:
+    """Return a file of a folder or of a hub repository; None = the repository has no such file."""
+    try:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model.tokenizer.weights={source}: no such folder, and not on the hub ({reason})") from error
+    return None if found is None else Path(found)
+
+
+def _own_name(key: str) -> str | None:
     """Return the name here of a weight in an InstructBLIP checkpoint; None = not one of ours."""
     bare = key.removeprefix("model.")
     if bare.endswith(".position_ids"):  # a buffer that older transformers versions saved
         return None
-    found = (ours + bare.removeprefix(prefix) for prefix, ours in INSTRUCTBLIP_NAMES.items() if bare.startswith(prefix))
-    return next(found, None)
-
-
-def _index(folder: Path) -> dict[str, list[str]] | None:
-    """Return the files with weights of ours and their keys, by the folder's index; None = it has none."""
-    path = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-    if path is None:
-        return None
-    needed: dict[str, list[str]] = {}
-    try:
-        for key, file in json.loads(path.read_text())["weight_map"].items():
-            if _our_name(key):
-                needed.setdefault(file, []).append(key)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected an index with a weight_map ({error!r}); fetch the folder again") from error
-    return needed
-
-
-def _files(folder: Path) -> dict[str, list[str]]:
-    """Return the files to read, each with the keys that the index promises; raises ValueError when one is missing."""
-    needed = _index(folder)
-    if needed is None:
-        found = next((files for pattern in WHOLE if (files := sorted(folder.glob(pattern)))), [])
-        needed = {file.name: [] for file in found}
-    if not needed:
-        raise ValueError(
-            f"{folder}: expected an InstructBLIP checkpoint in {' or '.join(WHOLE)}, found no weights of one"
-        )
-    for file, keys in needed.items():
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder / file}: the index lists it, but it is not there; it holds {', '.join(keys)}")
-    return needed
-
-
-def _read(path: Path, keys: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of ours in one file; of the others nothing is read."""
-    with reading(path, keys):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if _our_name(key)}  # noqa: SIM118
-        # Files of before torch 1.6 are no zip files and can't be mapped.
-        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {key: value for key, value in whole.items() if _our_name(key)}
-
-
-def _download(name: str) -> Path:
-    """Fetch the files that are needed from the hub; raises ValueError when there is no such repository."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=list(INDEXES)))
-        needed = _index(folder)
-        return Path(snapshot_download(name, allow_patterns=list(WHOLE) if needed is None else list(needed)))
-    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        said = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model.tokenizer.weights={name}: no such folder, and not on the hub ({said})") from error
+    pairs = INSTRUCTBLIP_NAMES.items()
+    return next((own + bare.removeprefix(prefix) for prefix, own in pairs if bare.startswith(prefix)), None)

@@ -12,8 +12,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from vistallm.model.checkpoint import is_whole
 from vistallm.tasks import TASKS
-from vistallm.train.checkpoint import is_whole
 from vistallm.train.module import VistaModule
 
 COLUMNS = [

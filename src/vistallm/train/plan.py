@@ -171,7 +171,8 @@ def _modules(config: Config) -> tuple[ImageEncoder, Tokenizer, Any]:
     encoder = ImageEncoder(model.encoder)
     words = len(RegionCodec(coords=config.coords, num_bins=config.num_bins).tokens)
     instruction_rows, rows = BERT_ROWS + words, VICUNA_ROWS + len(IMAGE_TOKENS) + words
-    tokenizer = build_tokenizer(model.tokenizer, instruction_rows, encoder, model.decoder.hidden_size)
+    width = model.decoder.hidden_size
+    tokenizer = build_tokenizer(model.tokenizer, instruction_rows, encoder.patches, encoder.width, width)
     decoder = _decoder(config, VICUNA_ROWS, rows)
     return encoder.requires_grad_(train.encoder), tokenizer.requires_grad_(train.tokenizer), decoder
 

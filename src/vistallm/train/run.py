@@ -23,10 +23,11 @@ from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.census import describe_layout, describe_mixture, describe_tokens, take_census
 from vistallm.data.datamodule import CoinItDataModule, build_codec, training_root
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.model.pretrained import build_empty, check_decoder
+from vistallm.model.build import build_empty, build_model, wrap_with_lora
+from vistallm.model.checkpoint import find_checkpoint, is_whole, load_weights, newest_checkpoint
+from vistallm.model.language_model import check_sizes
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
-from vistallm.train.checkpoint import find_checkpoint, load_weights, resume_path
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
 from vistallm.train.plan import EFFICIENCY, GPUS, Workload, make_plan
@@ -116,7 +117,7 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
     """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
     start = find_checkpoint(config.ckpt) if config.ckpt else None
     if start:
-        check_decoder(config, start[0])
+        check_sizes(config.model.decoder, start[0])
     codec = build_codec(config)
     vocabulary = Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, codec)
     if vocabulary.region_tokens != codec.tokens:
@@ -127,14 +128,14 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
         )
     data = CoinItDataModule(config, vocabulary, root)
     steps = _steps(config, data)
-    model, rows = build_model(config, vocabulary, start)
+    model, rows = prepare_model(config, vocabulary, start)
     print(f"stage {config.stage}, {config.model.name}: {steps} steps" + (f" from {start[1]}" if start else ""))
     for name, state, trainable, total in rows:
         print(f"  {name:<10} {state:<8} {trainable:>13,} of {total:>13,} parameters train")
     return VistaModule(model, config, steps), data
 
 
-def build_model(
+def prepare_model(
     config: Config, vocabulary: Vocabulary, start: tuple[Path, Path] | None
 ) -> tuple[VistaLLM, list[tuple[str, str, int, int]]]:
     """Build the model, freeze what does not train, cast and compile it; the rows are `set_trainable`'s.
@@ -148,12 +149,39 @@ def build_model(
     else:
         half = frozen_half and config.train.decoder != "full"
         dtype = torch.bfloat16 if half else torch.float32
-        model = load_start(config, vocabulary, start, dtype) if start else VistaLLM(config, vocabulary, dtype)
+        model = load_start(config, vocabulary, start, dtype) if start else build_model(config, vocabulary, dtype)
     rows = set_trainable(model, config.train)
     if frozen_half:
         cast_frozen(model)
     compile_layers(model, config.train.compile)
     return model, rows
+
+
+def resume_path(config: Config) -> Path | None:
+    """Return the checkpoint to resume from under `resume=auto|never|PATH`.
+
+    Raises:
+        ValueError: PATH holds no checkpoint, the file is broken, or `never` meets the checkpoints of an earlier run,
+            which a later `resume=auto` or `ckpt=` would take for its own.
+    """
+    newest = newest_checkpoint(Path(str(config.run_dir)))
+    match config.resume:
+        case "never":
+            if newest is not None:
+                raise ValueError(f"{newest} is of an earlier run: resume=never needs another run_dir=, or delete it")
+            return None
+        case "auto":
+            found = newest
+        case path:
+            found = find_checkpoint(path)[1]
+    if found is not None and not is_whole(found):
+        raise ValueError(f"{found}: not a readable checkpoint (cut short?); delete it to resume from the one before")
+    if found is not None and found.is_dir() and config.strategy != "fsdp":
+        raise ValueError(
+            f"{found}: the processes of a sharded run have written a part each; resume it with strategy=fsdp on any "
+            "number of them, or start a new run from its weights with ckpt="
+        )
+    return found
 
 
 def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path], dtype: torch.dtype) -> VistaLLM:
@@ -169,12 +197,12 @@ def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path],
         model=replace(config.model, decoder=shape),
         train=replace(config.train, decoder="lora" if had else "full"),
     )
-    model = VistaLLM(built, vocabulary, dtype)
+    model = build_model(built, vocabulary, dtype)
     load_weights(model, start[1])
     if had and not wanted:
         model.decoder = model.decoder.merge_and_unload()
     elif wanted and not had:
-        model.decoder = model.with_lora(model.decoder, config)
+        model.decoder = wrap_with_lora(model.decoder, config, vocabulary)
     return model
 
 

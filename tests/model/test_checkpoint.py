@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vistallm.config import save_config
-from vistallm.model.pretrained import MANIFEST, save_pretrained
-from vistallm.model.vistallm import VistaLLM
-from vistallm.train.checkpoint import load_run
+from vistallm.model.build import build_model
+from vistallm.model.checkpoint import MANIFEST, find_checkpoint, load_run, read_state, save_exported
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools/export.py"))
@@ -24,7 +23,7 @@ TOOL = runpy.run_path(str(ROOT / "tools/export.py"))
 def write_run(folder, config, vocabulary, change=None):
     """A run folder as train.py leaves it: a model of that configuration, its adapters made to matter."""
     torch.manual_seed(0)
-    model = VistaLLM(config, vocabulary).eval()
+    model = build_model(config, vocabulary).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "trainable_tokens" in name:
@@ -48,7 +47,7 @@ def test_round_trip_keeps_every_weight_and_no_path(tmp_path, tiny_config, vocabu
     model = write_run(tmp_path / "run", tiny_config(), vocabulary)
     differences = TOOL["export"](str(tmp_path / "run"), tmp_path / "out", torch.float32)
     assert differences == {"merge": 0.0, "dtype": 0.0}
-    again = VistaLLM.from_pretrained(tmp_path / "out")
+    again = load_run(tmp_path / "out")[0]
     assert not again.training
     assert again.decoder.lm_head.weight is again.decoder.model.embed_tokens.weight, "tied as before"
     own = model.state_dict()
@@ -66,7 +65,7 @@ def test_merged_lora_is_a_full_model_and_the_adapter_is_plain_pefts(lora_run, tm
     run, model = lora_run
     differences = TOOL["export"](str(run), tmp_path / "out", torch.float32, language_model=True)
     assert 0 < differences["merge"] < 1e-4
-    merged = VistaLLM.from_pretrained(tmp_path / "out")
+    merged = load_run(tmp_path / "out")[0]
     assert not any("lora" in name for name in merged.state_dict())
     expected = TOOL["probe_logits"](model)
     torch.testing.assert_close(TOOL["probe_logits"](merged), expected, rtol=0, atol=1e-4)
@@ -101,7 +100,7 @@ def test_kept_lora_loads_as_lora(lora_run, tmp_path):
 def test_bfloat16_halves_the_file_and_states_its_difference(tmp_path, tiny_config, vocabulary):
     model = write_run(tmp_path / "run", tiny_config(), vocabulary)
     stated = TOOL["export"](str(tmp_path / "run"), tmp_path / "out", torch.bfloat16)["dtype"]
-    again = VistaLLM.from_pretrained(tmp_path / "out")
+    again = load_run(tmp_path / "out")[0]
     difference = (TOOL["probe_logits"](again) - TOOL["probe_logits"](model)).abs().max().item()
     assert 0 < stated == pytest.approx(difference, rel=1e-4)
 
@@ -116,7 +115,7 @@ def test_bfloat16_halves_the_file_and_states_its_difference(tmp_path, tiny_confi
     ],
 )
 def test_damaged_folders_are_refused(damage, said, tmp_path, tiny_model, tiny_config):
-    manifest = save_pretrained(tiny_model, tiny_config(), tmp_path / "out", torch.float32)
+    manifest = save_exported(tiny_model, tiny_config(), tmp_path / "out", torch.float32)
     path = tmp_path / "out" / "model.safetensors"
     state = load_file(path)
     if damage == "key":
@@ -133,12 +132,12 @@ def test_damaged_folders_are_refused(damage, said, tmp_path, tiny_model, tiny_co
     else:
         path.unlink()
     with pytest.raises(ValueError, match=said):
-        VistaLLM.from_pretrained(tmp_path / "out")
+        load_run(tmp_path / "out")[0]
 
 
 def test_manifest_of_another_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected an exported model"):
-        VistaLLM.from_pretrained(tmp_path)
-    (tmp_path / MANIFEST).write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="expected format 1, got 99"):
-        VistaLLM.from_pretrained(tmp_path)
+    manifest = tmp_path / MANIFEST
+    for text, message in (("{", "expected an exported model"), ('{"format": 99}', "expected format 1, got 99")):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_state(find_checkpoint(str(tmp_path))[1])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vistallm.model.keys import check_keys, fold
+from vistallm.model.weights import check_keys, fold
 
 
 def test_names_that_differ_in_their_first_number_are_one():

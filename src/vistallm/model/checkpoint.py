@@ -1,0 +1,204 @@
+"""Run folders and exported models: the one writer and the one reader of weights with what they need beside them.
+
+A run folder holds `config.yaml`, `vocabulary/`, `decoder/` and `checkpoints/step-<n>.ckpt`; an exported one the same
+with manifest.json and safetensors in place of checkpoints. A reader takes every key of every part, or raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import re
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import load as load_sharded
+
+from vistallm.config import Config, config_from_file, save_config
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.build import build_empty, tie
+from vistallm.model.language_model import SIZES
+from vistallm.model.vistallm import VistaLLM
+from vistallm.model.weights import check_keys, read_safetensors
+
+MANIFEST, FORMAT = "manifest.json", 1
+PACKAGES = ("vistallm", "torch", "transformers", "peft", "open_clip_torch", "safetensors")
+_STEP = re.compile(r"step-(\d+)\.ckpt$")
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint of the highest step in `run_dir`/checkpoints, or None; folders cut short do not count."""
+    paths = (path for path in run_dir.glob("checkpoints/*") if path.is_file() or is_whole(path))
+    steps = {int(match[1]): path for path in paths if (match := _STEP.search(path.name))}
+    return steps[max(steps)] if steps else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and written to its end: the last file of a sharded run's folder is meta.pt."""
+    return zipfile.is_zipfile(path / "meta.pt" if path.is_dir() else path)
+
+
+def find_checkpoint(path: str) -> tuple[Path, Path]:
+    """Resolve `ckpt=` (an exported model, a run folder or a checkpoint in one) to (folder, checkpoint).
+
+    The checkpoint of an exported model is its manifest.json. Raises ValueError when nothing of the kind is there.
+    """
+    given = Path(path)
+    if (given / MANIFEST).is_file():
+        return given, given / MANIFEST
+    if not given.exists():
+        raise ValueError(f"ckpt={path}: expected a run folder or a checkpoint file, found nothing there")
+    if given.is_file() or _STEP.search(given.name):
+        return given.parent.parent, given
+    newest = newest_checkpoint(given)
+    if newest is None:
+        raise ValueError(
+            f"ckpt={path}: expected a run folder with checkpoints/step-<n>.ckpt, or {MANIFEST}; found no checkpoint"
+        )
+    return given, newest
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the model weights of a checkpoint by VistaLLM's own names; raises ValueError if unreadable.
+
+    Args:
+        path: a Lightning checkpoint (one file, or the folder that a sharded run writes), or an exported manifest.json.
+    """
+    if path.name == MANIFEST:
+        return _read_exported(path)
+    try:
+        if path.is_dir():
+            return _read_sharded(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from error
+    return {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def _read_sharded(path: Path) -> dict[str, Tensor]:
+    """Read the model weights, and only those, of a checkpoint that every rank has written a part of."""
+    reader = FileSystemReader(path)
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+    }
+    load_sharded(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix("state_dict.model."): value for key, value in state.items()}
+
+
+def _read_exported(manifest: Path) -> dict[str, Tensor]:
+    """Return the weights of an exported folder, after a look at the size of each of its files."""
+    folder = manifest.parent
+    try:
+        record = json.loads(manifest.read_text())
+        version, files = record["format"], record.get("files", {})
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: expected an exported model with {MANIFEST} ({error!r})") from error
+    if version != FORMAT:
+        text = f"{manifest}: expected format {FORMAT}, got {version!r}; export the run again with this version"
+        raise ValueError(text)
+    for name, row in files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != row["bytes"]:
+            got = "no such file" if size is None else f"{size} bytes"
+            raise ValueError(
+                f"{folder / name}: expected {row['bytes']} bytes by the manifest, got {got}; fetch the folder again"
+            )
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= read_safetensors(path)[0]
+    return state
+
+
+def load_weights(model: VistaLLM, path: Path) -> None:
+    """Load the weights of a checkpoint into a model; ValueError names every key that is missing or does not fit."""
+    model.load_state_dict(_checked_state(model, path))
+
+
+def load_run(
+    path: str | Path, config: Config | None = None, dtype: torch.dtype | None = None
+) -> tuple[VistaLLM, Config, Path]:
+    """Build the model of a run or an exported folder with its own vocabulary and weights, in evaluation mode.
+
+    Args:
+        path: exported model, run folder or checkpoint.
+        config: use this configuration instead of the folder's own.
+        dtype: of the weights; None = bfloat16 with a GPU at hand, else float32.
+
+    Returns:
+        model, config, checkpoint path.
+
+    Raises:
+        ValueError: nothing is there, a file is missing or cut short, or the keys are not the model's.
+    """
+    folder, checkpoint = find_checkpoint(str(path))
+    config = config or config_from_file(folder / "config.yaml")
+    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    model = build_empty(config, Vocabulary.load(folder / "vocabulary"), folder)
+    state = _checked_state(model, checkpoint)
+    # No second copy where the dtype is the file's.
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    tie(model)
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):  # its buffer is a copy of rows, and no part of the state
+            base: Any = layer.base_layer
+            for adapter, rows in layer.token_indices.items():
+                layer.trainable_tokens_original[adapter] = base.weight.data[rows].clone()
+    return model.eval(), config, checkpoint
+
+
+def _checked_state(model: VistaLLM, path: Path) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint, of which a file may leave out one of two tied; ValueError unless all fit."""
+    state = read_state(path)
+    for name, other in model.tied_weights().items():
+        if other in state:
+            state.setdefault(name, state[other])
+    advice = "use the model=, train.decoder= (full or lora) and coordinate settings it was trained with"
+    check_keys(model.state_dict(), state, str(path), advice)
+    return state
+
+
+def save_exported(model: VistaLLM, config: Config, folder: Path, dtype: torch.dtype, **facts: Any) -> Path:
+    """Write `model` to `folder` for `load_run`; return its manifest, which holds `facts` (step, differences ...), too.
+
+    Paths of this machine (run folder, data, starting checkpoint, pretrained weights) are left out of config.yaml.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.run_dir = config.ckpt = config.data.root = None
+    config.model.encoder.weights = config.model.tokenizer.weights = config.model.tokenizer.text_tokenizer = None
+    sizes = {own: getattr(model.decoder_config, theirs) for own, theirs in SIZES.items()}
+    config.model.decoder = replace(config.model.decoder, weights=None, **sizes)
+    save_config(config, folder / "config.yaml")
+    model.vocabulary.save(folder / "vocabulary")
+    model.decoder_config.save_pretrained(folder / "decoder")
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    save_torch_state_dict({k: v for k, v in state.items() if k not in model.tied_weights()}, folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    manifest = {
+        "format": FORMAT,
+        "model": config.model.name,
+        "stage": config.stage,
+        "dtype": str(dtype).removeprefix("torch."),
+        **facts,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return folder / MANIFEST
