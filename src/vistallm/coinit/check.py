@@ -6,7 +6,6 @@ Shards are checked by all cores, one shard at a time each; what is kept per samp
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tarfile
 from collections import Counter
@@ -21,7 +20,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from vistallm.coinit.build import run_forked
-from vistallm.coinit.shards import read_index, read_shard
+from vistallm.coinit.shards import read_index, read_raw, read_shard
 from vistallm.coinit.sources.base import is_training, sample_images
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
@@ -110,20 +109,15 @@ def check(
 
 
 def evaluation_images(folders: Iterable[Path]) -> set[str]:
-    """Ids of all images in evaluation splits of shard folders."""
-    shards = [(folder / name, row) for folder in folders for name, row in read_index(folder)["shards"].items()]
-    records = (record for path, row in shards if not is_training(row["split"]) for record in _records(path))
-    return {image_id for record in records for image_id in sample_images(Sample.from_json(record))}
-
-
-def _records(shard: Path) -> Iterator[dict]:
-    """JSON records of a shard; the images are skipped, not read."""
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            if member.name.endswith(".json"):
-                file = tar.extractfile(member)
-                assert file is not None
-                yield json.loads(file.read())
+    """Ids of all images in evaluation splits of shard folders; raises ValueError for a record that can't be read."""
+    ids: set[str] = set()
+    shards = [(folder / name, row["split"]) for folder in folders for name, row in read_index(folder)["shards"].items()]
+    for path in (path for path, split in shards if not is_training(split)):
+        for raw in read_raw(path, images=False):
+            if raw.record is None:
+                raise ValueError(f"{path}: expected records that can be read, got {raw.fault}; build the shard again")
+            ids |= sample_images(Sample.from_json(raw.record))
+    return ids
 
 
 def _check_shard(listed: tuple[Path, dict[str, Any]]) -> _CheckedShard:
@@ -178,7 +172,7 @@ def _find_duplicates(shards: list[_CheckedShard], report: CheckReport) -> None:
     seen: dict[str, Path] = {}
     for shard in shards:
         if len(report.faults.get("duplicate-id", ())) < FIRST and np.isin(shard.ids, twice[:FIRST]).any():
-            for name in (str(record["id"]) for record in _records(shard.path)):
+            for name in (str(raw.record["id"]) for raw in read_raw(shard.path, images=False) if raw.record):
                 if np.isin(np.uint64(id_digest(name)), twice[:FIRST]):
                     if name in seen:
                         report.add("duplicate-id", f"{shard.path}: sample {name}: the same id is in {seen[name]}", 0)
