@@ -20,13 +20,11 @@ from vistallm.evaluate import benchmarks as bench
 from vistallm.evaluate.export import write_exports
 from vistallm.evaluate.gallery import shown
 from vistallm.evaluate.generate import Pace, generate_predictions, picked_images
-from vistallm.evaluate.predictions import read_predictions, write_predictions
+from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
 from vistallm.evaluate.report import write_report
 from vistallm.model.checkpoint import find_checkpoint, load_run
 from vistallm.schema import Prediction
 from vistallm.train.run import quiet
-
-Faults = dict[str, str]  # benchmark -> why it has no score
 
 
 def main(argv: list[str]) -> int:
@@ -43,13 +41,13 @@ def main(argv: list[str]) -> int:
         predictions = generate(config, known, out, (pace, faults))
     else:
         predictions = read_predictions(Path(config.predictions), faults)
-    malformed = bool(faults) and config.predictions is not None
+    malformed = bool(faults.found) and config.predictions is not None
     scores = bench.score(predictions, known, build_codec(config), faults)
     if not malformed:  # a file with lines that can't be read stays as it is, for its owner to look at
         write_predictions(predictions, out / "predictions.jsonl")
     run = {"checkpoint": config.ckpt or "none", "samples": len(predictions), **told(pace)}
-    if faults:
-        run["not scored"] = ", ".join(faults)
+    if faults.found:
+        run["incomplete"] = ", ".join(filter(None, faults.found))
     bench.write_scores(scores, out / "scores.json", run)
     write_report(
         out / "report.html",
@@ -63,9 +61,11 @@ def main(argv: list[str]) -> int:
     show(scores)
     export(known, scores, predictions, out / "exports")
     print(f"look at {out / 'report.html'}")
-    for name, fault in faults.items():
-        print(f"eval.py: {name} has no score: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    for name, found in faults.found.items():
+        for fault in found:
+            state = "incomplete" if name in scores else "no score"
+            print(f"eval.py: {name or 'no benchmark'}: {state}: {fault}", file=sys.stderr)
+    return 1 if faults.found else 0
 
 
 def show(scores: bench.Scores) -> None:
@@ -119,7 +119,8 @@ def generate(
     chosen = bench.select_benchmarks(known, config.benchmarks, config.data.name)
     absent = {name: why for name, one in chosen.items() if (why := missing(root, one)) is not None}
     if config.benchmarks is not None:
-        faults.update(absent)
+        for name, why in absent.items():
+            faults.add(name, why)
     elif absent:
         print(f"{len(absent)} benchmark(s) have no data in {root} and are left out: {', '.join(absent)}")
     if len(absent) == len(chosen):
@@ -135,7 +136,7 @@ def generate(
         try:
             predictions += list(generate_predictions(model, config, root, {name: one}, pace))
         except ValueError as error:
-            faults[name] = str(error)
+            faults.add(name, str(error))
     write_predictions(predictions, out / "predictions.jsonl")
     print(f"{len(predictions)} answers in {time.perf_counter() - start:.0f} s")
     return predictions

@@ -41,12 +41,13 @@ def test_a_benchmark_without_targets_is_told_and_the_others_are_scored(command, 
     before = path.read_text()
     assert command.main([f"predictions={path}"]) == 1
     told = capsys.readouterr().err
-    assert "pope_random has no score: prediction a: its target's answer" in told
-    assert "vcr_val has no score" in told
+    assert "pope_random: no score" in told
+    assert "line 2: prediction a: its target's answer" in told
+    assert "vcr_val: no score" in told
     assert "line 3" in told
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores["benchmarks"]) == ["vqav2_val"]
-    assert "pope_random" in scores["run"]["not scored"]
+    assert "pope_random" in scores["run"]["incomplete"]
     assert path.read_text() == before
 
 

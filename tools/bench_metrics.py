@@ -82,15 +82,13 @@ def main() -> None:
     polygons = [p.parsed.regions[0].polygons or [] for p in predictions if p.parsed]
     flat = [parts[0].astype(float).ravel().tolist() for parts in polygons]
     truths = [p.target["regions"][0]["rle"] for p in predictions]
-    metric, mean, measure = CumulativeIoU(), MeanSampleIoU(), benchmarks[NAME].family.measure
+    metric, mean, every = CumulativeIoU(), MeanSampleIoU(), benchmarks[NAME].new_metric()
     functions: dict[str, Callable[[slice], Any]] = {
         "floor: pycocotools": lambda part: [floor(*one) for one in zip(flat[part], truths[part], strict=True)],
-        "CumulativeIoU.update": lambda part: metric.update(polygons[part], truths[part]),
-        "MeanSampleIoU.update": lambda part: mean.update(polygons[part], truths[part]),
-        "update, one by one": lambda part: [
-            metric.update([p], [t]) for p, t in zip(polygons[part], truths[part], strict=True)
-        ],
-        "evaluate: pixel counts": lambda part: measure(predictions[part]),
+        "CumulativeIoU.update": lambda part: metric.update(predictions[part]),
+        "MeanSampleIoU.update": lambda part: mean.update(predictions[part]),
+        "update, one by one": lambda part: [metric.update([one]) for one in predictions[part]],
+        "evaluate: pixel counts": lambda part: every.update(predictions[part]),
         "evaluate: all scores": lambda part: score(predictions[part], benchmarks),
     }
     best = interleaved(list(functions.values()), args.count, args.chunk, args.rounds)

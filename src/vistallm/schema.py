@@ -241,6 +241,7 @@ class Prediction:
 
     `target` holds {"regions": [Region JSON, full-size RLE for masks], "answer": str, "empty": bool} plus what a
     benchmark needs beside (for example "answers": [10 strings] for VQAv2, "group": str for consistency scores).
+    `cut`: the answer ended because decode.max_new_tokens was reached; written only where it is true.
     """
 
     id: str
@@ -253,10 +254,11 @@ class Prediction:
     images: list[dict[str, Any]]
     target: dict[str, Any]
     score: float | None = None
+    cut: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON record of the line."""
-        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cut" or self.cut}
         record["parsed"] = None if self.parsed is None else self.parsed.to_json()
         return record
 
@@ -264,9 +266,10 @@ class Prediction:
     def from_json(cls, record: dict[str, Any]) -> Prediction:
         """Inverse of `to_json`; raises ValueError naming missing fields."""
         names = [f.name for f in dataclasses.fields(cls)]
-        missing = [n for n in names if n not in record and n not in ("score", "failure", "parsed")]
+        missing = [n for n in names if n not in record and n not in ("score", "failure", "parsed", "cut")]
         if missing:
             raise ValueError(f"prediction: missing field(s) {', '.join(missing)}")
         values: dict[str, Any] = {name: record.get(name) for name in names}
         values["parsed"] = None if record.get("parsed") is None else Parsed.from_json(record["parsed"])
+        values["cut"] = bool(record.get("cut"))
         return cls(**values)

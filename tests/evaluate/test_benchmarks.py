@@ -5,7 +5,7 @@ import pytest
 
 from vistallm.evaluate import benchmarks as B
 from vistallm.evaluate import predictions as P
-from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
+from vistallm.metrics import SCORE_NAMES
 from vistallm.mini.tasks import MAKERS
 from vistallm.regions.masks import mask_to_rle, polygons_to_rle
 from vistallm.schema import Parsed, Prediction, Region
@@ -43,13 +43,8 @@ def mask_prediction(name, predicted, target, failure=None, size=(10, 20), benchm
     )
 
 
-def test_every_mini_task_has_a_benchmark_and_every_score_a_name(predictions):
+def test_every_mini_task_has_a_benchmark(predictions):
     assert {b.task for b in BENCHMARKS.values() if b.data == "mini"} == {p.task for p in predictions} == set(MAKERS)
-    for family in FAMILIES.values():
-        names = family.summarise([])
-        assert family.headline in names
-        assert set(names) <= set(SCORE_NAMES)
-        assert all(value is None for value in names.values())
 
 
 def test_perfect_answers_reach_the_ceiling(predictions, codec):
@@ -263,7 +258,7 @@ def test_phrases_take_the_first_box_and_any_of_theirs():
 
 def test_real_benchmarks_name_scores_that_exist():
     for name, one in BENCHMARKS.items():
-        names = set(B.score_names(one))
+        names = set(one.new_metric().empty())
         assert one.headline in names, name
         assert names <= set(SCORE_NAMES), name
         for row in one.paper:

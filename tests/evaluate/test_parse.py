@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vistallm.evaluate.parse import READERS, read_answer
-from vistallm.evaluate.targets import box_of
+from vistallm.evaluate.parse import read_answer
+from vistallm.metrics.targets import box_of
+from vistallm.metrics.words import READERS
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
 from vistallm.tasks import TASKS

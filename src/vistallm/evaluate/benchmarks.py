@@ -9,8 +9,9 @@ import dataclasses
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,11 @@ from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
 
 from vistallm.evaluate.export import EXPORTS
-from vistallm.evaluate.families import FAMILIES, GROUPS
-from vistallm.evaluate.family import Family, NamedScores, group_mean
-from vistallm.evaluate.predictions import as_filed, by_benchmark
-from vistallm.evaluate.targets import fact, target_regions
+from vistallm.evaluate.predictions import Faults, by_benchmark
+from vistallm.evaluate.processes import exchange_device, from_all, share
+from vistallm.metrics import METRICS, NamedScores, SampleScores
+from vistallm.metrics.scores import GROUPS, HELD_OUT, KEY, SCORE, digest, labelled
+from vistallm.metrics.targets import target_regions
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import Prediction
@@ -50,9 +52,9 @@ class Benchmark:
         name: the key in benchmarks.yaml, and `Prediction.benchmark`.
         task: name in the task table; its first template is the prompt, its kind says how answers are read.
         data: the data config it belongs to ("mini" or "coinit"); shards: their folder, relative to data.root.
-        metric: score family, a key of `FAMILIES`; null in the file = the task's.
-        headline: the score that stands for it; null in the file = the family's.
-        average: "ref_id" or "class": the family's means are also averaged over the groups that share this meta value.
+        metric: a key of `METRICS`; null in the file = the task's.
+        headline: the score that stands for it; null in the file = the metric's.
+        average: "ref_id" or "class": the metric's means are also averaged over the groups that share this meta value.
         export: submission file, a key of `EXPORTS`, or None.
         paper: published rows, for a real benchmark only.
     """
@@ -68,10 +70,9 @@ class Benchmark:
     export: str | None = None
     paper: tuple[PaperRow, ...] = ()
 
-    @property
-    def family(self) -> Family:
-        """The score family."""
-        return FAMILIES[self.metric]
+    def new_metric(self) -> SampleScores:
+        """Return the metric that scores it, without any sample."""
+        return METRICS[self.metric](self.average).to(exchange_device())
 
 
 @dataclass
@@ -84,6 +85,8 @@ class BenchmarkScores:
         unlabelled: samples whose answer the dataset keeps to itself; they are exported and in no score.
         scores: name -> share in [0, 1], None where no sample counts.
         splits: "seen" and "held_out" (attribute combinations absent from training) -> {"n", "scores"}.
+        cut: samples whose answer ended because decode.max_new_tokens was reached.
+        faults: predictions that could not be read or scored; above 0 the benchmark is incomplete.
         ceiling: the same scores for (at most 1,000 of) the target masks put through the codec, None without masks.
     """
 
@@ -99,6 +102,8 @@ class BenchmarkScores:
     ceiling: NamedScores | None = None
     paper: list[dict[str, Any]] = field(default_factory=list)
     unlabelled: int = 0
+    cut: int = 0
+    faults: int = 0
 
 
 Scores = dict[str, BenchmarkScores]
@@ -123,11 +128,12 @@ def _read_entry(name: str, entry: dict[str, Any]) -> Benchmark:
     if unknown := set(entry) - known:
         raise ValueError(f"unknown key(s) {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     entry["metric"] = entry.get("metric") or find_task(entry["task"]).metric
-    choices = {"metric": FAMILIES, "average": (*GROUPS, None), "export": (*EXPORTS, None)}
+    choices = {"metric": METRICS, "average": (*GROUPS, None), "export": (*EXPORTS, None)}
     for key, allowed in choices.items():
         if entry.get(key) not in allowed:
             raise ValueError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {entry.get(key)!r}")
-    entry["headline"] = entry.get("headline") or FAMILIES[entry["metric"]].headline
+    metric = METRICS[entry["metric"]]
+    entry["headline"] = entry.get("headline") or metric.headline or metric.names[0]
     rows = tuple(PaperRow(**row) for row in entry.pop("paper", ()))
     return Benchmark(name, **{"shards": ".", **entry}, paper=rows)
 
@@ -152,100 +158,101 @@ def score(
     predictions: list[Prediction],
     benchmarks: Mapping[str, Benchmark],
     codec: RegionCodec | None = None,
-    faults: dict[str, str] | None = None,
+    faults: Faults | None = None,
 ) -> Scores:
     """Score predictions of any benchmarks, in any order, and fill `Prediction.score` of each.
+
+    Every process calls it with all predictions, measures a share of them, and returns all scores.
 
     Args:
         predictions: of any benchmarks.
         benchmarks: by name; scores come in their order, those without predictions are left out.
         codec: with the run's settings; gives the mask ceilings, which are left out without it.
-        faults: benchmark -> why it has no score. With it, a benchmark in it is left out, one that can't be scored is
-            added to it, and the others are scored; without it, the first fault is raised.
+        faults: predictions and benchmarks that can't be scored are added to it, and the rest is scored; without it, the
+            first fault is raised.
 
     Raises:
         ValueError: for an unknown benchmark, an id that occurs twice in one, or a missing or malformed target.
     """
-    groups, scores = by_benchmark(predictions), {}
+    groups, scores, found = by_benchmark(predictions), {}, Faults() if faults is None else faults
     for name in [*(name for name in benchmarks if name in groups), *sorted(set(groups) - set(benchmarks))]:
-        if name in (faults or {}):
-            continue
         try:
             benchmark = select_benchmarks(benchmarks, [name], "")[name]
-            scores[name] = _score_one(benchmark, sorted(groups[name], key=lambda one: one.id), codec)
         except ValueError as error:
-            if faults is None:
-                raise
-            faults[name] = str(error)
+            found.add(name, str(error))
+            continue
+        one = _score_one(benchmark, groups[name], codec, found)
+        if one.n:
+            scores[name] = one
+    if faults is None and found.found:
+        raise ValueError("\n".join(chain(*found.found.values())))
     return scores
 
 
-def _score_one(benchmark: Benchmark, predictions: list[Prediction], codec: RegionCodec | None) -> BenchmarkScores:
-    """Score one benchmark's predictions, sorted by id: sums of floats depend on their order."""
-    name, twice = benchmark.name, [key for key, number in Counter(p.id for p in predictions).items() if number > 1]
-    if twice:
-        raise ValueError(f"{name}: {len(twice)} prediction id(s) occur more than once, for example {twice[0]!r}")
-    labelled = [prediction for prediction in predictions if not fact(prediction, "unlabelled", False)]
-    measured = _measure(benchmark, labelled)
-    for prediction, (one, _) in zip(labelled, measured, strict=True):
-        prediction.score = round(float(benchmark.family.sample_score(one)), 6) if prediction.parsed is not None else 0.0
-    failures = Counter(p.failure or "unknown" for p in predictions if p.parsed is None)
-    splits = {}
-    for split, wanted in (("seen", False), ("held_out", True)):
-        part = [one for one, p in zip(measured, labelled, strict=True) if fact(p, "held_out") == wanted]
-        if part:
-            splits[split] = {"n": len(part), "scores": _summarise(benchmark, part)}
+def _score_one(
+    benchmark: Benchmark, predictions: list[Prediction], codec: RegionCodec | None, faults: Faults
+) -> BenchmarkScores:
+    name, metric, by_id = benchmark.name, benchmark.new_metric(), dict[str, Prediction]()
+    for one in predictions:
+        if one.id in by_id:
+            faults.add(name, f"prediction {one.id} occurs more than once")
+        by_id.setdefault(one.id, one)
+    metric.update([])
+    wrong: dict[str, str] = {}
+    for key in share(list(by_id)):
+        try:
+            metric.update([by_id[key]])
+        except ValueError as error:
+            wrong[key] = str(error)
+    for key, fault in sorted(chain(*(found.items() for found in from_all(wrong)))):
+        faults.add(name, fault, key)
+        del by_id[key]
+    with metric.sync_context():
+        rows = metric.table()
+    own = dict(zip(rows[:, KEY], rows[:, SCORE], strict=True))
+    scored = [by_id[key] for key in sorted(by_id)]
+    known = labelled(scored)
+    for one in known:
+        one.score = round(float(own[digest(one.id)]), 6) if one.parsed is not None else 0.0
+    failures = Counter(one.failure or "unknown" for one in scored if one.parsed is None)
+    splits = {split: rows[rows[:, HELD_OUT] == held_out] for split, held_out in (("seen", 0), ("held_out", 1))}
     return BenchmarkScores(
-        name=benchmark.name,
+        name=name,
         task=benchmark.task,
         metric=benchmark.metric,
         headline=benchmark.headline,
-        n=len(predictions),
-        unreadable=sum(failures.values()) / len(predictions),
+        n=len(scored),
+        unreadable=sum(failures.values()) / max(len(scored), 1),
         failures=dict(failures.most_common()),
-        scores=_summarise(benchmark, measured),
-        splits=splits if len(splits) == 2 else {},
-        ceiling=mask_ceiling(labelled, benchmark, codec) if codec and benchmark.family.masks and labelled else None,
+        scores=metric.summarise(rows),
+        splits={split: {"n": len(part), "scores": metric.summarise(part)} for split, part in splits.items()}
+        if all(map(len, splits.values()))
+        else {},
+        ceiling=mask_ceiling(known, benchmark, codec) if codec and metric.masks and known else None,
         paper=[dataclasses.asdict(row) for row in benchmark.paper],
-        unlabelled=len(predictions) - len(labelled),
+        unlabelled=len(scored) - len(known),
+        cut=sum(one.cut for one in scored),
+        faults=len(faults.found.get(name, [])),
     )
 
 
-def _measure(benchmark: Benchmark, predictions: list[Prediction]) -> list[tuple[Any, Any]]:
-    """Return (what the family counts, the group it is averaged over or None) of each prediction."""
-    facts = benchmark.family.measure([as_filed(prediction) for prediction in predictions])
-    return list(zip(facts, [fact(p, benchmark.average or "") for p in predictions], strict=True))
-
-
-def _summarise(benchmark: Benchmark, measured: list[tuple[Any, Any]]) -> NamedScores:
-    """Return the scores of some of the samples, with the averages over groups if the benchmark has them."""
-    scores = dict(benchmark.family.summarise([one for one, _ in measured]))
-    if benchmark.average is None:
-        return scores
-    known = all(group is not None for _, group in measured)  # else there is no mean over groups
-    return scores | group_mean(benchmark.family, measured if known else [], GROUPS[benchmark.average][0])
-
-
-def score_names(benchmark: Benchmark) -> list[str]:
-    """Return the names of the scores that a benchmark has, those averaged over groups included."""
-    return list(_summarise(benchmark, []))
-
-
-def mask_ceiling(predictions: list[Prediction], benchmark: Benchmark, codec: RegionCodec) -> NamedScores:
+def mask_ceiling(predictions: Sequence[Prediction], benchmark: Benchmark, codec: RegionCodec) -> NamedScores:
     """Return the scores of a model that writes every target perfectly: encode -> quantise -> decode, then score."""
-    places = np.linspace(0, len(predictions) - 1, min(len(predictions), CEILING_SAMPLES)).round().astype(int)
+    chosen = np.linspace(0, len(predictions) - 1, min(len(predictions), CEILING_SAMPLES)).round().astype(int)
     perfect = []
-    for prediction in (predictions[i] for i in places):
+    for prediction in share([predictions[i] for i in chosen]):
         sizes = [(int(image["width"]), int(image["height"])) for image in prediction.images]
         letterboxes = [Letterbox(width, height, max(width, height)) for width, height in sizes]
         regions = [region for region in target_regions(prediction) if coco_mask.area(region.rle) > 0]
         parsed = codec.decode(codec.encode(regions, letterboxes, "mask"), letterboxes, "mask")
         perfect.append(dataclasses.replace(prediction, parsed=parsed, failure=None))
-    return _summarise(benchmark, _measure(benchmark, perfect))
+    metric = benchmark.new_metric()
+    metric.update(perfect)
+    return metric.compute()
 
 
 def write_scores(scores: Scores, path: Path, run: Mapping[str, Any] | None = None) -> None:
-    """Write scores.json: {"version", "run": facts about the run (seconds, ...), "benchmarks": {name: ...}}."""
+    """Write scores.json: {"version", "run": facts about the run, "benchmarks": {name: ...}}."""
     record = {
         "version": SCORES_VERSION,
         "run": dict(run or {}),

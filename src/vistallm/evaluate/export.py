@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistallm.evaluate.parse import read_words
-from vistallm.evaluate.targets import boxes_of, fact, image_masks
+from vistallm.metrics.targets import boxes_of, fact, image_masks
+from vistallm.metrics.words import read_words
 from vistallm.schema import Prediction, Region
 
 Predictions = Sequence[Prediction]

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from vistallm.evaluate.confidence import answer_confidence
 from vistallm.evaluate.predictions import by_benchmark
-from vistallm.evaluate.targets import image_masks, target_regions
+from vistallm.metrics.targets import image_masks, target_regions
 from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.masks import rle_to_mask
 from vistallm.schema import Prediction, Region

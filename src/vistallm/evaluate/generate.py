@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
 from vistallm.evaluate.grammar import RegionGrammar, Rule, rule_of
 from vistallm.evaluate.parse import read_answer
-from vistallm.evaluate.targets import target_of
 from vistallm.evaluate.token_table import TokenTable
+from vistallm.metrics.targets import box_of
 from vistallm.model.vistallm import VistaLLM
-from vistallm.schema import Prediction
+from vistallm.schema import Prediction, Sample
 from vistallm.tasks import find_task
 
 
@@ -135,6 +136,35 @@ def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder
         images=[{"width": image.width, "height": image.height} for image in sample.images],
         target=target_of(sample, sequence.answer),
     )
+
+
+def target_of(sample: Sample, answer: str) -> dict[str, Any]:
+    """Return the `target` of a sample's Prediction, JSON-ready; `answer` is its rendered answer text.
+
+    {"regions": the regions the answer names, "answer", "empty": whether it names none (a text task: False), "meta": the
+    sample's own plain values, and its `image_ids`}, with "candidates" (boxes, in order), "given" (regions that only the
+    question names) and "answers" (references) where there are any.
+    """
+    task = find_task(sample.task)
+    wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []
+    regions = [region.to_json() for number in wanted for region in sample.regions if region.object == number]
+    target: dict[str, Any] = {
+        "regions": regions,
+        "answer": answer,
+        "empty": task.kind != "text" and not wanted,
+        "meta": {
+            key: value
+            for key, value in sample.meta.items()
+            if isinstance(value, (bool, int, float, str)) or key == "image_ids"
+        },
+    }
+    if task.metric == "candidates":
+        target["candidates"] = [list(box_of(region)) for region in sample.regions]
+    elif given := [region.to_json() for region in sample.regions if region.object not in wanted]:
+        target["given"] = given
+    if "answers" in sample.fields:
+        target["answers"] = list(sample.fields["answers"])
+    return target
 
 
 def picked_images(

@@ -16,10 +16,10 @@ import numpy as np
 
 from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
 from vistallm.evaluate.confidence import RIGHT_FROM, calibrate, rejection_curve
-from vistallm.evaluate.families import FAMILIES, SCORE_NAMES
 from vistallm.evaluate.gallery import make_card, pick, short_text
 from vistallm.evaluate.plots import Curve, Figure, curve, line_plots, precision_curve, read_columns, sparkline
 from vistallm.evaluate.predictions import by_benchmark
+from vistallm.metrics import METRICS, SCORE_NAMES
 from vistallm.schema import Prediction
 from vistallm.tasks import TASKS
 
@@ -192,7 +192,7 @@ def _precision(benchmarks: Benchmarks) -> list[Figure]:
     curves = {}
     for one, name, group in benchmarks:
         ious = [p.score or 0.0 for p in group if p.target.get("regions")]
-        if FAMILIES[one.metric].masks and ious:
+        if METRICS[one.metric].masks and ious:
             curves[name] = precision_curve(ious)
     return line_plots("Precision at every IoU threshold", curves, "IoU threshold", "share at or above", square=True)
 

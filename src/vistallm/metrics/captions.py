@@ -78,3 +78,6 @@ def spice_scores(captions: Sequence[str | None], references: Sequence[Sequence[s
     answers = {i: [caption or ""] for i, caption in enumerate(captions)}
     rows = Spice().compute_score({i: list(group) for i, group in enumerate(references)}, answers)[1]
     return np.nan_to_num(np.array([row["All"]["f"] for row in rows], float))
+
+
+PUBLIC = {"cider_ptb": cider_scores_ptb, "spice": spice_scores}

@@ -1,45 +1,33 @@
-"""Pure score functions on masks and boxes: RLEs and boxes in, int64 counts and (numerator, denominator) sums out.
+"""Pure functions on masks and boxes: RLEs and boxes in, pixel counts, overlaps and matches out.
 
-Every score is a ratio of two sums over samples, so a score over any split of the samples into batches or processes is
-the ratio of the added sums, to the last bit (`exact_sum`). Definitions follow the gRefCOCO evaluation (ReLA,
-gres_model/evaluation) and, for mask co-segmentation, precision and Jaccard per image. An unreadable answer (None) is
-wrong by every score: it adds its target's area to cIoU's union and no mask of its own.
-
-Frame: pixels of the original image; masks are COCO RLE of the image's own size; boxes are x0, y0, x1, y1.
+Definitions follow the gRefCOCO evaluation (ReLA, gres_model/evaluation). Frame: pixels of the original image; masks are
+COCO RLE of the image's own size; boxes are x0, y0, x1, y1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from vistallm.schema import Rle
 
-Sums = tuple[float, int]
 Boxes = np.ndarray | Sequence  # (N, 4), or one box (4,)
 
 
-@dataclass(frozen=True)
-class MaskCounts:
-    """Pixel counts of N masks against their targets.
+class MaskCounts(NamedTuple):
+    """Pixels of one predicted mask and its target."""
 
-    Attributes:
-        readable: (N,) bool, False where the answer could not be read.
-        intersection, union, predicted_area, target_area, image_area: (N,) int64, pixels.
-    """
+    intersection: int
+    union: int
+    pixels: int  # of the image
 
-    readable: np.ndarray
-    intersection: np.ndarray
-    union: np.ndarray
-    predicted_area: np.ndarray
-    target_area: np.ndarray
-    image_area: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.intersection)
+    @property
+    def iou(self) -> float:
+        """IoU in [0, 1]; 0 where both masks are empty."""
+        return self.intersection / max(self.union, 1)
 
 
 def union_rle(masks: Sequence[Rle], height: int, width: int) -> Rle:
@@ -52,86 +40,13 @@ def union_rle(masks: Sequence[Rle], height: int, width: int) -> Rle:
     return masks[0] if len(masks) == 1 else coco_mask.merge(list(masks), intersect=False)
 
 
-def mask_counts(predicted: Sequence[Rle | None], target: Sequence[Rle]) -> MaskCounts:
-    """Count the pixels of N masks (COCO RLE, None: unreadable) against N targets, on run lengths: no mask is drawn.
-
-    Raises:
-        ValueError: if the lengths differ, or a mask is not of its target's size.
-    """
-    if len(predicted) != len(target):
-        raise ValueError(f"masks: expected one prediction per target, got {len(predicted)} and {len(target)}")
-    rows = np.zeros((len(target), 5), np.int64)
-    for row, mask, truth in zip(rows, predicted, target, strict=True):
-        height, width = truth["size"]
-        # uint32 areas would wrap round in `a + b - i`
-        target_area = int(coco_mask.area(truth))
-        if mask is None:
-            row[:] = 0, target_area, 0, target_area, height * width
-            continue
-        if list(mask["size"]) != [height, width]:
-            raise ValueError(f"mask size: expected the target's [{height}, {width}], got {list(mask['size'])}")
-        area = int(coco_mask.area(mask))
-        intersection = int(coco_mask.area(coco_mask.merge([mask, truth], intersect=True)))
-        row[:] = intersection, area + target_area - intersection, area, target_area, height * width
-    readable = np.array([mask is not None for mask in predicted], bool)
-    return MaskCounts(readable, *rows.T)
-
-
-def sample_iou(counts: MaskCounts) -> np.ndarray:
-    """Return (N,) float64 IoU in [0, 1]; two empty masks agree (1), an unreadable answer never does (0)."""
-    iou = counts.intersection / np.maximum(counts.union, 1)
-    return np.where(counts.union == 0, 1.0, iou) * counts.readable
-
-
-def exact_sum(values: np.ndarray | Sequence[float]) -> float:
-    """Sum N numbers in [0, 1], each rounded to 2**-32: the same to the last bit for any order and any split.
-
-    Float sums depend on their order, so a mean over batches or processes would not be one number. Sums of multiples of
-    2**-32 have no rounding up to two million samples, and a mean moves by less than 1.2e-10.
-    """
-    return float(np.rint(np.asarray(values, np.float64) * 2.0**32).sum() / 2.0**32)
-
-
-def mean_sample_iou(counts: MaskCounts) -> Sums:
-    """Mean of per-sample IoU (mIoU). With no-target samples in, it is gRefCOCO's gIoU: a right "none" counts 1."""
-    return exact_sum(sample_iou(counts)), len(counts)
-
-
-def cumulative_iou(counts: MaskCounts) -> Sums:
-    """Sum of intersections over sum of unions (cIoU, oIoU): a false mask adds its area, a right "none" nothing."""
-    return int(counts.intersection.sum()), int(counts.union.sum())
-
-
-def precision_at_iou(counts: MaskCounts, threshold: float) -> Sums:
-    """Share of the samples with a target whose IoU is at least `threshold` (Pr@)."""
-    has_target = counts.target_area > 0
-    return int((sample_iou(counts)[has_target] >= threshold).sum()), int(has_target.sum())
-
-
-def no_target_accuracy(predicted_empty: np.ndarray, target_empty: np.ndarray, readable: np.ndarray) -> Sums:
-    """Share of the samples without a target that are answered "none" (N-acc); three (N,) bool arrays."""
-    return int((predicted_empty & readable)[target_empty].sum()), int(target_empty.sum())
-
-
-def target_accuracy(predicted_empty: np.ndarray, target_empty: np.ndarray, readable: np.ndarray) -> Sums:
-    """Share of the samples with a target that are answered with some region (T-acc); three (N,) bool arrays."""
-    return int((~predicted_empty & readable)[~target_empty].sum()), int((~target_empty).sum())
-
-
-def pixel_precision(counts: MaskCounts) -> Sums:
-    """Mean over images of the share of pixels labelled rightly, object and background alike (Av.P)."""
-    wrong = counts.union - counts.intersection
-    return exact_sum((1 - wrong / np.maximum(counts.image_area, 1)) * counts.readable), len(counts)
-
-
-def foreground_jaccard(counts: MaskCounts) -> Sums:
-    """Mean IoU over the images that hold the target or a predicted mask (Av.J).
-
-    Where each image holds the common object this is the usual Av.J. In AttCoSeg some images hold none: leaving
-    those alone earns nothing (it would lift the mean of an empty answer), a false mask there counts 0.
-    """
-    counted = counts.union > 0
-    return exact_sum(sample_iou(counts)[counted]), int(counted.sum())
+def mask_counts(predicted: Rle, target: Rle) -> MaskCounts:
+    """Count pixels on run lengths, no mask is drawn; both masks are of one size."""
+    # int(): uint32 areas would wrap round in the sum
+    areas = int(coco_mask.area(predicted)) + int(coco_mask.area(target))
+    intersection = int(coco_mask.area(coco_mask.merge([predicted, target], intersect=True)))
+    height, width = target["size"]
+    return MaskCounts(intersection, areas - intersection, height * width)
 
 
 def box_iou(boxes: Boxes, others: Boxes, generalized: bool = False) -> np.ndarray:
@@ -152,11 +67,6 @@ def box_iou(boxes: Boxes, others: Boxes, generalized: bool = False) -> np.ndarra
         return iou
     hull = area(np.minimum(a[..., :2], b[..., :2]), np.maximum(a[..., 2:], b[..., 2:]))
     return iou - np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
-
-
-def box_hit(predicted: Boxes | None, target: Boxes, threshold: float = 0.5) -> bool:
-    """Return whether one box (4,) has an IoU ABOVE `threshold` with the target (REC's P@0.5); None is a miss."""
-    return predicted is not None and bool(box_iou(predicted, target)[0, 0] > threshold)
 
 
 def matched_f1(predicted: Boxes | None, target: Boxes, threshold: float = 0.5, generalized: bool = False) -> float:

@@ -1,18 +1,34 @@
-"""All score families by name, and the names of their scores in words; definitions are in `vistallm.metrics`."""
+"""All score classes by the name that the task table and benchmarks.yaml use, and the names of their scores in words."""
 
 from __future__ import annotations
 
-from vistallm.evaluate.box_scores import BOX_FAMILIES
-from vistallm.evaluate.family import Family
-from vistallm.evaluate.mask_scores import MASK_FAMILIES, PRECISIONS
-from vistallm.evaluate.word_scores import WORD_FAMILIES
+from vistallm.metrics import region_scores as regions
+from vistallm.metrics import word_scores as words
+from vistallm.metrics.scores import GROUPS, SampleScores
 
-FAMILIES: dict[str, Family] = {**MASK_FAMILIES, **BOX_FAMILIES, **WORD_FAMILIES}
+METRICS: dict[str, type[SampleScores]] = {
+    "mask": regions.MaskScores,
+    "masks": regions.GeneralizedMaskScores,
+    "coseg": regions.CosegmentationScores,
+    "box": regions.BoxScores,
+    "boxes": regions.BoxSetScores,
+    "phrase": regions.PhraseScores,
+    "candidates": regions.CandidateScores,
+    "vqa": words.VqaAccuracy,
+    "exact": words.AnswerAccuracy,
+    "asked": words.AskedAccuracy,
+    "truth": words.StatementScores,
+    "yesno": words.YesNoScores,
+    "choice": words.ChoiceScores,
+    "letter": words.LetterAccuracy,
+    "caption": words.CaptionScores,
+    "coco_caption": words.PublicCaptionScores,
+}
 _SINGLE = {
     "miou": "Mean IoU (mIoU)",
     "ciou": "Cumulative IoU (cIoU)",
     "giou": "gRefCOCO gIoU",
-    **{name: f"Precision at IoU {threshold}" for name, threshold in PRECISIONS.items()},
+    **{name: f"Precision at IoU {int(name[2:]) / 100}" for name in regions.PRECISIONS},
     "n_acc": "No-target accuracy (N-acc)",
     "t_acc": "Target accuracy (T-acc)",
     "av_p": "Pixel precision (Av.P)",
@@ -41,11 +57,9 @@ _SINGLE = {
     "spice": "SPICE",
     "exact": "Exact match",
 }
-# meta key that samples can be grouped by -> suffix of the averaged scores' names, and their words
-GROUPS = {"ref_id": ("instance", "mean per instance"), "class": ("class", "mean per class")}
 SCORE_NAMES = _SINGLE | {
-    f"{name}_{suffix}": f"{_SINGLE[name]}, {words}"
-    for suffix, words in GROUPS.values()
-    for family in FAMILIES.values()
-    for name in family.means
+    f"{name}_{suffix}": f"{_SINGLE[name]}, {text}"
+    for suffix, text in GROUPS.values()
+    for metric in METRICS.values()
+    for name in metric.means
 }

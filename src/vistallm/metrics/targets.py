@@ -1,4 +1,4 @@
-"""Sample -> the target a prediction is scored against, and predictions -> the masks and boxes that scores compare.
+"""Predictions -> the masks and boxes that scores compare, of the answer and of its target.
 
 Frame: pixels of the original image. Masks are COCO RLE of the image's size; a parsed mask is drawn from its polygons.
 """
@@ -11,37 +11,7 @@ import numpy as np
 
 from vistallm.metrics.functional import union_rle
 from vistallm.regions.masks import polygons_to_rle, rle_box
-from vistallm.schema import Prediction, Region, Rle, Sample
-from vistallm.tasks import find_task
-
-
-def target_of(sample: Sample, answer: str) -> dict[str, Any]:
-    """Return the `target` of a sample's Prediction, JSON-ready; `answer` is its rendered answer text.
-
-    {"regions": the regions the answer names, "answer", "empty": whether it names none (a text task: False), "meta": the
-    sample's own plain values, and its `image_ids`}, with "candidates" (boxes, in order), "given" (regions that only the
-    question names) and "answers" (references) where there are any.
-    """
-    task = find_task(sample.task)
-    wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []
-    regions = [region.to_json() for number in wanted for region in sample.regions if region.object == number]
-    target: dict[str, Any] = {
-        "regions": regions,
-        "answer": answer,
-        "empty": task.kind != "text" and not wanted,
-        "meta": {
-            key: value
-            for key, value in sample.meta.items()
-            if isinstance(value, (bool, int, float, str)) or key == "image_ids"
-        },
-    }
-    if task.metric == "candidates":
-        target["candidates"] = [list(box_of(region)) for region in sample.regions]
-    elif given := [region.to_json() for region in sample.regions if region.object not in wanted]:
-        target["given"] = given
-    if "answers" in sample.fields:
-        target["answers"] = list(sample.fields["answers"])
-    return target
+from vistallm.schema import Prediction, Region, Rle
 
 
 def target_regions(prediction: Prediction) -> list[Region]:
