@@ -108,7 +108,7 @@ def test_training_samples(build, rejects):
     meta = {"image_ids": ["coco:9"], "ref_id": 0, "sent_id": 1}
     box = {"image": 0, "kind": "box", "object": 0, "box": [10.0, 5.0, 30.0, 15.0]}
     assert rec == {"version": 1, "id": "refcoco-train-0-1-rec", "task": "rec", "source": "refcoco"} | {
-        "images": [{"file": "0.jpg", "width": 64, "height": 48}],
+        "images": [{"file": "train-000000-00000.0.jpg", "width": 64, "height": 48}],  # brought by an earlier sample
         "instruction": None,
         "fields": {"expr": "café lady"},
         "answer": None,

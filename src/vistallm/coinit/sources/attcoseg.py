@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vistallm.coinit import attcoseg as rules
 from vistallm.coinit.sources.base import Draft, Source, SourceOptions
-from vistallm.coinit.sources.genome import GenomeImage, read_images
+from vistallm.coinit.sources.genome import Genome, read_genome
 from vistallm.coinit.sources.images import SourceImage, coco_image, corners, first_file, group_draft
 from vistallm.coinit.sources.records import Record, read_object, stream_records
 from vistallm.regions.masks import merge_rles, rle_area
@@ -31,27 +32,20 @@ from vistallm.schema import Region, Rle
 
 ATTRIBUTES = ["shape", "colour", "size", "position"]
 Key = tuple[str, str]  # attribute and value
+_NUMBERS = {"groups": 0, "iou": 0.6, "objects": 3, "min_area": 0.01, "outside": 0}  # settings and their defaults
 _HARD_TRIES = 30  # negatives looked at for one that shows an object of the same name
-
-
-@dataclass(frozen=True)
-class _Example:
-    """An image that shows a value: its number, the mask of all its objects of the value, the words for them."""
-
-    image: int
-    rle: Rle
-    words: frozenset[str]
 
 
 @dataclass
 class _Table:
-    """All images used, their examples and hard negatives by value, and why other pairs of image and value are neither.
+    """All images used, examples and hard negatives by value, and why other pairs of image and value are neither.
 
-    `negatives` holds (image number, words of the objects that show another value).
+    Examples are (image number, mask of all its objects of the value, words for them), negatives (image number, words
+    of the objects that show another value).
     """
 
     images: list[SourceImage] = field(default_factory=list)
-    examples: dict[Key, list[_Example]] = field(default_factory=dict)
+    examples: dict[Key, list[tuple[int, Rle, frozenset[str]]]] = field(default_factory=dict)
     negatives: dict[Key, list[tuple[int, frozenset[str]]]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -59,28 +53,14 @@ class _Table:
 def load_attcoseg(options: SourceOptions) -> Source:
     """Groups of images by shared attribute; prints how many examples and hard negatives every value has."""
     settings = options.read_settings(
-        masks="",
-        attributes=ATTRIBUTES,
-        groups=0,
-        iou=0.6,
-        names=("check", "ignore"),
-        objects=3,
-        min_area=0.01,
-        outside=0,
-        image_data="",
+        masks="", attributes=ATTRIBUTES, names=("check", "ignore"), image_data="", **_NUMBERS
     )
-    limits = rules.Limits(
-        iou=settings["iou"],
-        objects=int(settings["objects"]),
-        area=settings["min_area"],
-        outside=int(settings["outside"]),
-        names=settings["names"] == "check",
-    )
+    objects, outside, names = int(settings["objects"]), int(settings["outside"]), settings["names"] == "check"
+    limits = rules.Limits(settings["iou"], objects, settings["min_area"], outside, names)
     path = Path(settings["masks"])
     if not path.is_file():
         raise ValueError(f"--set masks: expected a file of instances (COCO or LVIS), got {settings['masks'] or 'none'}")
-    genome = {i.coco_id: i for i in read_images(options, settings["image_data"]).values() if i.coco_id is not None}
-    table = _read_table(options, _MaskFile(path, genome), limits)
+    table = _read_table(options, _MaskFile(path, read_genome(options, settings["image_data"])), limits)
     keys = sorted(key for key, examples in table.examples.items() if len(examples) > 1)
     keys = [key for key in keys if key[0] in settings["attributes"]]
     _print_counts(table, keys)
@@ -100,26 +80,25 @@ def _print_counts(table: _Table, keys: list[Key]) -> None:
 
 
 class _MaskFile:
-    """Instances of the images that Visual Genome has too; `genome` holds them by COCO id."""
+    """Instances of the images that Visual Genome has too."""
 
-    def __init__(self, path: Path, genome: dict[int, GenomeImage]) -> None:
+    def __init__(self, path: Path, genome: Genome) -> None:
         data = read_object(path)
         self.words, self.names = rules.read_words(), dict[int, frozenset[str]]()  # category -> names of its objects
         for category in data.records("categories", "category"):
             name = category.text("name")
             names = [name, *category.data.get("synonyms", ()), *self.words.same_as.get(name.replace("_", " "), ())]
             self.names[category.integer("id")] = rules.name_words(names)
-        self.images: dict[int, tuple[SourceImage, GenomeImage, list[Record]]] = {}  # by Visual Genome's id
-        of_coco: dict[int, list[Record]] = {}
+        # By Visual Genome's id: the image (its path is the bare file name), the same in Visual Genome, its annotations.
+        self.images: dict[int, tuple[SourceImage, SourceImage, list[Record]]] = {}
         for image in data.records("images", "image"):
-            if (other := genome.get(image.integer("id"))) is not None:
+            if (image_id := genome.of_coco.get(image.integer("id"))) is not None:
                 file = image.optional("file_name", str) or image.text("coco_url")  # LVIS v1 has the url only
-                size = image.integer("width"), image.integer("height")
-                annotations = of_coco[image.integer("id")] = []
-                named = SourceImage(Path(file.split("/")[-1]), other.key, *size)  # the bare file name
-                self.images[other.image_id] = named, other, annotations
+                size, other = (image.integer("width"), image.integer("height")), genome.images[image_id]
+                self.images[image_id] = SourceImage(Path(Path(file).name), other.image_id, *size), other, []
         for annotation in data.records("annotations", "annotation"):
-            of_coco.get(annotation.integer("image_id"), []).append(annotation)
+            if (image_id := genome.of_coco.get(annotation.integer("image_id"))) in self.images:
+                self.images[image_id][2].append(annotation)
 
     def things(self, image_id: int) -> list[rules.Thing]:
         """The objects of an image; `number` is the index among its annotations."""
@@ -158,7 +137,7 @@ def _read_table(options: SourceOptions, masks: _MaskFile, limits: rules.Limits) 
         for key, examples in findings.examples.items():
             rle = merge_rles([annotations[thing.number].mask(image.height, image.width) for thing in examples])
             if rle_area(rle):
-                example = _Example(len(table.images), rle, findings.words[key])
+                example = (len(table.images), rle, findings.words[key])
                 table.examples.setdefault(key, []).append(example)
             else:
                 table.left_out["empty-mask"] += 1
@@ -190,10 +169,10 @@ class _Groups:
         every = self.table.examples[key]
         others = rng.choice(len(every) - 1, size=min(int(rng.integers(2, size + 1)), len(every)) - 1, replace=False)
         examples = [every[first], *(every[i + (i >= first)] for i in others.tolist())]
-        negatives = self._negatives(rng, key, examples[0].words, size - len(examples))
-        images = [example.image for example in examples] + negatives
+        negatives = self._negatives(rng, key, examples[0][2], size - len(examples))
+        images = [image for image, _, _ in examples] + negatives
         images = [images[i] for i in rng.permutation(len(images)).tolist()]
-        masks = {example.image: example.rle for example in examples}
+        masks = {image: rle for image, rle, _ in examples}
         yield self._draft(index, key, images, masks)
 
     def _negatives(self, rng: np.random.Generator, key: Key, words: frozenset[str], number: int) -> list[int]:
@@ -206,20 +185,16 @@ class _Groups:
         shown = [i for i, image in enumerate(images) if image in masks]
         numbers = [str(i + 1) for i in shown]
         infos = [self.table.images[image] for image in images]
-        return group_draft(
-            [replace(info, path=_find_image(self.options.image_folder, info.path.name)) for info in infos],
-            f"attcoseg-{self.options.split}-{index:07d}",
-            "attcoseg",
-            "attcoseg",
-            {"asks": key[0], "positives": len(shown)},
-            fields={
-                "attribute": key[0],
-                "value": key[1],
-                "images": f"{', '.join(numbers[:-1])} and {numbers[-1]}",
-                "targets": list(range(len(shown))),
-            },
-            regions=[Region(i, "mask", number, rle=masks[images[i]]) for number, i in enumerate(shown)],
-        )
+        infos = [replace(info, path=_find_image(self.options.image_folder, info.path.name)) for info in infos]
+        fields: dict[str, Any] = {
+            "attribute": key[0],
+            "value": key[1],
+            "images": f"{', '.join(numbers[:-1])} and {numbers[-1]}",
+        }
+        fields["targets"] = list(range(len(shown)))
+        regions = [Region(i, "mask", number, rle=masks[images[i]]) for number, i in enumerate(shown)]
+        name, meta = f"attcoseg-{self.options.split}-{index:07d}", {"asks": key[0], "positives": len(shown)}
+        return group_draft(infos, name, "attcoseg", "attcoseg", meta, fields=fields, regions=regions)
 
 
 def _find_image(folder: Path, name: str) -> Path:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,34 @@ from vistallm.schema import Region
 
 
 @dataclass(frozen=True)
-class GenomeImage:
-    """An image of Visual Genome: size in pixels, its COCO id if it is one of COCO's, file relative to the images."""
+class Genome:
+    """Visual Genome's images, from image_data.json.
 
-    image_id: int
-    width: int
-    height: int
-    coco_id: int | None
-    file: str
+    Attributes:
+        images: by id, with sizes and paths relative to the images' folder. of_coco: ids of those that COCO has too, by
+            its id; their `image_id` is "vg:1|coco:5". folder: of the images.
+    """
 
-    @property
-    def key(self) -> str:
-        """The id that leaks are searched by: "vg:1", or "vg:1|coco:5"."""
-        return f"vg:{self.image_id}" + (f"|coco:{self.coco_id}" if self.coco_id is not None else "")
+    images: dict[int, SourceImage]
+    of_coco: dict[int, int]
+    folder: Path
 
-    def locate(self, folder: Path) -> SourceImage:
-        """The image in a folder that holds VG_100K and VG_100K_2, or all images side by side."""
-        name = self.file.rpartition("/")[2]
-        path = first_file(folder, self.file, name, f"VG_100K/{name}", f"VG_100K_2/{name}", f"images/{self.file}")
-        return SourceImage(path, self.key, self.width, self.height)
+    def at(self, image_id: int, where: str) -> SourceImage:
+        """The image of an id, in a folder that holds VG_100K and VG_100K_2, or all images side by side.
+
+        Raises:
+            SourceFormatError: image_data.json has none.
+        """
+        if image_id not in self.images:
+            raise SourceFormatError(f"{where}: image_id {image_id} is not in image_data.json; use both of one version")
+        image = self.images[image_id]
+        name, file = image.path.name, image.path.as_posix()
+        path = first_file(self.folder, file, name, f"VG_100K/{name}", f"VG_100K_2/{name}", f"images/{file}")
+        return replace(image, path=path)
 
 
-def read_images(options: SourceOptions, image_data: str = "") -> dict[int, GenomeImage]:
-    """Read image_data.json from the path given, --root or --images: sizes, and which images are COCO's too.
+def read_genome(options: SourceOptions, image_data: str = "") -> Genome:
+    """Read image_data.json from the path given, --root or --images.
 
     Raises:
         ValueError: it is in none of them. SourceFormatError: a record lacks a key.
@@ -49,20 +54,15 @@ def read_images(options: SourceOptions, image_data: str = "") -> dict[int, Genom
     folders = [folder for folder in (options.root, options.images, options.root.parent) if folder is not None]
     paths = [folder / "image_data.json" for folder in folders if (folder / "image_data.json").is_file()]
     path = Path(image_data) if image_data else paths[0] if paths else options.find_file("image_data.json")
-    images = {}
+    genome = Genome({}, {}, options.image_folder)
     for number, value in enumerate(read_json(path, list)):
         record = Record(value, f"{path}, record {number}")
-        image_id, file = record.integer("image_id"), "/".join(record.text("url").split("/")[-2:])
-        size = record.integer("width"), record.integer("height")
-        images[image_id] = GenomeImage(image_id, *size, record.optional("coco_id", int), file)
-    return images
-
-
-def image_at(images: dict[int, GenomeImage], image_id: int, where: str) -> GenomeImage:
-    """The image of an id; raises SourceFormatError when image_data.json has none."""
-    if image_id not in images:
-        raise SourceFormatError(f"{where}: image_id {image_id} is not in image_data.json; both must be of one version")
-    return images[image_id]
+        image_id, coco_id = record.integer("image_id"), record.optional("coco_id", int)
+        file, key = Path(*record.text("url").split("/")[-2:]), f"vg:{image_id}"
+        if coco_id is not None:
+            genome.of_coco[coco_id], key = image_id, f"{key}|coco:{coco_id}"
+        genome.images[image_id] = SourceImage(file, key, record.integer("width"), record.integer("height"))
+    return genome
 
 
 # ---- regions
@@ -76,9 +76,9 @@ def load_visual_genome(options: SourceOptions) -> Source:
     settings = options.read_settings(tasks=["reg", "rec"], portion=1.0, image_data="")
     if not 0 < settings["portion"] <= 1:
         raise ValueError(f"--set portion: expected a share above 0 and up to 1, got {settings['portion']}")
-    images = read_images(options, settings["image_data"])
+    genome = read_genome(options, settings["image_data"])
     # 5.4 million regions are some 300 MB packed (57 bytes each), and forked workers share them.
-    packed = Packed(_read_phrases(options.find_file("region_descriptions.json"), images))
+    packed = Packed(_read_phrases(options.find_file("region_descriptions.json")))
     starts = np.cumsum([0, *(len(packed[i][1]) for i in range(len(packed)))]).tolist()
     drawn = {
         task: np.random.default_rng([options.seed, number]).random(starts[-1]) < settings["portion"]
@@ -88,7 +88,7 @@ def load_visual_genome(options: SourceOptions) -> Source:
 
     def make(record: tuple[int, list[_Phrase]], index: int) -> Iterator[Draft | Reject]:
         image_id, phrases = record
-        image = images[image_id].locate(options.image_folder)
+        image = genome.at(image_id, f"region_descriptions.json, record {index}")
         uses = Counter(phrase.lower() for _, _, phrase in phrases)
         for row, (region_id, sides, phrase) in enumerate(phrases, starts[index]):
             tasks = [task for task, rows in drawn.items() if rows[row]]
@@ -109,81 +109,58 @@ def load_visual_genome(options: SourceOptions) -> Source:
     return Source(packed, make)
 
 
-def _read_phrases(path: Path, images: dict[int, GenomeImage]) -> Iterator[tuple[int, list[_Phrase]]]:
+def _read_phrases(path: Path) -> Iterator[tuple[int, list[_Phrase]]]:
     """The regions of each image, in file order."""
     for record in stream_records(path):
-        image_id = image_at(images, record.integer("id"), record.where).image_id
         phrases: list[_Phrase] = []
         for region in record.records("regions", "region"):
             x, y, width, height = (region.integer(key) for key in ("x", "y", "width", "height"))
             phrase = " ".join(region.text("phrase").split())
             phrases.append((region.integer("region_id"), (x, y, width, height), phrase))
-        yield image_id, phrases
+        yield record.integer("id"), phrases
 
 
 # ---- PointQA, with the keys of the authors' own scripts (github.com/princetonvisualai/pointingqa, dataset-code)
 
-_ASKS = ["object", "super", "general"]
 _FORMS = {"point": "pointqa", "box": "boxqa"}
 
 
-@dataclass
-class _Question:
-    """One question: its id within the image, text, answer, box (x, y, width, height), point (x, y), kind if any."""
-
-    name: str
-    text: str
-    answer: str
-    box: Box
-    point: tuple[float, float]
-    asks: str | None = None
+# id within the image, text, answer, meta, box (x, y, width, height), point (x, y)
+_Question = tuple[str, str, str, dict[str, str], Box, tuple[float, float]]
 
 
 def load_pointqa_local(options: SourceOptions) -> Source:
     """Questions whose answer is at the point."""
     options.check_split("train", "val", "testdev", "testfinal")
     settings = options.read_settings(forms=list(_FORMS), image_data="")
-    return _load_pointqa("pointqa-local", "localqa", options, settings, _local_questions)
+    return _load_pointqa("pointqa-local", "localqa", options, settings)
 
 
 def load_pointqa_looktwice(options: SourceOptions) -> Source:
     """Questions that begin at the point and count over the image."""
     options.check_split("train", "val", "test")
-    settings = options.read_settings(forms=list(_FORMS), asks=_ASKS, image_data="")
-    read = partial(_look_twice_questions, settings["asks"])
-    return _load_pointqa("pointqa-looktwice", "looktwiceqa", options, settings, read)
+    settings = options.read_settings(forms=list(_FORMS), asks=["object", "super", "general"], image_data="")
+    return _load_pointqa("pointqa-looktwice", "looktwiceqa", options, settings)
 
 
-def _load_pointqa(
-    source: str,
-    stem: str,
-    options: SourceOptions,
-    settings: dict[str, Any],
-    read: Callable[[Record, int], Iterator[_Question]],
-) -> Source:
+def _load_pointqa(source: str, stem: str, options: SourceOptions, settings: dict[str, Any]) -> Source:
     path = options.find_file(f"{stem}_dataset.json")
     ids = [str(image_id) for image_id in read_json(options.find_file(f"{stem}_{options.split}_imgs.json"), list)]
-    images, data = read_images(options, settings["image_data"]), read_object(path)
+    genome, data = read_genome(options, settings["image_data"]), read_object(path)
 
     def make(item: tuple[str, list[Any]], _: int) -> Iterator[Draft | Reject]:
-        image_id, entries = item
-        image = image_at(images, int(image_id), str(path)).locate(options.image_folder)
-        for number, entry in enumerate(entries):
-            record = Record(entry, f"{path}, record {image_id}, question {number}")
-            for question in read(record, number):
-                for form in settings["forms"]:
-                    region = _question_region(form, question, image, record.where)
-                    if isinstance(region, Reject):
-                        yield region
-                        continue
-                    yield image.draft(
-                        f"{source}-{options.split}-{image_id}-{question.name}-{form}",
-                        _FORMS[form],
-                        source,
-                        {} if question.asks is None else {"asks": question.asks},
-                        fields={"question": place_region(question.text), "answer": question.answer},
-                        regions=[region],
-                    )
+        image = genome.at(int(item[0]), str(path))
+        for number, entry in enumerate(item[1]):
+            record = Record(entry, f"{path}, record {item[0]}, question {number}")
+            asked = _count_questions(settings["asks"], record) if "asks" in settings else _local_questions(record)
+            for (name, text, answer, meta, box, point), form in itertools.product(asked, settings["forms"]):
+                region = _question_region(form, box, point, image, record.where)
+                if isinstance(region, Reject):
+                    yield region
+                    continue
+                name = f"{source}-{options.split}-{item[0]}-{number}{name}-{form}"
+                fields = {"question": place_region(text), "answer": answer}
+                yield image.draft(name, _FORMS[form], source, meta, fields=fields, regions=[region])
 
     return Source(Packed((image_id, data.require(image_id, list)) for image_id in ids), make)
 
@@ -201,7 +178,7 @@ def place_region(question: str) -> str:
     return f"{text} {{regions:0}}{'?' if head.endswith('?') else ''}"
 
 
-def _local_questions(record: Record, number: int) -> Iterator[_Question]:
+def _local_questions(record: Record) -> Iterator[_Question]:
     question = record.text("question")
     objects, points = record.require("all_objs", list), list(record.records("points", "object"))
     if len(objects) != len(points):
@@ -211,17 +188,17 @@ def _local_questions(record: Record, number: int) -> Iterator[_Question]:
         )
     for i, (box, point) in enumerate(zip(objects, points, strict=True)):
         # `all_ans` is the set of the answers, in any order: only a point's own `ans` belongs to its object.
-        yield _Question(f"{number}-{i}", question, point.text("ans"), *_read_object(box, point))
+        yield f"-{i}", question, point.text("ans"), {}, *_read_object(box, point)
 
 
-def _look_twice_questions(asks: list[str], record: Record, number: int) -> Iterator[_Question]:
+def _count_questions(asks: list[str], record: Record) -> Iterator[_Question]:
     place = _read_object(record.require("bbox", object), Record(record.require("point", dict), record.where))
     answer = str(record.require("ans", object)).strip()
     if not answer.isdigit():
         raise record.fault(f"expected key 'ans' as a number, got {answer!r}")
     for kind in asks:
         text = record.text("obj_question" if kind == "object" else f"{kind}_question")
-        yield _Question(f"{number}-{kind}", text, answer, *place, kind)
+        yield f"-{kind}", text, answer, {"asks": kind}, *place
 
 
 def _read_object(box: Any, point: Record) -> tuple[Box, tuple[float, float]]:
@@ -242,14 +219,15 @@ def _read_object(box: Any, point: Record) -> tuple[Box, tuple[float, float]]:
     return (x, y, w, h), (px, py)
 
 
-def _question_region(form: str, question: _Question, image: SourceImage, where: str) -> Region | Reject:
-    px, py = question.point
-    if not (0 <= px <= image.width and 0 <= py <= image.height):
-        return Reject("point-outside", f"{where}: {question.point} is not in the image, {image.width} x {image.height}")
-    box = image.cut(corners(*question.box), where)
+def _question_region(
+    form: str, sides: Box, point: tuple[float, float], image: SourceImage, where: str
+) -> Region | Reject:
+    if not (0 <= point[0] <= image.width and 0 <= point[1] <= image.height):
+        return Reject("point-outside", f"{where}: {point} is not in the image, {image.width} x {image.height}")
+    box = image.cut(corners(*sides), where)
     if isinstance(box, Reject):
         return box
-    return Region(0, "point", point=(px, py)) if form == "point" else Region(0, "box", box=box)
+    return Region(0, "point", point=point) if form == "point" else Region(0, "box", box=box)
 
 
 # ---- Visual7W
@@ -266,7 +244,7 @@ def load_visual7w(options: SourceOptions) -> Source:
     """
     settings = options.read_settings(tasks=list(_KINDS), image_data="")
     split = options.check_split("train", "val", "test")
-    genome, path = read_images(options, settings["image_data"]), options.find_file("dataset_v7w_pointing.json")
+    genome, path = read_genome(options, settings["image_data"]), options.find_file("dataset_v7w_pointing.json")
     data = read_object(path)
     boxes = {box.integer("box_id"): box.numbers("x", "y", "width", "height") for box in data.records("boxes", "box")}
     packed = Packed(
@@ -284,7 +262,7 @@ def load_visual7w(options: SourceOptions) -> Source:
         except (OSError, ValueError) as error:
             yield Reject("missing-image", f"{where}: {error}")
             return
-        image = SourceImage(image_path, image_at(genome, image_id, where).key, *size)
+        image = SourceImage(image_path, genome.at(image_id, where).image_id, *size)
         for qa_id, question, sides in pairs:
             candidates = [image.cut(corners(*box), f"{path}, qa_id {qa_id}") for box in sides]
             if rejects := [box for box in candidates if isinstance(box, Reject)]:
@@ -315,6 +293,5 @@ def _read_pair(pair: Record, boxes: dict[int, tuple[float, ...]]) -> _Pair:
 
 
 def _candidate(kind: str, number: int, box: Any) -> Region:
-    x0, y0, x1, y1 = box
-    point = ((x0 + x1) / 2, (y0 + y1) / 2) if kind == "point" else None
+    point = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) if kind == "point" else None
     return Region(0, kind, number, box=box, point=point)

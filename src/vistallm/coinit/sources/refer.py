@@ -39,7 +39,7 @@ def _load_refs(name: str, split_by: str, options: SourceOptions) -> Source:
     settings = options.read_settings(split_by=(split_by, *others), tasks=["rec", "res", "reg"])
     options.check_split("train", "val", *(("test",) if name == "refcocog" else ("testA", "testB")))
     path = options.find_file(f"refs({settings['split_by']}).p", folders=(f"{name}/", ""))
-    return _ref_source(name, options, path, read_pickle(path), settings["tasks"])
+    return _ref_source(name, options, path, settings["tasks"])
 
 
 def load_grefcoco(options: SourceOptions) -> Source:
@@ -47,16 +47,7 @@ def load_grefcoco(options: SourceOptions) -> Source:
     tasks = options.read_settings(tasks=["grec", "gres"])["tasks"]
     options.check_split("train", "val", "testA", "testB")
     path = options.find_file("grefs(unc).json", "grefs(unc).p", folders=("grefcoco/", ""))
-    refs = read_json(path, list) if path.suffix == ".json" else read_pickle(path)
-    return _ref_source("grefcoco", options, path, refs, tasks)
-
-
-def _ref_source(name: str, options: SourceOptions, path: Path, refs: list[Any], tasks: list[str]) -> Source:
-    splits = [Record(ref, f"{path}, record {i}").text("split") for i, ref in enumerate(refs)]
-    if options.split not in splits:
-        raise ValueError(f"{path}: expected refs of split {options.split!r}, its splits are {sorted(set(splits))}")
-    maker = _RefMaker(name, path, options, [task for task in _KINDS if task in tasks])
-    return Source(Packed((i, ref) for i, ref in enumerate(refs) if splits[i] == options.split), maker.make)
+    return _ref_source("grefcoco", options, path, tasks)
 
 
 class _Table:
@@ -74,65 +65,63 @@ class _Table:
         return Record(self.records[self.rows[number]], f"{self.file}, {self.key[:-1]} {number}")
 
 
-class _RefMaker:
-    """Makes the samples of a ref, given the instances.json beside the refs."""
+def _ref_source(source: str, options: SourceOptions, path: Path, tasks: list[str]) -> Source:
+    """The refs of a split, given the instances.json beside the file.
 
-    def __init__(self, source: str, path: Path, options: SourceOptions, tasks: list[str]) -> None:
-        self.source, self.path, self.split, self.tasks = source, path, options.split, tasks
-        self.folder = options.image_folder
-        data = read_object(path.with_name("instances.json"))
-        self.images, self.annotations = _Table(data, "images"), _Table(data, "annotations")
+    REG has one sample per expression for training, and one per object, with all its expressions, for evaluation.
+    """
+    refs = read_json(path, list) if path.suffix == ".json" else read_pickle(path)
+    split, splits = options.split, [Record(ref, f"{path}, record {i}").text("split") for i, ref in enumerate(refs)]
+    if split not in splits:
+        raise ValueError(f"{path}: expected refs of split {split!r}, its splits are {sorted(set(splits))}")
+    instances = read_object(path.with_name("instances.json"))
+    images, annotations = _Table(instances, "images"), _Table(instances, "annotations")
+    tasks = [task for task in _KINDS if task in tasks]
 
-    def make(self, item: tuple[int, Any], _: int) -> Iterator[Draft | Reject]:
-        """All samples of a ref; its `file_name` carries an annotation id, so the image's name is of instances.json.
-
-        REG has one sample per expression for training, and one per object, with all its expressions, for evaluation.
-        """
-        ref = Record(item[1], f"{self.path}, record {item[0]}")
-        info = self.images.at(ref.integer("image_id"), ref.where)
-        size = info.integer("width"), info.integer("height")
-        image = SourceImage(coco_image(self.folder, info.text("file_name")), f"coco:{info.data['id']}", *size)
-        annotations = self._annotations(ref)
+    def make(item: tuple[int, Any], _: int) -> Iterator[Draft | Reject]:
+        ref = Record(item[1], f"{path}, record {item[0]}")
+        # A ref's own `file_name` carries an annotation id.
+        info = images.at(ref.integer("image_id"), ref.where)
+        file, size = info.text("file_name"), (info.integer("width"), info.integer("height"))
+        image = SourceImage(coco_image(options.image_folder, file), f"coco:{info.data['id']}", *size)
+        meant = _annotations(ref, annotations, several=source == "grefcoco")
         regions: dict[str, list[Region]] = {"box": [], "mask": []}
-        yield from _add_regions(regions, annotations, image, ref)
-        ref_id, sentences = ref.integer("ref_id"), _sentences(ref)
-
-        def draft(name: str, task: str, fields: dict[str, Any], **meta: int) -> Draft:
-            name, kind = f"{self.source}-{self.split}-{ref_id}-{name}", _KINDS[task]
-            return image.draft(
-                name, task, self.source, {"ref_id": ref_id, **meta}, fields=fields, regions=regions[kind]
-            )
-
+        yield from _add_regions(regions, meant, image, ref)
+        meta, sentences = {"ref_id": ref.integer("ref_id")}, _sentences(ref)
+        name = f"{source}-{split}-{meta['ref_id']}"
+        fields: dict[str, Any] = {"targets": list(range(len(meant)))} if source == "grefcoco" else {}
         for number, (expression, sent_id) in enumerate(sentences):
             if not expression:
                 yield Reject("empty-text", f"{ref.where}, sentence {number}")
                 continue
-            fields: dict[str, Any] = {"expr": expression}
-            if self.source == "grefcoco":
-                fields["targets"] = list(range(len(annotations)))
-            for task in self.tasks:
-                if _KINDS[task] in regions and (task != "reg" or self.split == "train"):
-                    yield draft(f"{number}-{task}", task, fields, sent_id=sent_id)
+            more = {"meta": {**meta, "sent_id": sent_id}, "fields": {"expr": expression, **fields}}
+            for task in tasks:
+                if _KINDS[task] in regions and (task != "reg" or split == "train"):
+                    yield image.draft(f"{name}-{number}-{task}", task, source, regions=regions[_KINDS[task]], **more)
         expressions = [expression for expression, _ in sentences if expression]
-        if "reg" in self.tasks and self.split != "train" and "box" in regions and expressions:
-            yield draft("reg", "reg", {"expr": expressions[0], "answers": expressions})
+        if "reg" in tasks and split != "train" and "box" in regions and expressions:
+            fields = {"expr": expressions[0], "answers": expressions}
+            yield image.draft(f"{name}-reg", "reg", source, meta, fields=fields, regions=regions["box"])
 
-    def _annotations(self, ref: Record) -> list[Record]:
-        """The annotations of a ref from left to right, an order that can be learnt.
+    return Source(Packed((i, ref) for i, ref in enumerate(refs) if splits[i] == split), make)
 
-        gRefCOCO has a list of ids, in which a lone -1 says that nothing is meant.
-        """
-        kinds = (list, int) if self.source == "grefcoco" else (int,)
-        ids = ref.values("ann_id", int) if isinstance(value := ref.require("ann_id", *kinds), list) else [value]
-        annotations = []
-        for ann_id in dict.fromkeys(() if self.source == "grefcoco" and ids == [-1] else ids):
-            annotation = self.annotations.at(ann_id, ref.where)
-            if (image_id := annotation.integer("image_id")) != ref.data["image_id"]:
-                raise annotation.fault(f"expected image {ref.data['image_id']} of {ref.where}, got {image_id}")
-            if len(sides := annotation.values("bbox", int, float)) != 4:
-                raise annotation.fault(f"expected bbox [x, y, width, height], got {sides}")
-            annotations.append(annotation)
-        return sorted(annotations, key=lambda a: (2 * a.data["bbox"][0] + a.data["bbox"][2], a.data["id"]))
+
+def _annotations(ref: Record, table: _Table, several: bool) -> list[Record]:
+    """The annotations of a ref from left to right, an order that can be learnt.
+
+    gRefCOCO has several: a list of ids, in which a lone -1 says that nothing is meant.
+    """
+    kinds = (list, int) if several else (int,)
+    ids = ref.values("ann_id", int) if isinstance(value := ref.require("ann_id", *kinds), list) else [value]
+    annotations = []
+    for ann_id in dict.fromkeys(() if several and ids == [-1] else ids):
+        annotation = table.at(ann_id, ref.where)
+        if (image_id := annotation.integer("image_id")) != ref.data["image_id"]:
+            raise annotation.fault(f"expected image {ref.data['image_id']} of {ref.where}, got {image_id}")
+        if len(sides := annotation.values("bbox", int, float)) != 4:
+            raise annotation.fault(f"expected bbox [x, y, width, height], got {sides}")
+        annotations.append(annotation)
+    return sorted(annotations, key=lambda a: (2 * a.data["bbox"][0] + a.data["bbox"][2], a.data["id"]))
 
 
 def _add_regions(
@@ -202,13 +191,10 @@ def load_flickr30k(options: SourceOptions) -> Source:
             texts += [("grec", f"{line}-{i}", {"expr": phrase}, named) for i, (phrase, named) in enumerate(phrases)]
             for task, name, fields, numbers in texts:
                 if task in tasks:
-                    yield image.draft(
-                        f"flickr30k-{split}-{image_id}-{name}",
-                        task,
-                        "flickr30k",
-                        fields={**fields, "targets": list(range(len(numbers)))},
-                        regions=[Region(0, "box", i, box=boxes[number]) for i, number in enumerate(numbers)],
-                    )
+                    more = {"fields": {**fields, "targets": list(range(len(numbers)))}}
+                    regions = [Region(0, "box", i, box=boxes[number]) for i, number in enumerate(numbers)]
+                    name = f"flickr30k-{split}-{image_id}-{name}"
+                    yield image.draft(name, task, "flickr30k", regions=regions, **more)
 
     return Source(ids, make)
 

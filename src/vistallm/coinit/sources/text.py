@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,8 +43,8 @@ def load_coco_caption(options: SourceOptions) -> Source:
         captions = [caption for caption in written if caption]
         if not captions or len(captions) < len(written):
             yield Reject("empty-text", f"{path}, image {image_id}: a caption without a word, or none")
-        image_path = first_file(options.image_folder, file, file.rpartition("/")[2])
-        image = SourceImage(image_path, f"coco:{image_id}", *size)
+        bare = file.rpartition("/")[2]
+        image = SourceImage(first_file(options.image_folder, file, bare), f"coco:{image_id}", *size)
         for number, caption in enumerate(captions if training else captions[:1]):
             fields: dict[str, Any] = {"caption": caption} if training else {"caption": caption, "answers": captions}
             name = f"coco-caption-{options.split}-{image_id}-{number}"
@@ -81,61 +81,51 @@ def load_vqav2(options: SourceOptions) -> Source:
     """VQAv2; the test splits share the images of test2015 and have no answers."""
     options.read_settings()
     split = options.check_split(*_SETS)
+    subset = "test2015" if split.startswith("test") else _SETS[split]
 
-    def make(record: tuple[int, int, str, str, list[str]], _: int) -> Iterator[Draft]:
-        question_id, image_id, question, answer, ten = record
-        yield _coco(options, "test2015" if split.startswith("test") else _SETS[split], image_id).draft(
-            f"vqav2-{split}-{question_id}",
-            "vqa",
-            "vqav2",
-            fields={"question": question, "answer": answer} | ({"answers": ten} if ten else {}),
-            meta={"question_id": question_id} | ({} if ten else {"unlabelled": True}),
-        )
+    def make(record: dict[str, Any], _: int) -> Iterator[Draft]:
+        ten, name = record["answers"], f"vqav2-{split}-{record['question_id']}"
+        fields = {"question": record["question"], "answer": record["multiple_choice_answer"]}
+        meta = {"question_id": record["question_id"]} | ({} if ten else {"unlabelled": True})
+        fields |= {"answers": ten} if ten else {}
+        yield _coco(options, subset, record["img_id"]).draft(name, "vqa", "vqav2", meta, fields=fields)
 
-    return Source(Packed((key, *row) for key, row in _read_vqav2(options, split).items()), make)
+    return Source(Packed(_read_vqav2(options, split).values()), make)
 
 
-def _read_vqav2(options: SourceOptions, split: str) -> dict[int, tuple[int, str, str, list[str]]]:
-    """question_id -> image_id, question, the most frequent answer and the ten answers (UNKNOWN and none for a test)."""
+def _read_vqav2(options: SourceOptions, split: str) -> dict[int, dict[str, Any]]:
+    """question_id -> question with its ten answers and the most frequent one (none and UNKNOWN for a test split)."""
     name = f"v2_OpenEnded_mscoco_{_SETS[split]}_questions.json"
-    records = read_object(options.find_file(name, folders=("", "Questions/"))).records("questions")
-    questions = {r.integer("question_id"): (r.integer("image_id"), r.text("question").strip()) for r in records}
+    questions = {}
+    for record in read_object(options.find_file(name, folders=("", "Questions/"))).records("questions"):
+        asked = {"img_id": record.integer("image_id"), "question": record.text("question").strip()}
+        unknown = {"multiple_choice_answer": UNKNOWN, "answers": []}
+        questions[record.integer("question_id")] = {"question_id": record.data["question_id"], **asked, **unknown}
     if split.startswith("test"):
-        return {key: (*asked, UNKNOWN, []) for key, asked in questions.items()}
-    answers = {}
-    name = f"v2_mscoco_{_SETS[split]}_annotations.json"
+        return questions
+    name, seen = f"v2_mscoco_{_SETS[split]}_annotations.json", set()
     for record in read_object(options.find_file(name, folders=("", "Annotations/"))).records("annotations"):
         ten = [answer.text("answer") for answer in record.records("answers")]
         if len(ten) != 10:
             raise record.fault(f"expected 10 answers, got {len(ten)}")
-        answers[record.integer("question_id")] = (record.text("multiple_choice_answer"), ten)
-    if missing := questions.keys() ^ answers.keys():
+        seen.add(question_id := record.integer("question_id"))
+        given = {"multiple_choice_answer": record.text("multiple_choice_answer"), "answers": ten}
+        questions.get(question_id, {}).update(given)
+    if missing := questions.keys() ^ seen:
         raise SourceFormatError(
             f"{options.root}, {split}: expected the same question_id in questions and annotations; "
             f"{len(missing)} are in one of them only, such as {min(missing)}"
         )
-    return {key: (*asked, *answers[key]) for key, asked in questions.items()}
+    return questions
 
 
 def load_vqa_e(options: SourceOptions) -> Source:
-    """VQA-E: questions of VQAv2 whose answer an image caption explains; samples are named by their line or record."""
+    """VQA-E: questions of VQAv2 whose answer an image caption explains."""
     options.read_settings()
     split = options.check_split("train", "val")
     path = options.find_file(f"VQA-E_{split}_set.json", f"vqa_E_{split}.jsonl")
-    if path.suffix == ".jsonl":
-        return _explained_lines(options, "vqa-e", path, "explanation", "multiple_answers")
-
-    def make(record: Record, number: int) -> Iterator[Draft | Reject]:
-        fields: dict[str, Any] = {
-            "question": record.text("question"),
-            "explanation": _first_text(record, "explanation"),
-        }
-        fields["answer"] = record.text("multiple_choice_answer")
-        if "answers" in record.data:
-            fields["answers"] = record.values("answers", str)
-        yield _explained("vqa-e", f"{split}-{number}", _coco(options, _SETS[split], record.integer("img_id")), fields)
-
-    return file_source(path, read_json(path, list), make)
+    records = read_json(path, list) if path.suffix == ".json" else read_json_lines(path)
+    return _explained_source(options, "vqa-e", path, records)
 
 
 def load_vqa_x(options: SourceOptions) -> Source:
@@ -145,65 +135,70 @@ def load_vqa_x(options: SourceOptions) -> Source:
     names = f"{split}_exp_anno.json", f"vqa_X_{split}.jsonl"
     path = options.find_file(*names, folders=("", "textual/", "Annotations/"))
     if path.suffix == ".jsonl":
-        return _explained_lines(options, "vqa-x", path, "justification", "multiple_choice_answer")
+        return _explained_source(options, "vqa-x", path, read_json_lines(path))
     joined = "train" if split == "train" else "val"
-    questions = _read_vqav2(options, joined)
-
-    def make(item: tuple[str, Any], _: int) -> Iterator[Draft | Reject]:
-        key, explanations = item
-        record = Record({"explanations": explanations}, f"{path}, question {key}")
+    questions, records = _read_vqav2(options, joined), []
+    for key, explanations in read_json(path, dict).items():
         if not key.isdigit() or int(key) not in questions:
-            raise record.fault(f"expected a question_id of VQAv2 {joined}, got {key!r}")
-        image_id, question, answer, ten = questions[int(key)]
-        texts = record.values("explanations", str)
-        for number, text in enumerate(texts if split == "train" else texts[:1]):
-            fields = {"question": question, "explanation": text, "answer": answer, "answers": ten}
-            image = _coco(options, _SETS[joined], image_id)
-            yield _explained("vqa-x", f"{split}-{key}-{number}", image, fields, {"question_id": int(key)})
-
-    return Source(Packed(read_json(path, dict).items()), make)
+            raise SourceFormatError(f"{path}: expected a question_id of VQAv2 {joined}, got {key!r}")
+        records.append(questions[int(key)] | {"explanation": explanations})
+    return _explained_source(options, "vqa-x", path, records)
 
 
-def _explained_lines(options: SourceOptions, source: str, path: Path, explanation: str, answer: str) -> Source:
-    """VQA-E or VQA-X as JSON lines, with these keys of an explanation and an answer (a text, or a list of texts)."""
+def _explained_source(options: SourceOptions, source: str, path: Path, records: Iterable[Any]) -> Source:
+    """Questions with an answer and explanations of it, in the forms of all files.
+
+    With question ids, training has one sample per explanation, evaluation one per question; else one is of a record.
+    """
+    split, known = options.split, ("multiple_choice_answer", "multiple_answers")
 
     def make(record: Record, number: int) -> Iterator[Draft | Reject]:
-        file = record.text("file_path")
-        digits = re.search(r"(\d{12})\.jpg$", file)
-        if digits is None:
-            raise record.fault(f"expected a COCO file name in 'file_path', got {file!r}")
-        fields = {"question": record.text("question"), "explanation": _first_text(record, explanation)}
-        fields["answer"] = _first_text(record, answer)
-        image = SourceImage(first_file(options.image_folder, file, Path(file).name), f"coco:{int(digits[1])}")
-        yield _explained(source, f"{options.split}-{number}", image, fields)
+        key = "justification" if "justification" in record.data else "explanation"
+        # A text, or a list of texts, which VQA-E ends with a score.
+        texts = [text for text in _texts(record, key) if isinstance(text, str)]
+        fields: dict[str, Any] = {"question": record.text("question")}
+        answer = str(_texts(record, known[known[0] not in record.data])[0])
+        ten = {"answers": record.values("answers", str)} if "answers" in record.data else {}
+        question_id = record.optional("question_id", int)
+        for i, text in enumerate(texts if question_id is not None and split == "train" else texts[:1]):
+            name = f"{split}-{number}" if question_id is None else f"{split}-{question_id}-{i}"
+            if not (explanation := " ".join(text.split())):
+                yield Reject("empty-text", f"{source}, {name}: expected an explanation, got none")
+                continue
+            # A sentence, as "So the answer is .." follows it.
+            explanation = explanation if explanation[-1] in ".!?" else f"{explanation}."
+            more = {"explanation": explanation, "answer": answer, **ten}
+            meta = {} if question_id is None else {"question_id": question_id}
+            image = _explained_image(options, record)
+            yield image.draft(f"{source}-{name}", "vqa_e", source, meta, fields=fields | more)
 
-    return file_source(path, read_json_lines(path), make)
+    return file_source(path, records, make)
 
 
-def _first_text(record: Record, key: str) -> str:
-    """A text, or the first of a list."""
+def _texts(record: Record, key: str) -> list[Any]:
+    """A text, or a list that begins with one, as a list."""
     value = record.require(key, str, list)
-    text = value[0] if isinstance(value, list) and value else value
-    if not isinstance(text, str):
-        raise record.fault(f"expected a list that begins with a text, got {value!r:.80}")
-    return text
+    values = value if isinstance(value, list) else [value]
+    if not values or not isinstance(values[0], str):
+        raise record.fault(f"expected {key!r} to be a text or a list that begins with one, got {value!r:.80}")
+    return values
+
+
+def _explained_image(options: SourceOptions, record: Record) -> SourceImage:
+    """The image of a question, by its COCO id or its file."""
+    if "file_path" not in record.data:
+        return _coco(options, _SETS["train" if options.split == "train" else "val"], record.integer("img_id"))
+    file = record.text("file_path")
+    digits = re.search(r"(\d{12})\.jpg$", file)
+    if digits is None:
+        raise record.fault(f"expected a COCO file name in 'file_path', got {file!r}")
+    return SourceImage(first_file(options.image_folder, file, Path(file).name), f"coco:{int(digits[1])}")
 
 
 def _coco(options: SourceOptions, subset: str, image_id: int) -> SourceImage:
     """An image of a part of COCO, such as "train2014"."""
     path = coco_image(options.image_folder, f"COCO_{subset}_{image_id:012d}.jpg")
     return SourceImage(path, f"coco:{image_id}")
-
-
-def _explained(
-    source: str, name: str, image: SourceImage, fields: dict[str, Any], meta: dict[str, Any] | None = None
-) -> Draft | Reject:
-    """The explanation becomes a sentence, as "So the answer is .." follows it."""
-    explanation = " ".join(fields["explanation"].split())
-    if not explanation:
-        return Reject("empty-text", f"{source}, {name}: expected an explanation, got none")
-    fields["explanation"] = explanation if explanation[-1] in ".!?" else f"{explanation}."
-    return image.draft(f"{source}-{name}", "vqa_e", source, meta, fields=fields)
 
 
 def load_pope(options: SourceOptions) -> Source:
@@ -217,14 +212,10 @@ def load_pope(options: SourceOptions) -> Source:
         image_id = file.rpartition("_")[2].partition(".")[0]
         if label not in ("yes", "no") or not image_id.isdigit():
             raise record.fault(f"expected label yes or no and a COCO image, got {label!r}, {file!r}")
-        question_id = record.integer("question_id")
-        yield SourceImage(coco_image(options.image_folder, file), f"coco:{int(image_id)}").draft(
-            f"pope-{split}-{question_id}",
-            "pope",
-            "pope",
-            fields={"question": record.text("text"), "answer": label},
-            meta={"level": split, "question_id": question_id},
-        )
+        question_id, fields = record.integer("question_id"), {"question": record.text("text"), "answer": label}
+        image = SourceImage(coco_image(options.image_folder, file), f"coco:{int(image_id)}")
+        meta = {"level": split, "question_id": question_id}
+        yield image.draft(f"pope-{split}-{question_id}", "pope", "pope", meta, fields=fields)
 
     return file_source(path, read_json_lines(path), make)
 
@@ -257,14 +248,9 @@ def load_nlvr2(options: SourceOptions) -> Source:
         for side in (0, 1):
             name = f"{'-'.join(parts[:3])}-img{side}"
             images.append(SourceImage(first_file(root, *(f"{f}{name}.png" for f in folders)), f"nlvr2:{name}"))
-        yield group_draft(
-            images,
-            f"nlvr2-{identifier}",
-            "nlvr2",
-            "nlvr2",
-            fields={"statement": record.text("sentence").strip(), "answer": label.title()},
-            meta={"group": "-".join([*parts[:2], parts[3]])},
-        )
+        fields = {"statement": record.text("sentence").strip(), "answer": label.title()}
+        meta = {"group": "-".join([*parts[:2], parts[3]])}
+        yield group_draft(images, f"nlvr2-{identifier}", "nlvr2", "nlvr2", meta, fields=fields)
 
     return file_source(path, read_json_lines(path), make)
 
@@ -302,32 +288,23 @@ def _load_conversations(source: str, file: str, options: SourceOptions) -> Sourc
             yield Reject("no-image", f"{record.where}: a conversation without an image")
             return
         file = record.text("image")
-        turns = [_turn(turn) for turn in record.records("conversations", "turn")]
+        turns = []
+        for turn in record.records("conversations", "turn"):
+            if turn.text("from") not in ("human", "gpt"):
+                raise turn.fault(f"expected 'from' human or gpt, got {turn.data['from']!r}")
+            # `<image>` is removed, as the sequence puts the image before the first round.
+            turns.append((turn.data["from"], re.sub(r"\s*<image>\s*", " ", turn.text("value")).strip()))
         if problem := _problem(turns):
             yield Reject(problem, f"{record.where}: the conversation has turns {turns!r:.200}")
             return
-        texts = [text for _, text in turns]
-        rounds = [list(pair) for pair in zip(texts[0::2], texts[1::2], strict=True)]
-        instruction, answer = rounds.pop()
+        *rounds, last = zip([text for _, text in turns[0::2]], [text for _, text in turns[1::2]], strict=True)
         bare = [f"{prefix}{PurePosixPath(file).name}" for prefix in _PREFIXES if "/" not in file]
-        yield SourceImage(first_file(options.image_folder, file, *bare), _image_id(file)).draft(
-            f"{source}-train-{number}-{record.require('id', str, int)}",
-            "instruct",
-            source,
-            instruction=instruction,
-            answer=answer,
-            fields={"rounds": rounds} if rounds else {},
-        )
+        image = SourceImage(first_file(options.image_folder, file, *bare), _image_id(file))
+        name = f"{source}-train-{number}-{record.require('id', str, int)}"
+        fields = {"rounds": [list(pair) for pair in rounds]} if rounds else {}
+        yield image.draft(name, "instruct", source, instruction=last[0], answer=last[1], fields=fields)
 
     return file_source(path, read_json(path, list), make)
-
-
-def _turn(turn: Record) -> tuple[str, str]:
-    """Speaker and text; `<image>` is removed, as the sequence puts the image before the first round."""
-    speaker = turn.text("from")
-    if speaker not in ("human", "gpt"):
-        raise turn.fault(f"expected 'from' human or gpt, got {speaker!r}")
-    return speaker, re.sub(r"\s*<image>\s*", " ", turn.text("value")).strip()
 
 
 def _problem(turns: list[tuple[str, str]]) -> str | None:
