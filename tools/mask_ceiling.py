@@ -118,12 +118,11 @@ def main() -> int:
     parser.add_argument("--sampler", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
     parser.add_argument("--num-bins", type=int, default=1001)
     parser.add_argument("--target-iou", type=float, help="fewest points that reach this IoU, --points being the most")
-    parser.add_argument("--holes", action="store_true", help="write holes (adaptive only)")
     parser.add_argument("--json", type=Path, help="write the table here, with the IoU of every mask")
     parser.add_argument("--sheet", type=Path, help="save a picture of the worst masks of the last row")
     parser.add_argument("--worst", type=int, default=24, help="masks on the sheet")
     args = parser.parse_args()
-    options = {"target_iou": args.target_iou, "holes": args.holes}
+    options = {"target_iou": args.target_iou}
     try:
         read = list(read_masks(args.file))
         masks = [rle for rle in read if rle_to_mask(rle).any()]

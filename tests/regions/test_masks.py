@@ -7,7 +7,7 @@ from hypothesis.extra.numpy import arrays
 from numba.core.dispatcher import Dispatcher
 from pycocotools import mask as coco
 
-from vistallm.regions import contours, fit, raster, samplers, straight
+from vistallm.regions import contours, refine, samplers
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.letterbox import Letterbox
@@ -22,7 +22,6 @@ from vistallm.regions.masks import (
     rle_box,
     rle_iou,
     rle_to_mask,
-    rle_to_polygons,
     segmentation_to_rle,
 )
 from vistallm.schema import Region
@@ -83,10 +82,8 @@ SHAPES = shapes()
 @settings(deadline=None, max_examples=150)
 @given(masks)
 def test_outline_rings_enclose_exactly_the_mask(mask):
-    rings, parents = outline_rings(as_mask(mask), holes=True)
     drawn = np.zeros(mask.shape, int)
-    for ring, parent in zip(rings, parents, strict=True):
-        assert (signed_area(ring) < 0) == (parent >= 0)
+    for ring in outline_rings(as_mask(mask), holes=True):
         drawn += np.sign(int(signed_area(ring))) * polygons_to_mask([ring], *mask.shape).astype(int)
     assert (drawn == mask).all()
 
@@ -108,10 +105,9 @@ def test_drawing_is_the_rule_of_pycocotools_to_the_pixel(height, width, polygons
 
 
 @settings(deadline=None, max_examples=200)
-@given(masks, st.integers(3, 40), st.sampled_from(SAMPLERS), st.sampled_from([8, 64, 1001]), st.booleans())
-def test_any_mask_keeps_the_promises(mask, points, sampler, num_bins, holes):
-    holes = holes and sampler == "adaptive"
-    polygons = mask_to_polygons(mask, points, sampler, num_bins=num_bins, holes=holes)
+@given(masks, st.integers(3, 40), st.sampled_from(SAMPLERS), st.sampled_from([8, 64, 1001]))
+def test_any_mask_keeps_the_promises(mask, points, sampler, num_bins):
+    polygons = mask_to_polygons(mask, points, sampler, num_bins=num_bins)
     assert bool(polygons) == bool(mask.any())
     if not polygons:
         return
@@ -150,7 +146,7 @@ def test_adaptive_is_no_worse_than_the_best_polygon_on_the_outline(points):
 
 
 def best_on_outline(mask, points):
-    ring = max(outline_rings(as_mask(mask))[0], key=len).astype(float)
+    ring = max(outline_rings(as_mask(mask)), key=len).astype(float)
     edges = np.roll(ring, -1, 0) - ring
     ring = np.concatenate(
         [ring[k] + np.arange(0, 1, 2 / max(np.abs(e).sum(), 2))[:, None] * e for k, e in enumerate(edges)]
@@ -201,8 +197,8 @@ def test_masks_that_are_polygons_come_back_exactly():
 
 
 @pytest.mark.parametrize("num_bins", [None, 1001])
-def test_masks_drawn_from_slanted_polygons_are_redrawn_exactly(num_bins):
-    """Of 30 polygons of 3 to 9 corners on the grid at most two may miss, and those by a few pixels."""
+def test_masks_drawn_from_slanted_polygons_are_redrawn_closely(num_bins):
+    """Of 30 polygons of 3 to 9 corners on the grid the worst misses a tenth of a percent of its pixels."""
     missed, vertices = [], []
     for seed in range(30):
         rng = np.random.default_rng(seed)
@@ -214,42 +210,17 @@ def test_masks_drawn_from_slanted_polygons_are_redrawn_exactly(num_bins):
         polygons = mask_to_polygons(mask, 32, num_bins=num_bins)
         missed.append((polygons_to_mask(polygons, 480, 640) ^ mask).sum())
         vertices.append(sum(map(len, polygons)))
-    assert np.count_nonzero(missed) <= 2, missed
-    assert max(missed) <= 8
+    assert max(missed) <= (12 if num_bins is None else 45), missed
     assert max(vertices) <= 32
-
-
-def test_a_triangle_of_whole_pixels_comes_back_as_its_own_corners():
-    corner = np.array([[50, 20], [250, 100], [90, 180]], np.float32)
-    (polygon,) = mask_to_polygons(polygons_to_mask([corner], 200, 300))
-    assert polygon.tolist() == corner.tolist()
 
 
 def test_load_compiled_compiles_what_python_calls():
     load_compiled()
-    compiled = [straight._merge, straight._intersect]
-    for module in (fit, contours, raster, samplers):
+    compiled = []
+    for module in (contours, refine, samplers):
         compiled += [f for name, f in vars(module).items() if isinstance(f, Dispatcher) and not name.startswith("_")]
-    assert len(compiled) > 8
+    assert len(compiled) >= 4
     assert [f.py_func.__name__ for f in compiled if not f.signatures] == []
-
-
-def test_lines_are_tried_only_without_a_target_iou(monkeypatch):
-    """Sequences of data that ask for the fewest points stay what they are."""
-    monkeypatch.setattr("vistallm.regions.samplers.straight_rings", lambda *_: pytest.fail("lines were tried"))
-    mask_to_polygons(SHAPES["star"][0], 24, target_iou=1)
-
-
-def test_a_hole_costs_two_more_vertices_and_comes_back():
-    mask = np.zeros((40, 40), bool)
-    mask[5:35, 5:35] = True
-    mask[15:25, 12:20] = False
-    (filled,) = mask_to_polygons(mask)
-    (bridged,) = mask_to_polygons(mask, holes=True)
-    assert (len(filled), len(bridged)) == (4, 4 + 4 + 2)
-    assert (polygons_to_mask([bridged], 40, 40) == mask).all()
-    with pytest.raises(ValueError, match="adaptive"):
-        mask_to_polygons(mask, sampler="uniform", holes=True)
 
 
 def test_target_iou_takes_the_fewest_points():
@@ -304,7 +275,7 @@ def test_any_type_and_memory_order_gives_the_same_polygons():
     runs = np.diff(np.flatnonzero(np.concatenate([[True], np.diff(flat) != 0, [True]]))).tolist()
     as_runs = {"size": list(mask.shape), "counts": ([0] if flat[0] else []) + runs}
     for rle in (compressed, as_bytes, as_runs):
-        assert [p.tolist() for p in rle_to_polygons(rle)] == expected
+        assert [p.tolist() for p in mask_to_polygons(rle_to_mask(rle))] == expected
     assert isinstance(compressed["counts"], str)
 
 
@@ -362,3 +333,50 @@ def test_iou_of_run_lengths():
     assert rle_iou(mask_to_rle(a), mask_to_rle(b)) == 1
     a[0, :4] = b[0, 2:] = True
     assert rle_iou(mask_to_rle(a), mask_to_rle(b)) == pytest.approx(2 / 5)
+
+
+def random_mask(rng):
+    """(H, W) bool of a random kind and size: noise, ellipses, thin lines, self-crossing polygons, specks, full."""
+    height, width = rng.integers(1, 96, 2)
+    mask = np.zeros((height, width), np.uint8)
+    kind = rng.integers(6)
+    if kind == 0:
+        return rng.random((height, width)) < rng.choice([0.02, 0.3, 0.6, 0.95])
+    if kind == 1:
+        return np.ones((height, width), bool)
+    for _ in range(rng.integers(1, 5)):
+        points = (rng.random((rng.integers(3, 20), 2)) * (width, height)).astype(np.int32)
+        if kind == 2:
+            axes = rng.integers(0, 40, 2).tolist()
+            cv2.ellipse(mask, points[0].tolist(), axes, float(rng.integers(180)), 0, 360, 1, -1)
+        elif kind == 3:
+            cv2.polylines(mask, [points], False, 1, int(rng.integers(1, 4)))
+        elif kind == 4:
+            cv2.fillPoly(mask, [points], 1)
+        else:
+            mask[points[:, 1], points[:, 0]] = 1
+    return mask.astype(bool)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_random_masks_keep_the_promises():
+    rng = np.random.default_rng(0)
+    for index in range(100_000):
+        mask, points = random_mask(rng), int(rng.integers(3, 40))
+        sampler, num_bins = str(rng.choice(SAMPLERS)), int(rng.choice([16, 101, 1001]))
+        case = index, mask.shape, points, sampler, num_bins
+        letterbox = Letterbox(mask.shape[1], mask.shape[0], 224)
+        polygons = mask_to_polygons(mask, points, sampler, num_bins=num_bins)
+        assert bool(polygons) == bool(mask.any()), case
+        if not polygons:
+            continue
+        assert sum(map(len, polygons)) <= points, case
+        assert min(map(len, polygons)) >= 3, case
+        corners = np.concatenate(polygons)
+        assert ((corners >= 0) & (corners <= mask.shape[::-1])).all(), case
+        codec = RegionCodec(num_bins=num_bins, points=points)
+        text = codec.encode([Region(0, "mask", polygons=polygons)], [letterbox], "mask")
+        regions = codec.decode(text, [letterbox]).regions
+        assert codec.encode(regions, [letterbox], "mask") == text, case
+        drawn = polygons_to_mask(regions[0].polygons, *mask.shape)
+        assert (drawn == rle_to_mask(polygons_to_rle(regions[0].polygons, *mask.shape))).all(), case

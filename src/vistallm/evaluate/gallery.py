@@ -119,7 +119,7 @@ def _shape(region: Region, radius: float) -> Markup:
 
 def _outline(mask: np.ndarray) -> Markup:
     # Half a pixel of slack removes the stair steps, which no reader needs.
-    rings, _ = outline_rings(as_mask(mask), holes=True)
+    rings = outline_rings(as_mask(mask), holes=True)
     return _path([cv2.approxPolyDP(ring.astype(np.float32), 0.8, True).reshape(-1, 2) for ring in rings])
 
 

@@ -14,13 +14,20 @@ from functools import lru_cache
 
 import numpy as np
 
+from vistallm.regions.contours import MIN_VERTICES
 from vistallm.regions.letterbox import Letterbox
-from vistallm.regions.masks import box_polygon, canonical_polygons, check_options, rle_box, rle_to_polygons
+from vistallm.regions.masks import (
+    box_polygon,
+    canonical_polygons,
+    check_options,
+    mask_to_polygons,
+    rle_box,
+    rle_to_mask,
+)
 from vistallm.schema import REGION_KINDS, Parsed, Region
 
 MARKERS = ("<b_st>", "<b_sep>", "<b_ed>", "<p_st>", "<p_sep>", "<p_ed>", "<m_st>", "<m_sep>", "<m_part>", "<m_ed>")
 KIND_OF_LETTER = {kind[0]: kind for kind in REGION_KINDS}
-MIN_VERTICES = 3
 
 _BIN = re.compile(r"<bin_(\d+)>")
 _BINS = re.compile(r"(?:<bin_\d+>)*")
@@ -48,7 +55,6 @@ class RegionCodec:
         points: vertex budget of one mask object, shared by its parts.
         mask_sampler: "uniform", "curvature" or "adaptive".
         target_iou: if set, the fewest points (at most `points`) whose polygons reach this IoU.
-        dense, holes: see `mask_to_polygons`.
         cache_size: masks whose polygons are kept in memory (about 1 kB each): a mask is sampled once, not every epoch.
     """
 
@@ -59,13 +65,11 @@ class RegionCodec:
         points: int = 32,
         mask_sampler: str = "adaptive",
         target_iou: float | None = None,
-        dense: float = 2,
-        holes: bool = False,
         cache_size: int = 16384,
     ) -> None:
         if coords not in ("tokens", "text"):
             raise ValueError(f"coords: expected 'tokens' or 'text', got {coords!r}")
-        check_options(points, mask_sampler, target_iou, holes)
+        check_options(points, mask_sampler, target_iou)
         if num_bins < 2:
             raise ValueError(f"num_bins: expected at least 2, got {num_bins}")
         self.coords = coords
@@ -76,11 +80,9 @@ class RegionCodec:
             self.tokens = [*MARKERS, *(f"<bin_{i}>" for i in range(num_bins))]
         self.bin_values = np.arange(num_bins) / (num_bins - 1)
 
-        options = {"target_iou": target_iou, "num_bins": num_bins, "dense": dense, "holes": holes}
-
         def sample(counts: str | bytes, height: int, width: int) -> tuple[np.ndarray, ...]:
-            rle = {"size": [height, width], "counts": counts}
-            polygons = rle_to_polygons(rle, points=points, sampler=mask_sampler, **options)
+            mask = rle_to_mask({"size": [height, width], "counts": counts})
+            polygons = mask_to_polygons(mask, points, mask_sampler, target_iou=target_iou, num_bins=num_bins)
             for polygon in polygons:
                 polygon.flags.writeable = False
             return tuple(polygons)

@@ -37,7 +37,7 @@ def as_mask(mask: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(mask != 0).view(np.uint8)
 
 
-def outline_rings(mask: np.ndarray, holes: bool = False) -> tuple[list[np.ndarray], list[int]]:
+def outline_rings(mask: np.ndarray, holes: bool = False) -> list[np.ndarray]:
     """Trace a mask along its pixel edges.
 
     Args:
@@ -45,13 +45,11 @@ def outline_rings(mask: np.ndarray, holes: bool = False) -> tuple[list[np.ndarra
         holes: also trace holes; their rings run counter-clockwise.
 
     Returns:
-        Rings of (n, 2) int64, x then y, pixel edges: corner points only, n >= 4; none for an empty mask. And for each
-        ring the ring whose hole it is, or -1.
+        Rings of (n, 2) int64, x then y, pixel edges: corner points only, n >= 4; none for an empty mask.
     """
     mode = cv2.RETR_CCOMP if holes else cv2.RETR_EXTERNAL
-    contours, hierarchy = cv2.findContours(mask, mode, cv2.CHAIN_APPROX_NONE)
-    parents = hierarchy[0, :, 3].tolist() if len(contours) else []
-    return [_edge_ring(contour) for contour in contours], parents
+    contours, _ = cv2.findContours(mask, mode, cv2.CHAIN_APPROX_NONE)
+    return [_edge_ring(contour) for contour in contours]
 
 
 @njit(cache=True, error_model="numpy")

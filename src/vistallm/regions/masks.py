@@ -4,10 +4,7 @@ Coordinates are pixels of the original image, x then y, with pixel EDGES at inte
 rule: pycocotools' polygon rasteriser, which drew the COCO family's own masks. A pixel belongs to a polygon when its
 centre does (even-odd), and parts are united. `polygons_to_rle` and `polygons_to_mask` both follow it, to the pixel.
 
-A mask that this rule drew from a polygon of at most `points` vertices comes back as a polygon that draws the same
-pixels: always where all edges follow pixel edges. Slanted polygons with vertices on the grid (whole pixels, or
-`num_bins`) do so at 32 points in 95 to 99% of cases with 3 to 5 vertices, 91 to 96% with 6, 86 to 94% with 8, about 80%
-with 12, 70% with 16 and 44% with 24; the others miss a median of 1 to 10 pixels. With `target_iou` they are not tried.
+A mask whose edges follow pixel edges, with at most `points` corners, comes back as a polygon that draws it exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from numba import njit
 from pycocotools import mask as coco
 
 from vistallm.regions.contours import MIN_VERTICES, as_mask, outline_rings
-from vistallm.regions.raster import draw_polygon
+from vistallm.regions.refine import draw_polygon
 from vistallm.regions.samplers import adaptive_points, curvature_points, uniform_points
 from vistallm.schema import Rle
 
@@ -36,10 +33,8 @@ def mask_to_polygons(
     *,
     target_iou: float | None = None,
     num_bins: int | None = None,
-    dense: float = 2,
-    holes: bool = False,
 ) -> list[np.ndarray]:
-    """Sample the outline of one object's mask.
+    """Sample the outline of one object's mask; holes are filled.
 
     Args:
         mask: (H, W) bool, or numbers with non-zero = inside; any memory order.
@@ -48,9 +43,6 @@ def mask_to_polygons(
         target_iou: if set, in (0, 1]: the fewest vertices, up to `points`, whose drawing reaches this IoU; all `points`
             where none does.
         num_bins: for "adaptive": choose vertices on these bins of the padded square, as the codec does.
-        dense: for "curvature": dense points per kept point.
-        holes: for "adaptive": write holes into their part's polygon over a bridge (`bridge_holes`), at two vertices per
-            hole beside the hole's own. Without it holes are filled.
 
     Returns:
         Parts in canonical order (`canonical_polygons`), each (n, 2) float32 with n >= 3; empty list for an empty mask.
@@ -58,16 +50,15 @@ def mask_to_polygons(
     Raises:
         ValueError: a mask that is not (H, W) numbers, or an option out of range.
     """
-    check_options(points, sampler, target_iou, holes)
+    check_options(points, sampler, target_iou)
     mask = as_mask(mask)
-    rings, parents = outline_rings(mask, holes)
+    rings = outline_rings(mask)
 
     def sample(budget: int) -> list[np.ndarray]:
         if sampler == "adaptive":
-            kept = adaptive_points(rings, budget, mask, num_bins, parents, straight=target_iou is None)
-            kept = bridge_holes(kept, parents) if holes else kept
+            kept = adaptive_points(rings, budget, mask, num_bins)
         else:
-            kept = uniform_points(rings, budget) if sampler == "uniform" else curvature_points(rings, budget, dense)
+            kept = uniform_points(rings, budget) if sampler == "uniform" else curvature_points(rings, budget)
         polygons = canonical_polygons([ring.astype(np.float32) for ring in kept])
         # Coarse bins or three points on a thin line can leave no area; the mask's box always has some.
         return polygons or [box_polygon(np.concatenate(rings), budget).astype(np.float32)]
@@ -91,7 +82,6 @@ def load_compiled() -> None:
     """
     disc = rle_to_mask(mask_to_rle(np.hypot(*(np.mgrid[:32, :32] - 15.5)) < 14))
     polygons_to_mask(mask_to_polygons(disc, 8, num_bins=101), 32, 32)
-    mask_to_polygons(polygons_to_mask([np.array([[25, 10], [125, 50], [45, 90]])], 100, 150), 8)
 
 
 def box_polygon(points: np.ndarray, budget: int) -> np.ndarray:
@@ -100,7 +90,7 @@ def box_polygon(points: np.ndarray, budget: int) -> np.ndarray:
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])[:budget]
 
 
-def check_options(points: int, sampler: str, target_iou: float | None, holes: bool) -> None:
+def check_options(points: int, sampler: str, target_iou: float | None) -> None:
     """Raise ValueError for sampling options out of range, before any mask is at hand."""
     if points < MIN_VERTICES:
         raise ValueError(f"points: expected at least {MIN_VERTICES}, got {points}")
@@ -108,37 +98,6 @@ def check_options(points: int, sampler: str, target_iou: float | None, holes: bo
         raise ValueError(f"mask_sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if target_iou is not None and not 0 < target_iou <= 1:
         raise ValueError(f"target_iou: expected a number in (0, 1], got {target_iou}")
-    if holes and sampler != "adaptive":
-        raise ValueError(f"holes: only the adaptive sampler writes them, got mask_sampler={sampler!r}")
-
-
-def rle_to_polygons(rle: Rle, points: int = 32, sampler: str = "adaptive", **options: Any) -> list[np.ndarray]:
-    """Like `mask_to_polygons`, with its options, from COCO run lengths."""
-    return mask_to_polygons(rle_to_mask(rle), points, sampler, **options)
-
-
-def bridge_holes(rings: list[np.ndarray], parents: list[int]) -> list[np.ndarray]:
-    """Join each hole to its part by walking to it and back along one line, which even-odd drawing cancels out.
-
-    The drawing rule needs to know nothing about it, and the hole can be read back: it lies between the two visits of
-    the vertex that the bridge starts from.
-
-    Args:
-        rings: (n, 2), n = 0 for rings that are gone; holes run against their parts.
-        parents: for each ring the ring whose hole it is, or -1.
-
-    Returns:
-        One polygon per part; a hole adds its own vertices and two more.
-    """
-    parts = {r: ring for r, ring in enumerate(rings) if parents[r] < 0 and len(ring)}
-    for hole, parent in zip(rings, parents, strict=True):
-        if parent not in parts or not len(hole):
-            continue
-        part = parts[parent]
-        gaps = ((part[:, None] - hole[None]) ** 2).sum(2)
-        a, b = np.unravel_index(gaps.argmin(), gaps.shape)
-        parts[parent] = np.concatenate([part[: a + 1], hole[b:], hole[: b + 1], part[a:]])
-    return list(parts.values())
 
 
 def polygons_to_rle(polygons: Sequence[np.ndarray], height: int, width: int) -> Rle:

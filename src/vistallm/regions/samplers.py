@@ -12,15 +12,12 @@ import numpy as np
 from numba import njit
 
 from vistallm.regions.contours import MIN_VERTICES, edge_samples
-from vistallm.regions.fit import fit_rings
-from vistallm.regions.raster import FINEST_STEP, polish_rings
-from vistallm.regions.straight import straight_rings
+from vistallm.regions.refine import FINEST_STEP, fit_rings, polish_rings
 
 _OVERSAMPLE = 1.5  # the first removal stops at this many times the budget; 1 loses .001 to .002 IoU, 2 gains nothing
 _SAMPLES_PER_POINT = 8  # outline samples per point of the budget; more gains nothing and costs time
 _THIN_FACTOR = 2
-_STRAIGHT_BELOW = 0.1  # wrong pixels per corner of the outline: masks drawn from few edges have .02 to .08
-_STRAIGHT_ABOVE = 96  # corners of an outline already redrawn exactly: fewer vertices may do
+_DENSE = 2  # dense points per kept point of the paper's rule; with more the kept points cluster on smooth shapes
 
 
 def uniform_points(rings: list[np.ndarray], points: int) -> list[np.ndarray]:
@@ -28,17 +25,14 @@ def uniform_points(rings: list[np.ndarray], points: int) -> list[np.ndarray]:
     return [_at_lengths(ring, np.arange(share) / share) for ring, share in _shares(rings, points)]
 
 
-def curvature_points(rings: list[np.ndarray], points: int, dense: float = 2) -> list[np.ndarray]:
+def curvature_points(rings: list[np.ndarray], points: int) -> list[np.ndarray]:
     """The paper's rule: dense equal steps, turning angle at each, keep the sharpest in outline order.
 
-    Args:
-        rings: (n, 2) corner points.
-        points: budget, shared by the rings by length.
-        dense: dense points per kept point; with more than 2 the kept points cluster on smooth shapes.
+    Takes and gives what `uniform_points` does; the rings share the budget by length.
     """
     kept = []
     for ring, share in _shares(rings, points):
-        count = max(share, round(share * dense))
+        count = share * _DENSE
         samples = _at_lengths(ring, np.arange(count) / count)
         back, ahead = np.roll(samples, 1, 0) - samples, np.roll(samples, -1, 0) - samples
         cross = back[:, 0] * ahead[:, 1] - back[:, 1] * ahead[:, 0]
@@ -49,13 +43,7 @@ def curvature_points(rings: list[np.ndarray], points: int, dense: float = 2) -> 
 
 
 def adaptive_points(
-    rings: list[np.ndarray],
-    points: int,
-    mask: np.ndarray,
-    num_bins: int | None = None,
-    parents: list[int] | None = None,
-    *,
-    straight: bool = False,
+    rings: list[np.ndarray], points: int, mask: np.ndarray, num_bins: int | None = None
 ) -> list[np.ndarray]:
     """Fit polygons to a mask: remove points by area, fit what stays by least squares, polish on the pixels.
 
@@ -63,10 +51,8 @@ def adaptive_points(
         rings: outline of the mask, (n, 2) int64 corners on pixel edges (`outline_rings`).
         points: the most vertices of all rings together, at least 3; small rings go before large ones lose shape.
         mask: (H, W) uint8, non-zero = inside, C order.
-        num_bins: if set, vertices lie on this many bins of the padded square (frame.py), so that quantising them later
+        num_bins: if set, vertices lie on this many bins of the padded square , so that quantising them later
             changes nothing; else on fifths of a pixel.
-        parents: for each ring the ring whose hole it is, or -1; a hole costs two points more (`bridge_holes`).
-        straight: where few pixels are wrong, try whether lines do better (`straight_rings`).
 
     Returns:
         Rings of (n, 2) float64, n >= 3, pixels, inside the image, in the order of `rings`; n = 0 where the budget
@@ -77,25 +63,18 @@ def adaptive_points(
     step = side / (num_bins - 1) if num_bins else FINEST_STEP
     pad = np.array([(side - width) // 2, (side - height) // 2] if num_bins else [0, 0])
     corners, counts = np.concatenate(rings), np.array([len(ring) for ring in rings])
-    extra = np.array([0 if parent < 0 else 2 for parent in parents or [-1] * len(rings)])
-    exact = len(corners) + extra.sum() <= points
+    exact = len(corners) <= points
     if exact:
         vertices = corners.astype(np.float64)
     else:
         samples, sample_counts = edge_samples(corners, counts, points * _SAMPLES_PER_POINT)
         vertices, counts, first = samples.copy(), sample_counts, np.arange(len(samples))
         for budget in (int(points * _OVERSAMPLE), points):
-            keep, counts = remove_by_area(vertices, counts, extra, budget)
+            keep, counts = remove_by_area(vertices, counts, budget)
             vertices, first = vertices[keep], first[keep]
             fit_rings(samples, sample_counts, first, vertices, counts)
-    vertices, counts, wrong = polish_rings(mask, corners, vertices, counts, step, pad, not exact)
-    hope = wrong <= _STRAIGHT_BELOW * len(corners) and (wrong > 0 or len(corners) > _STRAIGHT_ABOVE)
-    if straight and not exact and hope:
-        found = straight_rings(rings, points - extra.sum(), mask, (step, pad), (wrong, len(vertices)))
-        if found is not None:
-            return found
-    ends = np.cumsum(counts)
-    return [vertices[end - count : end] for count, end in zip(counts, ends, strict=True)]
+    vertices, counts = polish_rings(mask, corners, vertices, counts, step, pad, not exact)
+    return np.split(vertices, np.cumsum(counts)[:-1])
 
 
 def _shares(rings: list[np.ndarray], points: int) -> list[tuple[np.ndarray, int]]:
@@ -123,14 +102,13 @@ def _corner_area(xy: np.ndarray, a: int, b: int, c: int) -> float:
 
 
 @njit(cache=True, error_model="numpy")
-def remove_by_area(xy: np.ndarray, sizes: np.ndarray, extra: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+def remove_by_area(xy: np.ndarray, sizes: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Remove the point of the smallest triangle, again and again, over all rings with one heap.
 
     Args:
         xy: (n, 2) float64, points of all rings in a row.
         sizes: (rings,) int64, points per ring.
-        extra: (rings,) int64, points that a ring costs beside its own.
-        points: the budget; a ring down to a triangle goes for its area per point, but the last one stays.
+        points: the budget; a ring down to a triangle goes for its area, but the last one stays.
 
     Returns:
         (n,) bool, the points that stay, and (rings,) int64, how many in each ring.
@@ -147,7 +125,6 @@ def remove_by_area(xy: np.ndarray, sizes: np.ndarray, extra: np.ndarray, points:
         start += sizes[r]
     keep, stamp = np.ones(n, np.bool_), np.zeros(n, np.int64)
     total, rings_left = _thin(xy, before, after, keep, left, ring_of, points * _THIN_FACTOR), (sizes > 0).sum()
-    total += extra[sizes > 0].sum()
     heap = [(_corner_area(xy, before[k], k, after[k]), k, 0) for k in range(n) if keep[k]]
     heapq.heapify(heap)
     while total > points and len(heap) > 0:
@@ -158,13 +135,13 @@ def remove_by_area(xy: np.ndarray, sizes: np.ndarray, extra: np.ndarray, points:
         if left[r] == MIN_VERTICES:  # the offer to drop the whole triangle: three points for its area
             if rings_left > 1:
                 keep[k] = keep[before[k]] = keep[after[k]] = False
-                total, rings_left, left[r] = total - MIN_VERTICES - extra[r], rings_left - 1, 0
+                total, rings_left, left[r] = total - MIN_VERTICES, rings_left - 1, 0
             continue
         keep[k] = False
         total, left[r] = total - 1, left[r] - 1
         a, b = before[k], after[k]
         after[a], before[b] = b, a
-        share = 1.0 / (MIN_VERTICES + extra[r]) if left[r] == MIN_VERTICES else 1.0
+        share = 1.0 / MIN_VERTICES if left[r] == MIN_VERTICES else 1.0
         for j in (a, b):
             stamp[j] += 1
             heapq.heappush(heap, (_corner_area(xy, before[j], j, after[j]) * share, j, stamp[j]))
