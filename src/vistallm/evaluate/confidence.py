@@ -10,7 +10,7 @@ in configs/benchmarks.yaml ranks by confidence (none is scored by AP), so no AP 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,17 +59,17 @@ def read_confidence(classes: np.ndarray, taken: np.ndarray, ended: np.ndarray) -
         taken: (>= T,) log-probability of each.
         ended: (>= T,) log-probability of any closing marker in its place.
     """
-    found, presence, start = [], None, 0
-    for place, token in enumerate(classes.tolist()):
+    confidences, presence, start = [], None, 0
+    for index, token in enumerate(classes.tolist()):
         if token in STARTS:
-            start = place + 1
+            start = index + 1
             if presence is None and start < len(classes):
                 presence = float(1 - np.exp(min(0.0, ended[start])))
         elif token in SEPARATORS or token in STOPS:
-            if (classes[start:place] == Token.BIN).any():
-                found.append(float(np.exp(taken[start : place + 1].mean())))
-            start = place + 1
-    return found, presence
+            if (classes[start:index] == Token.BIN).any():
+                confidences.append(float(np.exp(taken[start : index + 1].mean())))
+            start = index + 1
+    return confidences, presence
 
 
 def set_confidence(parsed: Parsed, confidences: Sequence[float], presence: float | None) -> None:
@@ -91,8 +91,7 @@ def answer_confidence(prediction: Prediction) -> float | None:
     return sum(known) / len(known) if len(known) == len(parsed.regions) else None
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(NamedTuple):
     """Bins of equal width over the confidence, empty ones left out: (k,) mean confidence, share right, samples.
 
     ece: the expected calibration error (Guo et al. 2017): mean of |confidence - share right|, weighted by samples.
@@ -111,21 +110,22 @@ def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 
     0.3833
     """
     sure, hit = np.asarray(confidence, float), np.asarray(right, float)
-    place = np.minimum((sure * bins).astype(int), bins - 1)
-    samples = np.bincount(place, minlength=bins)
+    number = np.minimum((sure * bins).astype(int), bins - 1)
+    samples = np.bincount(number, minlength=bins)
     used = samples > 0
-    mean, share = (np.bincount(place, values, bins)[used] / samples[used] for values in (sure, hit))
+    mean, share = (np.bincount(number, values, bins)[used] / samples[used] for values in (sure, hit))
     ece = float((np.abs(mean - share) * samples[used]).sum() / samples.sum())
     return Calibration(mean, share, samples[used], ece)
 
 
 def calibrate(predictions: Sequence[Prediction], metric: str) -> Calibration | None:
-    """Calibration of the scored predictions of one benchmark; None for a metric without regions or no confidences."""
+    """Calibration of one benchmark's scored predictions; None for a metric without regions or without confidences."""
     if metric not in RIGHT_FROM:
         return None
-    sure = [(answer_confidence(p), (p.score or 0.0) >= RIGHT_FROM[metric]) for p in predictions]
-    known = [(confidence, right) for confidence, right in sure if confidence is not None]
-    return calibration([confidence for confidence, _ in known], [right for _, right in known]) if known else None
+    known = [(sure, p.score or 0.0) for p in predictions if (sure := answer_confidence(p)) is not None]
+    return (
+        calibration([sure for sure, _ in known], [score >= RIGHT_FROM[metric] for _, score in known]) if known else None
+    )
 
 
 def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
@@ -145,11 +145,11 @@ def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.nda
     presence = np.array([1.0 if one is None or one.presence is None else one.presence for one in answers])
     sure = np.array([answer_confidence(p) or 0.0 for p in predictions])
     score = np.array([p.score or 0.0 for p in predictions])
-    said = np.flatnonzero(read & ~none)
+    given = np.flatnonzero(read & ~none)
     rank = np.full(len(predictions), len(predictions))
-    rank[said[np.lexsort((sure[said], presence[said]))]] = np.arange(len(said))
+    rank[given[np.lexsort((sure[given], presence[given]))]] = np.arange(len(given))
     shares = np.linspace(0, 1, 101)
-    rejected = read & (none | (rank < np.rint(shares * len(said))[:, None]))
+    rejected = read & (none | (rank < np.rint(shares * len(given))[:, None]))
     lines = {
         "N-acc": rejected[:, empty].mean(1),
         "T-acc": (read & ~rejected)[:, ~empty].mean(1),

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 from markupsafe import Markup, escape
 
-from vistallm.evaluate.confidence import answer_confidence
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.metrics.targets import image_masks, target_regions
 from vistallm.regions.contours import as_mask, outline_rings
@@ -37,15 +36,6 @@ class Picture(NamedTuple):
     given: Markup
     answer: Markup
     truth: Markup
-
-
-class Card(NamedTuple):
-    """One answer of the gallery, with the group it was picked for."""
-
-    prediction: Prediction
-    group: str
-    pictures: list[Picture]
-    confidence: float | None
 
 
 def pick(predictions: Sequence[Prediction], per_group: int = 3) -> list[tuple[str, Prediction]]:
@@ -84,8 +74,8 @@ def short_text(text: str, limit: int = 220) -> Markup:
     return Markup(str(escape(text)).replace("\x00", "<b>").replace("\x01", "</b>"))
 
 
-def make_card(prediction: Prediction, group: str, images: Sequence[np.ndarray] | None) -> Card:
-    """Draw one answer; `images` holds the (H, W, 3) uint8 RGB images of the sample, None for a plain canvas."""
+def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -> list[Picture]:
+    """Draw one answer on its images, each (H, W, 3) uint8 RGB; None: on plain canvases."""
     target = target_regions(prediction)
     given = [Region.from_json(record) for record in prediction.target.get("given", [])]
     given += [Region(0, "box", box=tuple(box)) for box in prediction.target.get("candidates", [])]
@@ -101,7 +91,7 @@ def make_card(prediction: Prediction, group: str, images: Sequence[np.ndarray] |
         if any(region.kind == "mask" and region.image == index for region in target):
             layers[2] += _outline(rle_to_mask(masks[index]))  # one outline of all objects
         pictures.append(Picture(width, height, None if images is None else _data_uri(images[index]), *layers))
-    return Card(prediction, group, pictures, answer_confidence(prediction))
+    return pictures
 
 
 def _shape(region: Region, radius: float) -> Markup:

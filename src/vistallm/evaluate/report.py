@@ -13,48 +13,21 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import yaml
 
 from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
-from vistallm.evaluate.confidence import RIGHT_FROM, calibrate, rejection_curve
-from vistallm.evaluate.gallery import make_card, pick, short_text
+from vistallm.evaluate.confidence import RIGHT_FROM, answer_confidence, calibrate, rejection_curve
+from vistallm.evaluate.gallery import draw_pictures, pick, short_text
 from vistallm.evaluate.plots import Curve, Figure, curve, line_plots, precision_curve, read_columns, sparkline
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.metrics import METRICS, SCORE_NAMES
 from vistallm.schema import Prediction
 from vistallm.tasks import TASKS
 
-TITLES = {
-    "caption": "Image captions",
-    "reg": "Region captions",
-    "vqa": "Questions (VQA)",
-    "rec": "Referring boxes (REC)",
-    "res": "Referring masks (RES)",
-    "grec": "Boxes: none, one or more (GREC)",
-    "gres": "Masks: none, one or more (GRES)",
-    "pointqa": "Questions at a point (PointQA)",
-    "boxqa": "Questions on a box (BoxQA)",
-    "v7w": "Pointing among boxes (Visual7W)",
-    "vcr": "Choice with reason (VCR)",
-    "pope": "Presence, yes or no (POPE)",
-    "nlvr2": "Statements on two images (NLVR2)",
-    "coseg": "Co-segmentation (CoSeg)",
-    "attcoseg": "Co-segmentation by attribute (AttCoSeg)",
-    "v7w_point": "Pointing by a point (Visual7W)",
-    "vqa_e": "Questions with explanation (VQA-E)",
-    "flickr": "Grounded captions (Flickr30k)",
-    "instruct": "Conversation",
-}
+WORDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TITLES, OUTCOMES = WORDS["titles"], WORDS["outcomes"]
 COLUMNS = ("Ceiling", "Known pairs", "New pairs", "Published", "Samples", "Unreadable")
 TILES = ("samples per second", "tokens per second", "seconds per image", "seconds of generation")
-OUTCOMES = {
-    "right": "right",
-    "inexact": "in place, inexact",
-    "elsewhere": "in the wrong place",
-    "missed": "target not seen",
-    "imagined": "target that is not there",
-    "wrong": "wrong words",
-    "unreadable": "unreadable",
-}
 Benchmarks = list[tuple[BenchmarkScores, str, list[Prediction]]]  # scores, short name, and what was scored
 
 
@@ -103,7 +76,7 @@ def write_report(
         columns=columns,
         labels=[label for label in COLUMNS if any(row[label] for row in columns.values())],
         published=[_published(one) for one in order if any(set(one.scores) & set(row["scores"]) for row in one.paper)],
-        cards=[make_card(one, group, images.get(one.id)) for group, one in chosen],
+        cards=[(one, group, draw_pictures(one, images.get(one.id)), answer_confidence(one)) for group, one in chosen],
         outcome_words=OUTCOMES,
         outcomes=[(one, *_outcomes(group, one.metric)) for one, _, group in benchmarks],
         precision=_precision(benchmarks),
@@ -118,12 +91,9 @@ def write_report(
 
 
 def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("vistallm", "evaluate")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vistallm", "evaluate"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"percent": _percent, "brief": _brief, "short_text": short_text}
     return environment.get_template("report.html")
@@ -155,7 +125,8 @@ def _columns(one: BenchmarkScores) -> dict[str, str]:
     _, *own = map(_percent, _values(one, one.headline))
     rows = [row for row in one.paper if _is_followed(row) and one.headline in row["scores"]]
     paper = "; ".join(f"{row['scores'][one.headline]:.1f} ({row['model']})" for row in rows)
-    return dict(zip(COLUMNS, (*own, paper, f"{one.n:,}", f"{100 * one.unreadable:.1f}%"), strict=True))
+    samples = f"{one.n:,}" + (f" ({one.faults:,} left out)" if one.faults else "")
+    return dict(zip(COLUMNS, (*own, paper, samples, f"{100 * one.unreadable:.1f}%"), strict=True))
 
 
 def _published(one: BenchmarkScores) -> tuple[BenchmarkScores, list[str], list[float | None], list[dict[str, Any]]]:
