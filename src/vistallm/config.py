@@ -95,7 +95,7 @@ class DataConfig:
     batch_size: int = 8  # samples per device and step
     workers: int = 2
     lanes: int | None = None  # parts of the data order; null = ranks x workers of the run's start
-    shuffle_buffer: int = 1000  # undecoded samples
+    shuffle_buffer: int = 1000  # undecoded samples; more where samples share images, by their number per image (<= 16)
     mix_shards: int = 16  # shards that one lane reads side by side
     pool_batches: int = 8  # batches filled together, by length
     max_length: int = 1024  # tokens of one sequence; longer ones are counted rejects

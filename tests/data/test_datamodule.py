@@ -66,6 +66,6 @@ def test_resume_on_other_ranks_keeps_the_lanes_or_the_sample_count(tiny_config, 
     assert half.state_dict()["batches_done"] == 46
     third = resumed(config, vocabulary, mini_root, state, world=3)
     assert (third.lanes, third.batches_done) == (3, 40)
-    assert "from the same 160 samples done" in capsys.readouterr().out
+    assert "after the same 160 samples" in capsys.readouterr().out
     with pytest.raises(ValueError, match="depends on mixture abc -> "):
         resumed(config, vocabulary, mini_root, state | {"mixture": "abc"}, world=4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import tarfile
@@ -10,16 +11,18 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from vistallm.coinit.shards import RawSample, read_raw, seal
+from vistallm.coinit.shards import RawSample, read_raw, seal, write_shard
+from vistallm.config import DataConfig
 from vistallm.data import stream as module
 from vistallm.data.datamodule import split_shards
 from vistallm.data.images import decode_sample
 from vistallm.data.order import Mixture, Shard
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
-from vistallm.schema import Sample, SampleReject
+from vistallm.schema import ImageInfo, Sample, SampleReject
 from vistallm.tasks import TASKS
 
 ONCE = dict.fromkeys(TASKS, 1.0)
@@ -53,12 +56,17 @@ def light(monkeypatch):
         build.rejects = rejects
         info = None if worker is None else SimpleNamespace(id=worker)
         monkeypatch.setattr(module, "get_worker_info", lambda: info)
-        settings = {"batch_size": 1, "buffer": 20, "mix": 4, **settings}
         builder = SimpleNamespace(build=build, vocabulary=None, image_size=48)
-        mixture = mixture_of(shards, weights)
-        return iter(TrainStream(mixture, builder, rejects=RejectLog(None, 1.0), **settings))
+        mixture = shards if isinstance(shards, Mixture) else mixture_of(shards, weights)
+        return iter(stream_of(mixture, builder, RejectLog(None, 1.0), **{"mix": 4, **settings}))
 
     return make
+
+
+def stream_of(mixture, builder, rejects, *, batch_size=1, buffer=20, pool=1, mix=16, workers=0, **place):
+    """A stream with the data settings that these tests are about."""
+    data = DataConfig(batch_size=batch_size, shuffle_buffer=buffer, pool_batches=pool, mix_shards=mix, workers=workers)
+    return TrainStream(mixture, builder, data, rejects, **place)
 
 
 class Ids(list):
@@ -150,6 +158,56 @@ def test_layouts_are_checked(light, shards):
         light(shards, world_size=2, workers=2, lanes=6)
 
 
+# -- images that samples share -----------------------------------------------------------------------------------------
+
+
+def shared_shards(root, shards=6, images=40, each=5, share=True):
+    """Shards in which `each` neighbours use one image."""
+    paths, rows = [], []
+    for number in range(shards):
+        made = [
+            (Sample(f"{number}-{i}-{k}", "vqa", "made", [ImageInfo("0.jpg", 8, 8)]), [(b"%d %d" % (number, i), "jpg")])
+            for i in range(images)
+            for k in range(each)
+        ]
+        name, row = write_shard(root, "train", number, made, share)
+        paths.append(root / name)
+        rows.append(Shard(str(root / name), ".", row["tasks"], row["bytes"], row.get("images")))
+    return paths, Mixture(rows, {(".", "vqa"): 1.0})
+
+
+def gaps(ids):
+    """Distances between consecutive samples of one image."""
+    places = {}
+    for place, name in enumerate(ids):
+        places.setdefault(name.rpartition("-")[0], []).append(place)
+    return sorted(b - a for used in places.values() for a, b in itertools.pairwise(used))
+
+
+def test_samples_of_one_image_are_far_apart_and_resume_is_exact(light, tmp_path):
+    _, mixture = shared_shards(tmp_path)
+    assert mixture.samples_per_image == 5
+    settings = {"buffer": 100, "mix": 6, "batch_size": 2}
+    whole = list(islice(light(mixture, **settings), 1200))
+    ids = [i for batch in whole for i in batch]
+    assert len(set(ids[:1200])) == 1200, "an epoch sees each sample once"
+    assert gaps(ids[:500])[0] > 60, "a block: 100 images, each 5 times at equal distances"
+    assert np.median(gaps(ids[:1200])) > 90
+    for done in (7, 251, 700):
+        assert list(islice(light(mixture, done=done, **settings), 20)) == whole[done : done + 20]
+    (tmp_path / "plain").mkdir()
+    _, plain = shared_shards(tmp_path / "plain", share=False)
+    before = [i for (i,) in islice(light(plain, **settings | {"batch_size": 1}), 1200)]
+    assert np.median(gaps(before)) < 30, "without: neighbours in the shards stay near each other"
+
+
+def test_a_buffered_image_is_held_once(tmp_path):
+    paths, _ = shared_shards(tmp_path, shards=1)
+    raws = list(read_raw(paths[0]))
+    assert len({id(data) for raw in raws for data in raw.files.values()}) == 40
+    assert len(raws) == 200
+
+
 # -- broken shards -----------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +279,7 @@ def test_a_broken_sample_is_a_counted_reject(builder, shards, tmp_path, how):
     mixture = mixture_of([path])
     write_tar(path, [broken(raws[0], how), *map(members, raws[1:8])])
     rejects = RejectLog(tmp_path / "rejects.jsonl", max_share=0.5)
-    batch = next(iter(TrainStream(mixture, builder, batch_size=8, buffer=1, rejects=rejects)))
+    batch = next(iter(stream_of(mixture, builder, batch_size=8, buffer=1, rejects=rejects)))
     assert sorted(batch.ids) == sorted(raw.record["id"] for raw in raws[1:8])
     assert rejects.counts == {BREAKS[how]: batch.rejects} == {BREAKS[how]: 1}
     (line,) = [json.loads(text) for text in rejects.path.read_text().splitlines()]
@@ -233,7 +291,7 @@ def test_shards_without_checksums_are_read(builder, shards, tmp_path):
     raws = list(read_raw(shards[0]))[:4]
     write_tar(tmp_path / "a.tar", [broken(raw, "old") for raw in raws])
     rejects = RejectLog(None, 1.0)
-    batch = next(iter(TrainStream(mixture_of([tmp_path / "a.tar"]), builder, batch_size=4, buffer=1, rejects=rejects)))
+    batch = next(iter(stream_of(mixture_of([tmp_path / "a.tar"]), builder, batch_size=4, buffer=1, rejects=rejects)))
     assert (len(batch), rejects.counts) == (4, {})
 
 
@@ -241,7 +299,7 @@ def test_too_many_rejects_stop_the_run(builder, shards, tmp_path):
     raws = list(read_raw(shards[0]))
     write_tar(tmp_path / "a.tar", [*map(members, raws[:4]), broken(raws[4], "broken-jpeg")])
     rejects = RejectLog(tmp_path / "rejects.jsonl", max_share=0.1)
-    batches = iter(TrainStream(mixture_of([tmp_path / "a.tar"]), builder, batch_size=5, buffer=1, rejects=rejects))
+    batches = iter(stream_of(mixture_of([tmp_path / "a.tar"]), builder, batch_size=5, buffer=1, rejects=rejects))
     with pytest.raises(ValueError, match=r"of 10\d samples rejected \{'bad-image'.*max_reject_share=0.1.*check DIR"):
         list(islice(batches, 30))
 
@@ -260,8 +318,8 @@ def test_rejects_do_not_move_the_place_in_the_stream(builder, shards, tmp_path):
     write_tar(tmp_path / "a.tar", [broken(r, "broken-jpeg") if i % 6 == 0 else members(r) for i, r in enumerate(raws)])
     settings = {"batch_size": 3, "buffer": 4, "pool": 2, "rejects": RejectLog(None, 1.0)}
     mixture = mixture_of([tmp_path / "a.tar"])
-    whole = list(islice(TrainStream(mixture, builder, **settings), 5))
-    rest = list(islice(TrainStream(mixture, builder, done=3, **settings), 2))
+    whole = list(islice(stream_of(mixture, builder, **settings), 5))
+    rest = list(islice(stream_of(mixture, builder, done=3, **settings), 2))
     for one, two in zip(whole[3:], rest, strict=True):
         assert one.ids == two.ids
         assert torch.equal(one.input_ids, two.input_ids), "templates are drawn per sample, not in turn"
@@ -322,7 +380,7 @@ def test_a_damaged_shard_loses_its_samples_aloud(light, shards, tmp_path, how):
 
     rejects, counts = RejectLog(tmp_path / "rejects.jsonl", 1.0), DAMAGE[how]
     builder = SimpleNamespace(build=build, vocabulary=None, image_size=48)
-    stream = TrainStream(mixture, builder, batch_size=51, buffer=9, rejects=rejects)
+    stream = stream_of(mixture, builder, batch_size=51, buffer=9, rejects=rejects)
     batch = next(iter(stream))
     assert len(batch) == len(set(batch)) == 51 - counts[1]
     assert rejects.counts == counts[0]

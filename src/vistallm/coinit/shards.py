@@ -164,6 +164,11 @@ class RawSample:
         """The task of the sample, None when its JSON can't be read (decoding then rejects it)."""
         return None if self.record is None else str(self.record.get("task"))
 
+    @property
+    def members(self) -> list[str]:
+        """Shard and member of each image: samples that share an image name the same one."""
+        return [f"{self.shard}/{name if name.count('.') > 1 else f'{self.key}.{name}'}" for name in self.files]
+
     def sample(self) -> Sample:
         """The sample without pixels; raises SampleReject (bad-json, checksum, missing-image, or its fault)."""
         if self.fault is not None:

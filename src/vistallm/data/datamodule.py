@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
+import time
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
+from torch.utils.data import DataLoader
 
 from vistallm.coinit.shards import is_remote, read_index
 from vistallm.config import PAD_COLOUR, Config
-from vistallm.data.mixture import build_mixture, require_folders
+from vistallm.data.mixture import build_mixture, find_folders, require_folders
+from vistallm.data.order import Epoch
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.build import ensure_mini
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.masks import load_compiled
-from vistallm.schema import Batch
+from vistallm.schema import IGNORE_INDEX, Batch
 from vistallm.tasks import TemplateRange
 
 MINI_ROOT = Path("data/mini")
@@ -125,32 +131,32 @@ class CoinItDataModule(L.LightningDataModule):
 
     def stream(self, rank: int, world_size: int, workers: int, rejects: RejectLog) -> TrainStream:
         """Return one rank's endless stream, from `batches_done` on."""
-        data = self.config.data
+        data = dataclasses.replace(self.config.data, workers=workers)
         return TrainStream(
             self.mixture,
             self.builder,
-            batch_size=data.batch_size,
-            buffer=data.shuffle_buffer,
-            rejects=rejects,
+            data,
+            rejects,
             seed=self.config.seed,
             rank=rank,
             world_size=world_size,
-            workers=workers,
             lanes=self.lanes,
             done=self.batches_done,
-            pool=data.pool_batches,
-            mix=data.mix_shards,
-            cache=data.cache,
-            max_pixels=data.max_pixels,
         )
+
+    def missing_shards(self) -> list[str]:
+        """Local training shards that the index lists and that are not there."""
+        places = [shard.place for folder in self.folders for shard in folder.shards("train")]
+        return [place for place in places if not is_remote(place) and not Path(place).is_file()]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's loader."""
         workers, trainer = self.config.data.workers, self.trainer
         assert trainer is not None
-        gone = [s.place for f in self.folders for s in f.shards("train") if is_gone(s.place)]
-        if gone:
-            raise ValueError(f"{self.root}: the index lists {len(gone)} shard(s) that are not there, first {gone[0]}")
+        if missing := self.missing_shards():
+            raise ValueError(
+                f"{self.root}: the index lists {len(missing)} shard(s) that are not there, first {missing[0]}"
+            )
         stream = self.stream(trainer.global_rank, trainer.world_size, workers, reject_log(self.config))
         return DataLoader(
             stream, None, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_outlive_first_sigterm
@@ -160,22 +166,19 @@ class CoinItDataModule(L.LightningDataModule):
         """Return the first `data.val_batches` validation batches, dealt to the ranks in turn, equally many each."""
         trainer = self.trainer
         assert trainer is not None
-        data, tasks = self.config.data, sorted({task for _, task in self.mixture.columns})
-        per_task = -(-data.val_batches * data.batch_size // len(tasks))
+        size, tasks = self.config.data.batch_size, sorted({task for _, task in self.mixture.columns})
+        per_task = -(-self.config.data.val_batches * size // len(tasks))
         rejects = reject_log(self.config)
         rows: list[Sequence] = []
         for task in tasks:
-            shards = [s.place for f in self.folders for s in f.shards("val") if s.tasks.get(task)]
+            shards = [s.place for folder in self.folders for s in folder.shards("val") if s.tasks.get(task)]
             rows += evaluation_sequences(shards, self.builder, task, rejects, per_task)
         mine = rows[trainer.global_rank :: trainer.world_size][: len(rows) // trainer.world_size]
-        batches = [
-            collate(mine[i : i + data.batch_size], self.builder.vocabulary)
-            for i in range(0, len(mine), data.batch_size)
-        ]
-        return DataLoader(_Batches(batches), batch_size=None, num_workers=0)
+        batches = [collate(mine[i : i + size], self.builder.vocabulary) for i in range(0, len(mine), size)]
+        return DataLoader(cast(Any, batches), batch_size=None, num_workers=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rank-independent place in the stream (pitfalls: loader state must not live on rank 0 alone)."""
+        """Return the place in the stream and what the order depends on; the same on every rank."""
         trainer, data = self.trainer, self.config.data
         assert trainer is not None
         # `ready` counts the batch that is being trained on, which is done by the time a checkpoint is written.
@@ -185,60 +188,118 @@ class CoinItDataModule(L.LightningDataModule):
             "batches_done": self.batches_done + (ready - self._ready) * trainer.world_size,
             "ready": ready,
             "lanes": self.lanes or trainer.world_size * max(data.workers, 1),
-            "batch_size": data.batch_size,
-            "pool_batches": data.pool_batches,
-            "shuffle_buffer": data.shuffle_buffer,
-            "mix_shards": data.mix_shards,
             "mixture": self.mixture.fingerprint(),
+            **{key: getattr(data, key) for key in ("batch_size", "pool_batches", "shuffle_buffer", "mix_shards")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the place in the stream.
 
-        The stream is cut into the lanes of the checkpoint, and goes on with the very next batch, on any number of ranks
-        and workers that divides them. Where it does not, the rule is: every new lane leaves out the same share of the
-        epoch, so that the number of samples done is kept; until the epoch ends some are met again and as many are not.
+        The stream keeps the lanes of the checkpoint, and goes on with the very next batch, on any number of ranks and
+        workers that divides them. Where it does not, every new lane leaves out the same share of the epoch, so that
+        the number of samples done is kept; until the epoch ends some are seen again and as many are not.
 
         Raises:
             ValueError: what the order of the data depends on has changed.
         """
-        trainer = self.trainer
+        trainer, now = self.trainer, self.state_dict()
         assert trainer is not None
-        now = self.state_dict()
         changed = [k for k in now if k not in ("batches_done", "lanes", "ready") and now[k] != state.get(k, now[k])]
         if changed:
-            said = ", ".join(f"{k} {state[k]} -> {now[k]}" for k in changed)
-            raise ValueError(f"resume: the data order depends on {said}; restore them, or start a new run with ckpt=")
+            changes = ", ".join(f"{k} {state[k]} -> {now[k]}" for k in changed)
+            raise ValueError(
+                f"resume: the data order depends on {changes}; restore them, or start a new run with ckpt="
+            )
         readers = trainer.world_size * max(self.config.data.workers, 1)
         lanes = self.config.data.lanes or int(state["lanes"])
         if lanes % readers:
-            print(f"resume: {readers} ranks x workers do not divide the run's {lanes} lanes: the order is another from")
-            print(f"  here on, from the same {state['batches_done'] * state['batch_size']} samples done")
+            done = state["batches_done"] * state["batch_size"]
+            print(f"resume: {readers} ranks x workers do not divide the run's {lanes} lanes: the order changes from")
+            print(f"  here on, after the same {done} samples")
             lanes = readers
         self.lanes, self.batches_done, self._ready = lanes, int(state["batches_done"]), int(state["ready"])
 
 
 def _outlive_first_sigterm(worker: int) -> None:
-    """Keep a loader's worker alive when a queue signals every process of a run that is to write its checkpoint.
-
-    The second one ends it: DataLoader's own, for a worker that hangs when the run is over.
-    """
+    """Keep a worker alive when a queue signals every process of a run; a second signal ends it (DataLoader's own)."""
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
-class _Batches(Dataset[Batch]):
-    """A list of ready batches."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.batches[index]
+# -- what a run would read, without training --------------------------------------------------------------------------
 
 
-def is_gone(place: str) -> bool:
-    """Whether a local file is not there."""
-    return not is_remote(place) and not Path(place).is_file()
+@dataclasses.dataclass(frozen=True)
+class DatasetStatistics:
+    """Means per sample over the first batches: tokens, answer tokens, images, tokens of the QFormer's instruction.
+
+    padding: share of padding among the batches' cells; longest: tokens of the longest sequence; samples: counted ones;
+    rejects: by reason.
+    """
+
+    samples: int
+    tokens: float
+    supervised: float
+    images: float
+    instruction: float
+    longest: int
+    padding: float
+    rejects: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """The statistics as text."""
+        rejected = ", ".join(f"{n} {reason}" for reason, n in self.rejects.items()) or "none"
+        return [
+            f"  of {self.samples} samples: {self.tokens:.1f} tokens each (longest {self.longest}), "
+            f"{self.supervised:.1f} of them supervised, {self.images:.2f} images, "
+            f"{self.instruction:.1f} tokens of instruction",
+            f"  padding {self.padding:.1%} of the batches' cells; rejects: {rejected}",
+        ]
+
+
+def dataset_statistics(data: CoinItDataModule, batches: int = 64) -> DatasetStatistics:
+    """Stream the first batches of the run and count."""
+    rejects = RejectLog(None, 1.0)
+    read = list(islice(data.stream(0, 1, 0, rejects), batches))
+    lengths = np.concatenate([batch.attention_mask.sum(1).numpy() for batch in read])
+    return DatasetStatistics(
+        samples=len(lengths),
+        tokens=float(lengths.mean()),
+        supervised=sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in read) / len(lengths),
+        images=sum(len(batch.images) for batch in read) / len(lengths),
+        instruction=sum(int(batch.instruction_mask.sum()) for batch in read) / len(lengths),
+        longest=int(lengths.max()),
+        padding=1 - float(lengths.sum()) / sum(batch.attention_mask.numel() for batch in read),
+        rejects=rejects.counts,
+    )
+
+
+def describe_data(data: CoinItDataModule, world_size: int) -> list[str]:
+    """Lines: each (source, task) with its weight and samples, what is left out or missing, and an epoch's lanes."""
+    mixture, held = data.mixture, Counter[tuple[str, str]]()
+    for shard in mixture.shards:
+        held.update({(shard.source, task): n for task, n in shard.tasks.items()})
+    left = [f"{source}:{task} {held[source, task]:,}" for source, task in sorted({*held} - {*mixture.columns})]
+    lines = [f"  {'source':<20} {'task':<12} {'in shards':>11} {'weight':>8} {'per epoch':>11} {'share':>7}"]
+    total = mixture.total(0)
+    for column, n in mixture.samples(0).items():
+        weight = float(mixture.weights[column])
+        lines.append(f"  {column[0]:<20} {column[1]:<12} {held[column]:>11,} {weight:>8.3g} {n:>11,} {n / total:>7.1%}")
+    lines.append(f"  {'all':<33} {sum(held[column] for column in mixture.columns):>11,} {'':>8} {total:>11,}")
+    if left:
+        lines.append("  left out (weight 0): " + ", ".join(left))
+    if missing := find_folders(data.config.data, data.root)[1]:
+        lines.append(f"  missing in {data.root}: {', '.join(missing)}")
+    if shards := data.missing_shards():
+        lines.append(f"  {len(shards)} of {len(mixture.shards)} shards are listed and not there, first {shards[0]}")
+    workers, started = max(data.config.data.workers, 1), time.perf_counter()
+    lanes, epoch = data.lanes or world_size * workers, Epoch(mixture, data.config.seed, 0)
+    sizes = [high - low for low, high in (epoch.bounds(lane, lanes) for lane in range(lanes))]
+    visits = [len(epoch.visits(lane, lanes)) for lane in range(lanes)]
+    lines.append(
+        f"  {world_size} ranks x {workers} workers, {lanes} lanes: {min(sizes):,} to {max(sizes):,} samples and "
+        f"{min(visits)} to {max(visits)} shards each; {len(epoch):,} shards to read "
+        f"(planned in {time.perf_counter() - started:.2f} s)"
+    )
+    if len(epoch) < lanes:
+        lines.append(f"  too many lanes for {len(epoch):,} shards: lower data.workers, or write more, smaller shards")
+    return lines

@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image
 
 from vistallm.coinit.shards import RawSample
+from vistallm.config import DataConfig
 from vistallm.schema import Sample, SampleReject
 
-MAX_PIXELS = 50_000_000  # of one image
 SMALL = 320  # pixels of the longer side under which an image is decoded in full: it is quick, and its result exact
 HEADROOM = 1.1  # a JPEG is decoded at reduced scale while it stays so much larger than the target
 
 
-def decode_sample(raw: RawSample, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Sample:
+def decode_sample(raw: RawSample, size: int | None = None, max_pixels: int = DataConfig.max_pixels) -> Sample:
     """Decode the images of a raw sample.
 
     Args:
@@ -37,7 +37,7 @@ def decode_sample(raw: RawSample, size: int | None = None, max_pixels: int = MAX
 
 
 def decode_image(
-    data: bytes, expected: tuple[int, int], where: str, size: int | None = None, max_pixels: int = MAX_PIXELS
+    data: bytes, expected: tuple[int, int], where: str, size: int | None = None, max_pixels: int = DataConfig.max_pixels
 ) -> np.ndarray:
     """Encoded image -> (H, W, 3) uint8 RGB of the stored pixels (an EXIF rotation is not applied).
 

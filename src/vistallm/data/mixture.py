@@ -24,7 +24,7 @@ class Folder:
     def shards(self, split: str) -> list[Shard]:
         """The shards of a split, in index order."""
         return [
-            Shard(join(self.place, name), self.source, row["tasks"], row["bytes"])
+            Shard(join(self.place, name), self.source, row["tasks"], row["bytes"], row.get("images"))
             for name, row in self.index["shards"].items()
             if row["split"] == split
         ]

@@ -1,4 +1,4 @@
-"""The order of training samples as a pure function: mixture, seed, epoch, lane in, places in shards out.
+"""The order of training samples as a pure function: mixture, seed, epoch and lane in, visits of shards out.
 
 A source's samples of a task form a cycle in shard order, and an epoch takes the next `weight` times their number from
 it: every weight is exact over each epoch, and a weight of 1/20 reads 1/20 of the shards. What an epoch takes of one
@@ -18,16 +18,21 @@ from pathlib import Path
 import numpy as np
 
 Column = tuple[str, str]  # (source, task)
+MOST_SHARED = 16.0  # a block of shuffled samples grows with the samples per image, up to this
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One training shard: where it is, its source folder, its samples per task, its size in bytes (None = unknown)."""
+    """One training shard: where it is, its source folder, its samples per task.
+
+    size: bytes, None = unknown; images: stored images, where samples share them.
+    """
 
     place: str
     source: str
     tasks: Mapping[str, int]
     size: int | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,21 +79,31 @@ class Mixture:
             held = sorted({f"{shard.source}:{task}" for shard in shards for task in shard.tasks})
             wanted = ", ".join(sorted({task for _, task in weights}))
             raise ValueError(f"no training sample of the tasks {wanted}; the shards hold {', '.join(held)}")
-        number = {column: i for i, column in enumerate(self.columns)}
         rows = [
-            (number[shard.source, task], i, n)
+            (number, i, n)
+            for number, (source, task) in enumerate(self.columns)
             for i, shard in enumerate(shards)
-            for task, n in shard.tasks.items()
-            if n and (shard.source, task) in number
+            if shard.source == source and (n := shard.tasks.get(task, 0))
         ]
-        # One row per shard and column, sorted by column; `offset`: samples of the column in the shards before.
-        self._rows = np.array(sorted(rows), np.int64)
-        sizes = np.bincount(self._rows[:, 0], self._rows[:, 2], len(self.columns)).astype(np.int64)
-        before = np.cumsum(self._rows[:, 2]) - self._rows[:, 2]
-        self._offset = before - (np.cumsum(sizes) - sizes)[self._rows[:, 0]]
+        # One row (column, shard, samples) each; `offset`: samples of the column in the shards before.
+        self.rows = np.array(rows, np.int64)
+        sizes = np.bincount(self.rows[:, 0], self.rows[:, 2], len(self.columns)).astype(np.int64)
+        before = np.cumsum(self.rows[:, 2]) - self.rows[:, 2]
+        self.offset = before - (np.cumsum(sizes) - sizes)[self.rows[:, 0]]
         sizes = np.ceil(fraction * sizes).astype(np.int64)
-        self._rows[:, 2] = np.clip(sizes[self._rows[:, 0]] - self._offset, 0, self._rows[:, 2])
+        self.rows[:, 2] = np.clip(sizes[self.rows[:, 0]] - self.offset, 0, self.rows[:, 2])
         self.sizes = sizes.tolist()
+
+    @property
+    def samples_per_image(self) -> float:
+        """Samples of an image where samples share images, on average and at most MOST_SHARED; else 1."""
+        used = stored = 0.0
+        for shard in self.shards:
+            held = sum(shard.tasks.values())
+            wanted = sum(n for task, n in shard.tasks.items() if (shard.source, task) in self.weights)
+            used += wanted
+            stored += wanted * min(1.0, (shard.images or held) / max(held, 1))
+        return min(used / stored, MOST_SHARED)
 
     def span(self, column: int, epoch: int) -> tuple[int, int]:
         """Places [from, to) on the endless cycle of a column's samples that an epoch takes."""
@@ -102,10 +117,13 @@ class Mixture:
 
     def fingerprint(self) -> str:
         """A short word that changes when the shards or the weights do: the order of the samples then does, too."""
-        shards = [(shard.source, Path(shard.place).name, sorted(shard.tasks.items())) for shard in self.shards]
+        shards = [
+            (s.source, Path(s.place).name, sorted(s.tasks.items()), *([s.images] if s.images else []))
+            for s in self.shards
+        ]
         weights = [(column, str(self.weights[column])) for column in self.columns]
-        part = () if self.fraction == 1 else (self.fraction,)  # whole data keeps the word of earlier checkpoints
-        return hashlib.sha256(repr((shards, weights, *part)).encode()).hexdigest()[:12]
+        share = () if self.fraction == 1 else (self.fraction,)  # whole data keeps the word of earlier checkpoints
+        return hashlib.sha256(repr((shards, weights, *share)).encode()).hexdigest()[:12]
 
     def total(self, epoch: int) -> int:
         """Samples of an epoch."""
@@ -117,9 +135,8 @@ class Epoch:
 
     def __init__(self, mixture: Mixture, seed: int, epoch: int) -> None:
         self.mixture, self.seed, self.number = mixture, seed, epoch
-        parts = [self._column(i) for i in range(len(mixture.columns))]
         # Columns: round of the shard in this epoch, shard, column, low, high, copy. Tasks of a shard are read together.
-        takes = np.concatenate(parts)
+        takes = np.concatenate([rows for i in range(len(mixture.columns)) for rows in self._column(i)])
         _, inverse = np.unique(takes[:, 0] * len(mixture.shards) + takes[:, 1], return_inverse=True)
         count = int(inverse.max(initial=-1)) + 1
         mixed = random.Random(f"{seed}-{epoch}").sample(range(count), count)
@@ -136,20 +153,19 @@ class Epoch:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def _column(self, column: int) -> np.ndarray:
-        mixture = self.mixture
-        low, high = mixture.span(column, self.number)
-        size = mixture.sizes[column]
-        mine = mixture._rows[:, 0] == column
-        shard, number, offset = mixture._rows[mine, 1], mixture._rows[mine, 2], mixture._offset[mine]
-        found = [np.empty((0, 6), np.int64)]
+    def _column(self, column: int) -> Iterator[np.ndarray]:
+        """(n, 6) int64 rows of a column, a round over its shards at a time."""
+        low, high = self.mixture.span(column, self.number)
+        size = self.mixture.sizes[column]
+        mine = self.mixture.rows[:, 0] == column
+        shard, number, offset = self.mixture.rows[mine, 1], self.mixture.rows[mine, 2], self.mixture.offset[mine]
+        yield np.empty((0, 6), np.int64)
         for copy in range(low // size, -(-high // size)):
             begin = np.clip(low - copy * size - offset, 0, number)
             end = np.clip(high - copy * size - offset, 0, number)
             some = end > begin
-            fixed = np.broadcast_to([[copy - low // size, column, copy]], (int(some.sum()), 3))
-            found.append(np.column_stack([fixed[:, 0], shard[some], fixed[:, 1], begin[some], end[some], fixed[:, 2]]))
-        return np.concatenate(found)
+            same = np.full((int(some.sum()), 3), [copy - low // size, column, copy])
+            yield np.column_stack([same[:, 0], shard[some], same[:, 1], begin[some], end[some], same[:, 2]])
 
     def bounds(self, lane: int, lanes: int) -> tuple[int, int]:
         """Places [from, to) of a lane in the epoch's samples laid end to end."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,8 +19,9 @@ from pathlib import Path
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vistallm.coinit.shards import RawSample, is_remote, read_raw
-from vistallm.data.images import MAX_PIXELS, decode_sample
-from vistallm.data.order import Epoch, Mixture, Visit, check_layout, lane_groups
+from vistallm.config import DataConfig
+from vistallm.data.images import decode_sample
+from vistallm.data.order import Epoch, Mixture, Shard, Visit, check_layout, lane_groups
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.schema import Batch, SampleReject
 from vistallm.tasks import TASKS
@@ -48,7 +49,15 @@ class RejectLog:
         """Record one reject; raises ValueError above `max_share` of the samples read."""
         self.counts[reject.reason] = self.counts.get(reject.reason, 0) + 1
         self.last = str(reject)
-        self._write({"shard": raw.shard, "key": raw.key, "reason": reject.reason, "error": str(reject)})
+        line = {"shard": raw.shard, "key": raw.key, "reason": reject.reason, "error": str(reject)}
+        try:
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk must not end a run; the counts go on
+            self.unwritten += 1
+            if self.unwritten == 1:
+                print(f"{self.path}: {error}; rejects are counted but not written until there is room", flush=True)
         if self.read >= REJECTS_BEFORE_STOP and self.total > self.max_share * self.read:
             raise ValueError(
                 f"{self.total} of {self.read} samples rejected {self.counts}, more than "
@@ -56,26 +65,16 @@ class RejectLog:
                 f"`python tools/build_coinit.py check DIR`, or raise the share. Last: {reject}"
             )
 
-    def _write(self, line: dict[str, str]) -> None:
-        if self.path is None:
-            return
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a full disk must not end a run; the counts go on
-            self.unwritten += 1
-            if self.unwritten == 1:
-                print(f"{self.path}: {error}; rejects are counted but not written until there is room", flush=True)
-
 
 class TrainStream(IterableDataset):
     """Endless batches of one rank.
 
     Args:
         mixture: the shards and their weights.
-        batch_size: samples of one batch; buffer: undecoded samples that are shuffled together; mix: shards that a
-            lane reads side by side; pool: batches that are filled together, so that sequences of like length share one.
-        lanes: parts that the stream is cut into, a multiple of world_size x workers; None = exactly that many.
+        builder: makes the sequences.
+        data: batch size, shuffling and workers.
+        rejects: counts what can't be used.
+        lanes: number of lanes, a multiple of world_size x workers; None = exactly that many.
         done: batches that the run has trained on, over all ranks: they are skipped by the index.
     """
 
@@ -83,34 +82,26 @@ class TrainStream(IterableDataset):
         self,
         mixture: Mixture,
         builder: SequenceBuilder,
-        *,
-        batch_size: int,
-        buffer: int,
+        data: DataConfig,
         rejects: RejectLog,
+        *,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
         lanes: int | None = None,
         done: int = 0,
-        pool: int = 1,
-        mix: int = 16,
-        cache: str | None = None,
-        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
-        readers = world_size * max(workers, 1)
-        self.lanes = lanes or readers
-        if self.lanes % readers:
+        self.workers = max(data.workers, 1)
+        self.lanes = lanes or world_size * self.workers
+        if self.lanes % (world_size * self.workers):
             raise ValueError(
-                f"data.lanes={self.lanes}: expected a multiple of {world_size} rank(s) x {max(workers, 1)} worker(s)"
+                f"data.lanes={self.lanes}: expected a multiple of {world_size} rank(s) x {self.workers} worker(s)"
             )
         check_layout(mixture, self.lanes)
-        self.mixture, self.builder, self.rejects = mixture, builder, rejects
-        self.batch_size, self.buffer, self.seed = batch_size, buffer, seed
-        self.rank, self.world_size, self.workers = rank, world_size, max(workers, 1)
-        self.done, self.pool, self.mix = done, pool, mix
-        self.cache, self.max_pixels = cache, max_pixels
+        self.mixture, self.builder, self.data, self.rejects = mixture, builder, data, rejects
+        self.seed, self.rank, self.world_size, self.done = seed, rank, world_size, done
+        self.block = round(data.shuffle_buffer * mixture.samples_per_image)
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -127,8 +118,8 @@ class TrainStream(IterableDataset):
 
     def _batches(self, lane: int, done: int) -> Iterator[Batch]:
         """Batches of one lane from its batch number `done` on."""
-        pools, skip = divmod(done, self.pool)
-        size = self.pool * self.batch_size
+        pools, skip = divmod(done, self.data.pool_batches)
+        size = self.data.pool_batches * self.data.batch_size
         samples = self._samples(lane, pools * size)
         while True:
             raws = list(islice(samples, size))
@@ -142,28 +133,28 @@ class TrainStream(IterableDataset):
         smaller), so that the place in the stream is known from the number of batches alone.
         """
         rows: list[Sequence] = []
-        before = self.rejects.total
+        before, pool = self.rejects.total, self.data.pool_batches
         for raw in raws:
             self.rejects.read += 1
             try:
-                sample = decode_sample(raw, self.builder.image_size, self.max_pixels)
+                sample = decode_sample(raw, self.builder.image_size, self.data.max_pixels)
                 rows.append(self.builder.build(sample, random.Random(f"{self.seed}-{sample.id}-{raw.copy}")))
             except SampleReject as reject:
                 self.rejects.add(raw, reject)
-        if len(rows) < self.pool:
+        if len(rows) < pool:
             raise ValueError(
                 f"{len(rows)} of {len(raws)} samples are usable {self.rejects.counts}; see {self.rejects.path}. "
                 f"Last: {self.rejects.last}"
             )
         rows.sort(key=lambda sequence: len(sequence.input_ids))
-        edges = [round(i * len(rows) / self.pool) for i in range(self.pool + 1)]
-        order = random.Random(seed).sample(range(self.pool), self.pool)
+        edges = [round(i * len(rows) / pool) for i in range(pool + 1)]
+        order = random.Random(seed).sample(range(pool), pool)
         batches = [collate(rows[edges[i] : edges[i + 1]], self.builder.vocabulary) for i in order]
         batches[0].rejects = self.rejects.total - before
         return batches
 
     def _samples(self, lane: int, skip: int) -> Iterator[RawSample]:
-        """Raw samples of a lane, all epochs, the first `skip` left out by arithmetic; shuffled in blocks of `buffer`.
+        """Raw samples of a lane, all epochs, the first `skip` left out by arithmetic; shuffled in blocks.
 
         Blocks, and not a sliding buffer, because the place in a block says which samples have been given.
         """
@@ -173,20 +164,24 @@ class TrainStream(IterableDataset):
             size = (lane + 1) * total // self.lanes - lane * total // self.lanes
             if skip < size:
                 epoch = Epoch(self.mixture, self.seed, number)
-                block, given = divmod(skip, self.buffer)
-                samples = self._read(epoch, lane, block * self.buffer)
-                while raws := list(islice(samples, self.buffer)):
+                block, given = divmod(skip, self.block)
+                samples = self._read(epoch, lane, block * self.block)
+                while raws := list(islice(samples, self.block)):
                     random.Random(f"{self.seed}-{number}-{lane}-{block}").shuffle(raws)
-                    del raws[len(raws) - given :]
-                    while raws:
-                        yield raws.pop()  # what is used is let go at once
+                    raws.reverse()
+                    if self.block > self.data.shuffle_buffer:
+                        raws = spread(raws)
+                    waiting = deque(raws[given:])
+                    del raws
+                    while waiting:
+                        yield waiting.popleft()  # what is used is freed at once
                     block, given = block + 1, 0
             skip = max(skip - size, 0)
             number += 1
 
     def _read(self, epoch: Epoch, lane: int, skip: int) -> Iterator[RawSample]:
         """Raw samples of a lane in one epoch before they are shuffled, the first `skip` left out."""
-        for visits, turns in lane_groups(epoch, lane, self.lanes, skip, self.mix):
+        for visits, turns in lane_groups(epoch, lane, self.lanes, skip, self.data.mix_shards):
             open_visits = [self._visit(visit) for visit in visits]
             for turn in turns:
                 yield next(open_visits[turn])
@@ -195,23 +190,22 @@ class TrainStream(IterableDataset):
 
     def _visit(self, visit: Visit) -> Iterator[RawSample]:
         """The samples of a visit, exactly as many as the index promises: those that aren't there come as faults."""
-        shard = self.mixture.shards[visit.shard]
-        takes, met, found = {take.task: take for take in visit.takes}, Counter[str](), 0
-        promised = sum(take.high - take.low for take in visit.takes)
+        shard, takes = self.mixture.shards[visit.shard], {take.task: take for take in visit.takes}
+        seen, taken = Counter[str](), 0  # samples of the shard by task, and those that the visit's takes name
 
         def keep(task: str) -> bool:
-            nonlocal found
+            nonlocal taken
             if task not in takes:
                 return task not in TASKS
-            met[task] += 1
-            if not takes[task].low < met[task] <= takes[task].high:
+            seen[task] += 1
+            if not takes[task].low < seen[task] <= takes[task].high:
                 return False
-            found += 1
-            return visit.start < found <= visit.stop
+            taken += 1
+            return visit.start < taken <= visit.stop
 
+        self._check_size(shard)
         given, broken = visit.start, list[RawSample]()
-        self._check_size(visit)
-        for raw in read_raw(shard.place, keep, self.cache, shard.size):
+        for raw in read_raw(shard.place, keep, self.data.cache, shard.size):
             if raw.task not in takes:
                 broken.append(raw)
                 continue
@@ -220,22 +214,19 @@ class TrainStream(IterableDataset):
             given += 1
             if given == visit.stop:
                 break
-        for number in range(max(found, visit.start), visit.stop):
-            yield broken[number - found] if number - found < len(broken) else self._missing(visit, found, broken)
-        if visit.stop == promised:
-            for raw in broken[promised - found :]:
+        promised = ", ".join(f"{take.high - take.low} of {take.task}" for take in visit.takes)
+        text = f"{shard.place}: the index promises {promised} in this slice, {taken} are there"
+        text += f"; {broken[-1].fault}" if broken and broken[-1].fault else ""
+        for number in range(max(taken, visit.start), visit.stop):
+            missing = RawSample(shard.place, "", fault=SampleReject("missing-sample", text))
+            yield broken[number - taken] if number - taken < len(broken) else missing
+        total = sum(take.high - take.low for take in visit.takes)
+        if visit.stop == total:
+            for raw in broken[total - taken :]:
                 self.rejects.add(raw, raw.fault or SampleReject("unknown-task", f"{raw.key}: task {raw.task!r}"))
 
-    def _missing(self, visit: Visit, found: int, broken: list[RawSample]) -> RawSample:
-        place = self.mixture.shards[visit.shard].place
-        why = f"; {broken[-1].fault}" if broken and broken[-1].fault else ""
-        promised = ", ".join(f"{take.high - take.low} of {take.task}" for take in visit.takes)
-        text = f"{place}: the index promises {promised} in this part, {found} are there{why}"
-        return RawSample(place, "", fault=SampleReject("missing-sample", text))
-
-    def _check_size(self, visit: Visit) -> None:
+    def _check_size(self, shard: Shard) -> None:
         """Count a shard whose file is not the one of the index; what can be read of it is still used."""
-        shard = self.mixture.shards[visit.shard]
         if shard.size is None or is_remote(shard.place) or not os.path.isfile(shard.place):
             return
         size = os.path.getsize(shard.place)
@@ -244,18 +235,28 @@ class TrainStream(IterableDataset):
             self.rejects.add(RawSample(shard.place, ""), SampleReject("changed-shard", text))
 
 
+def spread(raws: list[RawSample]) -> list[RawSample]:
+    """Put the samples of one image at equal distances; the order of the others stays."""
+    uses = Counter(image for raw in raws for image in raw.members)
+    groups: dict[str, list[int]] = {}  # a sample with several images goes with the one that is used most
+    for place, raw in enumerate(raws):
+        groups.setdefault(max(raw.members, key=uses.__getitem__, default=str(place)), []).append(place)
+    slots = [0.0] * len(raws)
+    for places in groups.values():
+        step = len(raws) / len(places)
+        for i, place in enumerate(places):
+            slots[place] = places[0] % step + i * step
+    return [raws[place] for place in sorted(range(len(raws)), key=slots.__getitem__)]
+
+
 def evaluation_sequences(
     shards: Iterable[Path | str], builder: SequenceBuilder, task: str, rejects: RejectLog, limit: int | None = None
 ) -> Iterator[Sequence]:
     """Yield the sequences of one task in file order with the fixed evaluation template, at most `limit`."""
-    found = 0
-    for shard in shards:
-        for raw in read_raw(shard, lambda other: other == task):
-            if limit is not None and found >= limit:
-                return
-            found += 1
-            rejects.read += 1
-            try:
-                yield builder.build(decode_sample(raw))
-            except SampleReject as reject:
-                rejects.add(raw, reject)
+    raws = (raw for shard in shards for raw in read_raw(shard, lambda other: other == task))
+    for raw in islice(raws, limit):
+        rejects.read += 1
+        try:
+            yield builder.build(decode_sample(raw))
+        except SampleReject as reject:
+            rejects.add(raw, reject)

@@ -20,8 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from vistallm.config import Config, config_from_file, save_config
-from vistallm.data.census import describe_layout, describe_mixture, describe_tokens, take_census
-from vistallm.data.datamodule import CoinItDataModule, build_codec, training_root
+from vistallm.data.datamodule import CoinItDataModule, build_codec, dataset_statistics, describe_data, training_root
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_empty, build_model, wrap_with_lora
 from vistallm.model.checkpoint import find_checkpoint, is_whole, load_weights, newest_checkpoint
@@ -82,14 +81,14 @@ def train(config: Config) -> Path:
 
 def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
     """Print what the run would read and do."""
-    print("\n".join(["data", *describe_mixture(data), *describe_layout(data, _world_size(config))]))
-    census = take_census(data)
-    print("\n".join(describe_tokens(census)))
+    print("\n".join(["data", *describe_data(data, _world_size(config))]))
+    means = dataset_statistics(data)
+    print("\n".join(means.lines()))
     samples = steps * config.data.batch_size * _world_size(config)
     samples *= int(config.trainer.get("accumulate_grad_batches", 1))
-    size, cells = config.data.batch_size, census.tokens / (1 - census.padding)
-    means = (size * census.images, cells, census.supervised, census.instruction)
-    plan = make_plan(config, Workload(size, *(max(1, round(mean)) for mean in means)), _world_size(config))
+    size, cells = config.data.batch_size, means.tokens / (1 - means.padding)
+    work = (size * means.images, cells, means.supervised, means.instruction)
+    plan = make_plan(config, Workload(size, *(max(1, round(mean)) for mean in work)), _world_size(config))
     seconds = samples / size / _world_size(config) * plan.operations / EFFICIENCY
     hours = ", ".join(f"{seconds / gpu.peak / 3600:,.3g} on {name}" for name, gpu in GPUS.items())
     print(
@@ -97,7 +96,7 @@ def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
         f"with {_world_size(config)} GPU(s): {hours} (tools/plan.py says what fits)"
     )
     print(
-        f"dry run: {steps:,} steps, {samples:,} samples, {samples * census.tokens:,.0f} tokens from {data.root}; "
+        f"dry run: {steps:,} steps, {samples:,} samples, {samples * means.tokens:,.0f} tokens from {data.root}; "
         "nothing was trained"
     )
 
