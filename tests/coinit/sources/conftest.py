@@ -53,6 +53,7 @@ def build(tmp_path, picture, command, capsys):
         assert code == 0, capsys.readouterr().err
         assert command("check", out, "--workers", 1) == 0, capsys.readouterr().out
         shards = [name for name, row in read_index(out)["shards"].items() if row["split"] == split]
+        run.root, run.out = root, out
         return {sample.id: sample for name in shards for sample, _ in read_shard(out / name)}
 
     return run
@@ -78,7 +79,7 @@ def refusal(tmp_path, picture, command, capsys):
         root = tmp_path / "refused"
         if not root.exists():
             write(root, picture)
-        out = tmp_path / "refused-shards"
+        out, words = tmp_path / "refused-shards", [word.format(root=root) for word in words]
         assert command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, *words) == 1
         return capsys.readouterr().err
 

@@ -146,6 +146,17 @@ def test_settings_are_checked(refusal, more, message):
     assert message in refusal("attcoseg", "train", write, *WORDS, *more)
 
 
+def test_masks_of_other_images_are_named(refusal):
+    def write_other(root, picture):
+        write(root, picture)
+        text = (root / "image_data.json").read_text()
+        (root / "image_data.json").write_text(text.replace('"coco_id": 1', '"coco_id": 2'))
+
+    message = refusal("attcoseg", "train", write_other, *WORDS)
+    assert "got none in 0 images that are in both attributes.json and" in message
+    assert "give masks of images that are in Visual Genome too" in message
+
+
 # ---- the rules, image by image
 
 LIMITS = Limits()

@@ -67,6 +67,11 @@ def test_evaluation_has_all_captions_of_an_image(build, split, write, words, siz
     assert (sample.images[0].width, sample.images[0].height) == size
 
 
+def test_official_files_without_the_setting_are_named(refusal):
+    message = refusal("coco-caption", "train", lambda root, picture: root.mkdir())
+    assert "for captions_*.json, give --set annotations=official" in message
+
+
 def test_refusals(refusal):
     changed = json.loads(json.dumps(KARPATHY))
     changed["images"][1]["sentences"][0] = {"tokens": ["boxes"]}

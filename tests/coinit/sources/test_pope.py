@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 LINES = [
     {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?"}
     | {"label": "yes"},
@@ -25,6 +27,27 @@ def test_samples(build):
     sample = found["pope-popular-2"]
     assert (sample.task, sample.fields) == ("pope", {"question": "Is there a car in the image?", "answer": "no"})
     assert sample.meta == {"image_ids": ["coco:310196"], "level": "popular", "question_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("questions", "file", "image", "image_id"),
+    [
+        ("aokvqa", "aokvqa/aokvqa_pope_seem_popular.json", "val2014/COCO_val2014_000000310196.jpg", "coco:310196"),
+        ("gqa", "gqa_pope_popular.json", "images/2405722.jpg", "vg:2405722"),
+    ],
+)
+def test_the_other_two_sets_are_indented_lists(build, questions, file, image, image_id):
+    def write_other(root, picture):
+        picture(root / image)
+        lines = [dict(line, image=image.rpartition("/")[2]) for line in LINES]
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text("\n" + json.dumps(lines, indent=4))
+
+    found = build("pope", "popular", write_other, "--set", f"questions={questions}")
+    assert list(found) == [f"pope-{questions}-popular-1", f"pope-{questions}-popular-2"]
+    sample = found[f"pope-{questions}-popular-1"]
+    assert sample.fields == {"question": "Is there a snowboard in the image?", "answer": "yes"}
+    assert sample.meta == {"image_ids": [image_id], "level": "popular", "question_id": 1}
 
 
 def test_refusals(refusal):

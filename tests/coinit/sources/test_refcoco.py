@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import pickletools
+import shutil
 
 import pytest
 from pycocotools import mask as coco
@@ -156,12 +157,19 @@ def test_other_partitions_and_other_refusals(build, refusal):
     def google(root, picture):
         write_refcoco(root, picture, "refcocog", "google")
 
+    def google_refcoco(root, picture):  # its split has a test part, those by unc have testA and testB
+        write_refcoco(root, picture, "refcoco", "google", [a_ref(1, "test", 72, "man")])
+
+    words = ("--set", "split_by=google", "--set", "tasks=rec")
+    assert list(build("refcoco", "test", google_refcoco, *words)) == ["refcoco-test-1-0-rec"]
+    shutil.rmtree(build.root)
     assert build("refcocog", "val", google, "--set", "split_by=google", "--set", "tasks=rec")
     assert "refs(umd).p" in refusal("refcocog", "val", google)
     assert "splits are ['train', 'val']" in refusal("refcocog", "test", google, "--set", "split_by=google")
     assert "expected one of unc, umd, google" in refusal("refcoco", "val", google, "--set", "split_by=me")
     assert "this source knows split_by, tasks" in refusal("refcoco", "val", google, "--set", "by=me")
     assert "expected one of train, val, testA, testB" in refusal("refcoco", "test", google)
+    assert "expected one of train, val, test, got" in refusal("refcoco", "testA", google, "--set", "split_by=google")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,21 @@ def test_candidates_are_written_as_boxes_and_the_answer_as_a_point(build, tiny_w
     assert "<b_st>" not in sequence.answer
 
 
+def test_the_toolkit_s_file_and_the_missing_image_data(build, refusal):
+    def unpacked(root, picture):
+        write(root, picture)
+        (root / "dataset_v7w_pointing.json").rename(root / "dataset.json")
+
+    assert len(build("visual7w", "train", unpacked)) == 2
+
+    def without(root, picture):
+        write(root, picture)
+        (root / "image_data.json").unlink()
+
+    message = refusal("visual7w", "train", without)
+    assert "expected image_data.json there, got no such file; it is Visual Genome's" in message
+
+
 def test_order_depends_on_seed_and_question(build, tmp_path):
     first = build("visual7w", "test", write)["visual7w-test-9-box"]
     orders = [

@@ -1,6 +1,7 @@
 """Visual Genome regions: boxes over the edge, phrases used twice, portions; its JSON list is read record by record."""
 
 import json
+import shutil
 
 import pytest
 
@@ -66,6 +67,29 @@ def test_regions_become_captions_and_expressions(build, rejects):
         "empty-box",
         "empty-phrase",
     ]
+
+
+def test_both_zips_unpacked_side_by_side(build, rejects):
+    def write_zips(root, picture):
+        write(root, picture)
+        for name in ("images", "images2"):
+            (root / "zips" / name).mkdir(parents=True)
+        (root / "VG_100K_2").rename(root / "zips" / "images2" / "VG_100K_2")
+        (root / "images" / "VG_100K").rename(root / "zips" / "images" / "VG_100K")
+
+    for folder in ("zips", "zips/images"):
+        samples = build("visual-genome", "train", write_zips, "--images", "{root}/" + folder)
+        assert {sample.meta["image_ids"][0] for sample in samples.values()} == {"vg:1", "vg:2|coco:9"}
+        assert "missing-image" not in [reason for reason, _ in rejects("visual-genome")]
+        shutil.rmtree(build.out)
+
+
+def test_version_1_0_is_named(refusal):
+    def write_old(root, picture):
+        write(root, picture)
+        (root / "image_data.json").write_text(json.dumps([{"id": 1, "url": "https://host/VG_100K_2/1.jpg"}]))
+
+    assert "as in Visual Genome 1.0; fetch version 1.2" in refusal("visual-genome", "train", write_old)
 
 
 def test_portion_is_drawn_per_task_by_the_seed(tmp_path, picture):

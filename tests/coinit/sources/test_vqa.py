@@ -123,6 +123,24 @@ def test_vqa_x_trains_on_every_explanation_and_evaluates_once(build):
     assert sample.meta == {"image_ids": ["coco:262148"], "question_id": 262148000}
 
 
+def test_vqa_x_in_the_form_of_nlx_gpt(build):
+    def write_nle(root, picture):
+        for split in ("train", "val"):
+            file = f"COCO_{split}2014_{IMAGE[split]:012d}.jpg"
+            picture(root / f"{split}2014" / file)
+            ten = [{"answer": answer, "answer_confidence": "yes", "answer_id": i + 1} for i, answer in enumerate(TEN)]
+            entry = {"question": QUESTION, "answers": ten, "image_id": str(IMAGE[split]), "image_name": file}
+            entry["explanation"] = ["there is a mesh in front.", "the view has holes"]
+            (root / f"vqaX_{split}.json").write_text(json.dumps({f"{IMAGE[split]}001": entry}))
+
+    found = build("vqa-x", "train", write_nle)
+    assert sorted(found) == ["vqa-x-train-458752001-0", "vqa-x-train-458752001-1"]
+    explained = {"explanation": "the view has holes.", "question": QUESTION, "answer": "net", "answers": TEN}
+    assert found["vqa-x-train-458752001-1"].fields == explained
+    (sample,) = build("vqa-x", "val", write_nle).values()
+    assert sample.meta == {"image_ids": ["coco:262148"], "question_id": 262148001}
+
+
 def test_json_lines_of_both(build):
     for source in ("vqa-e", "vqa-x"):
         (sample,) = build(source, "train", write_lines).values()

@@ -65,8 +65,12 @@ def load_attcoseg(options: SourceOptions) -> Source:
     keys = [key for key in keys if key[0] in settings["attributes"]]
     _print_counts(table, keys)
     groups = _Groups(options, table, keys)
-    count = int(settings["groups"]) or sum(map(len, groups.leaders))
-    return Source(range(count if groups.leaders else 0), groups.make)
+    if not groups.leaders:
+        raise ValueError(
+            f"attcoseg: expected a value with two examples, got none in {len(table.images)} images that are in both "
+            f"attributes.json and {path}; give masks of images that are in Visual Genome too (COCO's 2014 or 2017 sets)"
+        )
+    return Source(range(int(settings["groups"]) or sum(map(len, groups.leaders))), groups.make)
 
 
 def _print_counts(table: _Table, keys: list[Key]) -> None:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from vistallm.schema import Sample
 
+_ROOT = "give the dataset's folder as --root"
+
 
 class SourceFormatError(ValueError):
     """A source file is not as documented; the message names file, record and key, what was expected and what is there.
@@ -64,14 +66,18 @@ class SourceOptions:
             raise ValueError(f"--set {min(unknown)}: this source knows {', '.join(known) or 'no setting'}")
         return {key: _read_setting(key, self.settings.get(key), allowed) for key, allowed in known.items()}
 
-    def find_file(self, *names: str, folders: Sequence[str] = ("",)) -> Path:
-        """The first of the named files in `root` or these folders of it ("data/"); raises ValueError with all names."""
+    def find_file(self, *names: str, folders: Sequence[str] = ("",), hint: str = _ROOT) -> Path:
+        """The first of the named files in `root` or these folders of it ("data/").
+
+        Raises:
+            ValueError: there is none; the message holds all names and the hint.
+        """
         for path in (self.root / f"{folder}{name}" for folder in folders for name in names):
             if path.is_file():
                 return path
         below = "".join(f" or in {folder[:-1]}" for folder in folders if folder)
         expected = f"expected {' or '.join(names)} there{below}, got no such file"
-        raise ValueError(f"{self.root}: {expected}; give the dataset's folder as --root")
+        raise ValueError(f"{self.root}: {expected}; {hint}")
 
 
 def _read_setting(key: str, value: str | None, allowed: str | float | tuple[str, ...] | list[str]) -> Any:

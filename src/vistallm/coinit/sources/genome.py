@@ -32,17 +32,18 @@ class Genome:
     folder: Path
 
     def at(self, image_id: int, where: str) -> SourceImage:
-        """The image of an id, in a folder that holds VG_100K and VG_100K_2, or all images side by side.
+        """The image of an id, where the two zips put it (also as images/ and images2/), or all images side by side.
 
         Raises:
             SourceFormatError: image_data.json has none.
         """
         if image_id not in self.images:
-            raise SourceFormatError(f"{where}: image_id {image_id} is not in image_data.json; use both of one version")
+            raise SourceFormatError(f"{where}: image_id {image_id} is not in image_data.json; use version 1.2 of both")
         image = self.images[image_id]
         name, file = image.path.name, image.path.as_posix()
-        path = first_file(self.folder, file, name, f"VG_100K/{name}", f"VG_100K_2/{name}", f"images/{file}")
-        return replace(image, path=path)
+        places = [file, name, f"VG_100K/{name}", f"VG_100K_2/{name}"]
+        places += [f"{zipped}/{file}" for zipped in ("images", "images2", "../images2")]
+        return replace(image, path=first_file(self.folder, *places))
 
 
 def read_genome(options: SourceOptions, image_data: str = "") -> Genome:
@@ -53,10 +54,13 @@ def read_genome(options: SourceOptions, image_data: str = "") -> Genome:
     """
     folders = [folder for folder in (options.root, options.images, options.root.parent) if folder is not None]
     paths = [folder / "image_data.json" for folder in folders if (folder / "image_data.json").is_file()]
-    path = Path(image_data) if image_data else paths[0] if paths else options.find_file("image_data.json")
+    hint = "it is Visual Genome's (version 1.2): put it there, or name it with --set image_data=FILE"
+    path = Path(image_data) if image_data else paths[0] if paths else options.find_file("image_data.json", hint=hint)
     genome = Genome({}, {}, options.image_folder)
     for number, value in enumerate(read_json(path, list)):
         record = Record(value, f"{path}, record {number}")
+        if isinstance(value, dict) and "id" in value and "image_id" not in value:
+            raise record.fault("expected key 'image_id', got 'id', as in Visual Genome 1.0; fetch version 1.2")
         image_id, coco_id = record.integer("image_id"), record.optional("coco_id", int)
         file, key = Path(*record.text("url").split("/")[-2:]), f"vg:{image_id}"
         if coco_id is not None:
@@ -233,6 +237,7 @@ def _question_region(
 # ---- Visual7W
 
 _KINDS = {"v7w": "box", "v7w_point": "point"}  # task -> how it answers
+_V7W_FILES = "dataset_v7w_pointing.json", "dataset.json"  # as zipped, and as the toolkit's script leaves it
 _Pair = tuple[int, str, list[tuple[float, ...]]]
 """Question id, text and boxes (x, y, width, height), the right one first."""
 
@@ -244,7 +249,7 @@ def load_visual7w(options: SourceOptions) -> Source:
     """
     settings = options.read_settings(tasks=list(_KINDS), image_data="")
     split = options.check_split("train", "val", "test")
-    genome, path = read_genome(options, settings["image_data"]), options.find_file("dataset_v7w_pointing.json")
+    genome, path = read_genome(options, settings["image_data"]), options.find_file(*_V7W_FILES)
     data = read_object(path)
     boxes = {box.integer("box_id"): box.numbers("x", "y", "width", "height") for box in data.records("boxes", "box")}
     packed = Packed(

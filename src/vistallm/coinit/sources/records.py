@@ -116,6 +116,13 @@ def read_json_lines(path: Path) -> Iterator[Any]:
                     raise SourceFormatError(f"{path}, line {number}: not JSON ({error})") from error
 
 
+def read_json_or_lines(path: Path) -> Iterable[Any]:
+    """The values of a JSON list or of JSON lines, whatever the file's name ends in."""
+    with path.open("rb") as file:
+        first = next((line.strip() for line in file if line.strip()), b"")
+    return read_json(path, list) if first.startswith(b"[") else read_json_lines(path)
+
+
 def stream_records(path: Path) -> Iterator[Record]:
     """Yield the records of a JSON list one by one; the file is never whole in memory.
 

@@ -37,7 +37,7 @@ def load_refcocog(options: SourceOptions) -> Source:
 def _load_refs(name: str, split_by: str, options: SourceOptions) -> Source:
     others = tuple(other for other in ("unc", "umd", "google") if other != split_by)
     settings = options.read_settings(split_by=(split_by, *others), tasks=["rec", "res", "reg"])
-    options.check_split("train", "val", *(("test",) if name == "refcocog" else ("testA", "testB")))
+    options.check_split("train", "val", *(("testA", "testB") if settings["split_by"] == "unc" else ("test",)))
     path = options.find_file(f"refs({settings['split_by']}).p", folders=(f"{name}/", ""))
     return _ref_source(name, options, path, settings["tasks"])
 

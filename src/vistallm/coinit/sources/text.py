@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.images import SourceImage, coco_image, first_file, group_draft
-from vistallm.coinit.sources.records import Record, file_source, read_json, read_json_lines, read_object
+from vistallm.coinit.sources.records import (
+    Record,
+    file_source,
+    read_json,
+    read_json_lines,
+    read_json_or_lines,
+    read_object,
+)
 
 _SETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 UNKNOWN = "unknown"
@@ -17,6 +25,7 @@ UNKNOWN = "unknown"
 
 # ---- captions
 
+_OFFICIAL = "it is Karpathy's split; for captions_*.json, give --set annotations=official (and --set year=2017)"
 _Captioned = tuple[int, str, tuple[int, int], list[str]]
 """image_id, the image's file, (width, height) or (0, 0) where the annotations have none, and its captions."""
 
@@ -34,7 +43,7 @@ def load_coco_caption(options: SourceOptions) -> Source:
         records = _official_captions(path, folder)
     else:
         split = options.check_split("train", "val", "test")
-        path = options.find_file("dataset_coco.json", folders=("", "karpathy/"))
+        path = options.find_file("dataset_coco.json", folders=("", "karpathy/"), hint=_OFFICIAL)
         # Images of val2014 that are in neither Karpathy's val nor his test split are trained on, as the papers do.
         records = _karpathy_captions(path, ("train", "restval") if training else (split,))
 
@@ -124,18 +133,18 @@ def load_vqa_e(options: SourceOptions) -> Source:
     options.read_settings()
     split = options.check_split("train", "val")
     path = options.find_file(f"VQA-E_{split}_set.json", f"vqa_E_{split}.jsonl")
-    records = read_json(path, list) if path.suffix == ".json" else read_json_lines(path)
-    return _explained_source(options, "vqa-e", path, records)
+    return _explained_source(options, "vqa-e", path, read_json_or_lines(path))
 
 
 def load_vqa_x(options: SourceOptions) -> Source:
     """VQA-X: explanations by people, of VQAv2's training questions (train) and validation questions (val, test)."""
     options.read_settings()
     split = options.check_split("train", "val", "test")
-    names = f"{split}_exp_anno.json", f"vqa_X_{split}.jsonl"
-    path = options.find_file(*names, folders=("", "textual/", "Annotations/"))
-    if path.suffix == ".jsonl":
-        return _explained_source(options, "vqa-x", path, read_json_lines(path))
+    names = f"{split}_exp_anno.json", f"vqaX_{split}.json", f"vqa_X_{split}.jsonl"
+    path = options.find_file(*names, folders=("", "textual/", "Annotations/", "VQA-X/"))
+    if path.name != names[0]:
+        entries = read_json_lines(path) if path.name == names[2] else map(_nle_record, read_json(path, dict).items())
+        return _explained_source(options, "vqa-x", path, entries)
     joined = "train" if split == "train" else "val"
     questions, records = _read_vqav2(options, joined), []
     for key, explanations in read_json(path, dict).items():
@@ -143,6 +152,14 @@ def load_vqa_x(options: SourceOptions) -> Source:
             raise SourceFormatError(f"{path}: expected a question_id of VQAv2 {joined}, got {key!r}")
         records.append(questions[int(key)] | {"explanation": explanations})
     return _explained_source(options, "vqa-x", path, records)
+
+
+def _nle_record(item: tuple[str, Any]) -> dict[str, Any]:
+    """A question of vqaX_*.json, the form of NLX-GPT, as a record of VQA-E's form with its ten answers."""
+    record = Record(item[1], f"question {item[0]}")
+    ten = [answer.text("answer") for answer in record.records("answers")]
+    most = {"multiple_choice_answer": Counter(ten).most_common(1)[0][0] if ten else None, "answers": ten}
+    return {**record.data, **most, "file_path": record.text("image_name"), "question_id": int(item[0])}
 
 
 def _explained_source(options: SourceOptions, source: str, path: Path, records: Iterable[Any]) -> Source:
@@ -188,11 +205,12 @@ def _explained_image(options: SourceOptions, record: Record) -> SourceImage:
     """The image of a question, by its COCO id or its file."""
     if "file_path" not in record.data:
         return _coco(options, _SETS["train" if options.split == "train" else "val"], record.integer("img_id"))
-    file = record.text("file_path")
+    file, bare = record.text("file_path"), Path(record.data["file_path"]).name
     digits = re.search(r"(\d{12})\.jpg$", file)
     if digits is None:
         raise record.fault(f"expected a COCO file name in 'file_path', got {file!r}")
-    return SourceImage(first_file(options.image_folder, file, Path(file).name), f"coco:{int(digits[1])}")
+    path = first_file(options.image_folder, file)
+    return SourceImage(path if path.is_file() else coco_image(options.image_folder, bare), f"coco:{int(digits[1])}")
 
 
 def _coco(options: SourceOptions, subset: str, image_id: int) -> SourceImage:
@@ -202,22 +220,30 @@ def _coco(options: SourceOptions, subset: str, image_id: int) -> SourceImage:
 
 
 def load_pope(options: SourceOptions) -> Source:
-    """POPE: yes/no questions about objects; the splits are the ways to pick absent ones, all for evaluation."""
-    options.read_settings()
+    """POPE: yes/no questions about objects; the splits are the ways to pick absent ones, all for evaluation.
+
+    `--set questions=aokvqa` or `gqa` takes the other two sets, which are distributed as indented lists.
+    """
+    of = options.read_settings(questions=("coco", "aokvqa", "gqa"))["questions"]
     split = options.check_split("random", "popular", "adversarial")
-    path = options.find_file(f"coco_pope_{split}.json", folders=("", "coco/", "output/coco/"))
+    names = f"{of}_pope_{split}.json", f"{of}_pope_seem_{split}.json"
+    path = options.find_file(*names, folders=("", f"{of}/", f"output/{of}/", f"seem/{of}/"))
+    begin = "pope-" if of == "coco" else f"pope-{of}-"
 
     def make(record: Record, _: int) -> Iterator[Draft]:
         label, file = record.text("label"), record.text("image")
         image_id = file.rpartition("_")[2].partition(".")[0]
-        if label not in ("yes", "no") or not image_id.isdigit():
+        if label not in ("yes", "no") or (of != "gqa" and not image_id.isdigit()):
             raise record.fault(f"expected label yes or no and a COCO image, got {label!r}, {file!r}")
         question_id, fields = record.integer("question_id"), {"question": record.text("text"), "answer": label}
-        image = SourceImage(coco_image(options.image_folder, file), f"coco:{int(image_id)}")
+        if of == "gqa":  # its images are Visual Genome's, in one folder
+            image = SourceImage(first_file(options.image_folder, file, f"images/{file}"), f"vg:{image_id}")
+        else:
+            image = SourceImage(coco_image(options.image_folder, file), f"coco:{int(image_id)}")
         meta = {"level": split, "question_id": question_id}
-        yield image.draft(f"pope-{split}-{question_id}", "pope", "pope", meta, fields=fields)
+        yield image.draft(f"{begin}{split}-{question_id}", "pope", "pope", meta, fields=fields)
 
-    return file_source(path, read_json_lines(path), make)
+    return file_source(path, read_json_or_lines(path), make)
 
 
 # ---- statements about two images
