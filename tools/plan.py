@@ -4,7 +4,7 @@
 
 Its own keys: gpus, gpu, samples (per epoch), epochs, batch (samples of all GPUs per step; default: what the config
 gives), tokens, supervised, images, instruction (means of one sample; `train.py ... dry_run=true` measures them on your
-shards), efficiency (share of the GPU's peak that training reaches; a guess until tools/bench_train.py measures yours).
+shards), efficiency (share of the GPU's peak that training reaches; a guess until `bench.py train` measures yours).
 """
 
 from __future__ import annotations

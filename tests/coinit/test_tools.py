@@ -1,4 +1,4 @@
-"""The commands: build_coinit.py, view_samples.py and bench_builders.py, as a user runs them."""
+"""The commands: build_coinit.py and view_samples.py, as a user runs them."""
 
 import importlib.util
 import subprocess
@@ -125,10 +125,3 @@ def test_evaluation_images_are_listed_and_excluded(tmp_path, build_coinit):
     assert "train has 4 samples" in text
     assert "rejected excluded                2" in text
     assert build_coinit("check", data / "clean", data / "test", "--exclude", ids, "--workers", 1)[0] == 0
-
-
-def test_benchmark_prints_rates_and_baselines(tmp_path):
-    done = run("bench_builders.py", "--samples", 14, "--photos", 3, "--rounds", 1, "--folder", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "samples/s on one core, of 15;" in done.stdout
-    assert done.stdout.count("file copy") == 2

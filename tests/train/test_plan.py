@@ -1,4 +1,3 @@
-import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -84,18 +83,6 @@ def test_a_made_batch_fills_the_workload(tiny_model):
     assert output.row.tolist() == [0] * 5 + [1] * 5
     with pytest.raises(ValueError, match="tokens=12: expected room for 8 image slots and 5 words"):
         made_batch(tiny_model, replace(work, tokens=12))
-
-
-@pytest.mark.slow
-def test_bench_prints_shares_and_mfu(tiny_words, capsys):
-    bench = runpy.run_path(str(ROOT / "tools/bench_train.py"))
-    own = ["steps=2", "warm=1", "tokens=24", "supervised=6", "instruction=5", "images=2"]
-    bench["main"]([*tiny_words, *own, "train.decoder=lora", "model.decoder.lora_rank=2", "train.compile=eager"])
-    said = capsys.readouterr().out
-    assert "4 samples of 24 tokens, 6 supervised, 8 images a step" in said
-    assert re.search(r"MFU \d+\.\d% of that", said)
-    shares = [float(share) for share in re.findall(r"^  \w+ +(\d+\.\d)%$", said, re.MULTILINE)]
-    assert len(shares) == 5, "encoder, tokenizer, decoder, backward, optimizer"
 
 
 @pytest.mark.parametrize(

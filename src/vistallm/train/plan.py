@@ -31,7 +31,7 @@ from vistallm.schema import IGNORE_INDEX, Batch
 
 GIB = 2**30
 VICUNA_ROWS, BERT_ROWS = 32000, 30523  # of the pretrained vocabularies (InstructBLIP's BERT has one token more)
-EFFICIENCY = 0.4  # share of the peak that training reaches: a guess until tools/bench_train.py has measured it
+EFFICIENCY = 0.4  # share of the peak that training reaches: a guess until `tools/bench.py train` has measured it
 RUNTIME = 1.5 * GIB  # CUDA context, kernels and the allocator's gaps: a usual figure, not computed
 
 

@@ -1,0 +1,456 @@
+"""Measure parts of the program on this machine, each beside its baseline in the same run.
+
+    python tools/bench.py masks [--file FILE.json] [--points 32]        sampling, drawing and overlap of masks
+    python tools/bench.py metrics [--count 2000]                        scoring of referring segmentation
+    python tools/bench.py loader [key=value ...] [--root DIR] [--workers 0 2]       the training loader
+    python tools/bench.py generate --ckpt RUN --root DIR        answers, and what the grammar costs
+    python tools/bench.py train [tokens=256 steps=10 key=value ...]     training steps of a configuration
+    python tools/bench.py builders [--samples 2000] [--photos 300]     building shards
+
+What is compared takes turns, so that other work on the machine slows all alike; figures are medians over `--rounds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as coco
+from torch.utils.data import DataLoader
+
+from vistallm.coinit.build import BuildOptions, build
+from vistallm.coinit.shards import read_raw, read_shard
+from vistallm.coinit.sources import SOURCES
+from vistallm.coinit.sources.base import SourceOptions
+from vistallm.config import Config, load_config
+from vistallm.data.datamodule import CoinItDataModule, build_codec, build_sequencer, reject_log, split_shards
+from vistallm.data.images import decode_sample
+from vistallm.data.sequence import collate
+from vistallm.data.stream import RejectLog, evaluation_sequences
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.evaluate.benchmarks import load_benchmarks, score
+from vistallm.evaluate.generate import Answerer
+from vistallm.evaluate.predictions import read_predictions, write_predictions
+from vistallm.model.checkpoint import load_run
+from vistallm.model.vistallm import VistaLLM
+from vistallm.regions import masks as mask_ops
+from vistallm.regions.codec import RegionCodec
+from vistallm.schema import Parsed, Prediction, Region
+from vistallm.tasks import TASKS
+from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
+from vistallm.train.plan import GIB, GPUS, VICUNA_ROWS, Workload, made_batch, make_plan
+from vistallm.train.run import prepare_model, quiet
+from vistallm.train.strategy import resolve_precision
+
+WIDTH, HEIGHT = 640, 480  # of the made images
+TRAIN_SETTINGS = {"steps": 10, "warm": 3, "tokens": 192, "supervised": 64, "images": 1, "instruction": 32}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Calls = dict[str, Callable[[], Any]]
+
+
+def now() -> float:
+    """Seconds, once the accelerator has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(title: str, calls: Calls, amount: float, unit: str, rounds: int, clock: Callable[[], float] = now) -> None:
+    """Print `amount` (or the number that a call returns) per second, and the speed relative to the first call's."""
+    speeds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = clock()
+            returned = call()
+            done = returned if isinstance(returned, int) else amount
+            speeds[name].append(done / (clock() - start))
+    print(title)
+    for name, values in speeds.items():
+        share = median(own / least for own, least in zip(values, next(iter(speeds.values())), strict=True))
+        print(f"  {name:<34} {median(values):12,.1f} {unit}/s  {share:7.2f} of the first row")
+
+
+def outline(rng: np.random.Generator, points: int = 60) -> np.ndarray:
+    """(points, 2) float32 of a star-shaped polygon of 40 to 200 pixels radius in a made image."""
+    angles = np.arange(points) * 2 * np.pi / points
+    radius = rng.uniform(40, 200) * (1 + 0.3 * np.convolve(rng.normal(size=points), np.ones(5) / 5, "same"))
+    centre = rng.uniform((100, 100), (WIDTH - 100, HEIGHT - 100))
+    polygon = centre + radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return np.clip(polygon, 0, (WIDTH, HEIGHT)).astype(np.float32)
+
+
+def bench_masks(options: argparse.Namespace) -> None:
+    """Encoding beside findContours, drawing beside fillPoly (integer vertices), overlap beside pycocotools."""
+    if options.file:
+        from mask_ceiling import read_masks
+
+        masks = [mask for rle in read_masks(options.file) if (mask := mask_ops.rle_to_mask(rle)).any()]
+    else:
+        rng = np.random.default_rng(0)
+        masks = [mask_ops.polygons_to_mask([outline(rng)], HEIGHT, WIDTH) for _ in range(options.count)]
+    drawn = [(mask_ops.mask_to_polygons(mask, options.points), *mask.shape) for mask in masks]
+    pairs = [
+        (mask_ops.mask_to_rle(mask), mask_ops.polygons_to_rle(*row)) for mask, row in zip(masks, drawn, strict=True)
+    ]
+
+    def contours(mask: np.ndarray) -> Any:
+        return cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+
+    def fill(parts: list[np.ndarray], height: int, width: int) -> Any:
+        return cv2.fillPoly(np.zeros((height, width), np.uint8), [np.rint(p).astype(np.int32) for p in parts], 1)
+
+    def runs(parts: list[np.ndarray], height: int, width: int) -> Any:
+        return coco.merge(coco.frPyObjects([np.ravel(part).astype(float) for part in parts], height, width))
+
+    def bench(title: str, rows: list[tuple], **functions: Callable[..., Any]) -> None:
+        calls = {name: lambda call=call: [call(*row) for row in rows] for name, call in functions.items()}
+        compare(title, calls, len(rows), "masks", options.rounds)
+
+    encoders = {
+        name: partial(mask_ops.mask_to_polygons, points=options.points, sampler=name) for name in mask_ops.SAMPLERS
+    }
+    bins = partial(mask_ops.mask_to_polygons, points=options.points, num_bins=1001)
+    title = f"encode at {options.points} points"
+    bench(title, [(mask,) for mask in masks], findContours=contours, **encoders, adaptive_on_bins=bins)
+    bench(
+        "draw",
+        drawn,
+        fillPoly=fill,
+        polygons_to_mask=mask_ops.polygons_to_mask,
+        pycocotools=runs,
+        polygons_to_rle=mask_ops.polygons_to_rle,
+    )
+    bench("overlap", pairs, pycocotools=lambda a, b: coco.iou([a], [b], [0]), rle_iou=mask_ops.rle_iou)
+
+
+def bench_metrics(options: argparse.Namespace) -> None:
+    """Scores of one-polygon answers, in memory and from a file, beside polygon -> runs -> overlap and areas."""
+    name, rng = "refcoco_val_res", np.random.default_rng(0)
+    benchmarks, predictions, floors = {name: load_benchmarks()[name]}, list[Prediction](), list[tuple[Any, Any]]()
+    for index in range(options.count):
+        truth, polygon = mask_ops.polygons_to_rle([outline(rng)], HEIGHT, WIDTH), outline(rng, 24).round(3)
+        parsed = Parsed("mask", [Region(0, "mask", polygons=[polygon])], "")
+        target = {"regions": [Region(0, "mask", rle=truth).to_json()], "answer": "{regions:0}", "empty": False}
+        target["meta"] = {"ref_id": index // 3}
+        images = [{"width": WIDTH, "height": HEIGHT}]
+        predictions.append(Prediction(f"{index:06d}", name, "res", "", "", parsed, None, images, target))
+        floors.append((polygon.astype(float).ravel().tolist(), truth))
+
+    def floor() -> None:
+        for flat, truth in floors:
+            drawn = coco.frPyObjects([flat], HEIGHT, WIDTH)[0]
+            coco.area(coco.merge([drawn, truth], True)), coco.area(drawn), coco.area(truth)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "predictions.jsonl"
+        write_predictions(predictions, path)
+        calls: Calls = {
+            "pycocotools": floor,
+            "all scores": lambda: score(predictions, benchmarks),
+            "all scores, from the file": lambda: score(read_predictions(path), benchmarks),
+        }
+        compare(f"{options.count} masks of {WIDTH}x{HEIGHT}", calls, options.count, "answers", options.rounds)
+
+
+def write_source(root: Path, count: int, photographs: bool) -> int:
+    """A folder for the jsonl source: RES, REC, VQA and caption samples in turn, an image each; bytes of all images.
+
+    Images are grey, or have the spectrum of a photograph: noise at every scale, less at the finer ones.
+    """
+    root.mkdir(parents=True)
+    rng, files, lines = np.random.default_rng(0), list[bytes](), list[str]()
+    for _ in range(20 if photographs else 1):
+        image = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
+        for octave in range(1, 9) if photographs else ():
+            grid = rng.normal(size=(max(2, HEIGHT * 2**octave // 512), max(2, WIDTH * 2**octave // 512), 3))
+            grid = cv2.resize(grid.astype(np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+            image += 50 / octave * grid
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
+        files.append(cv2.imencode(".jpg", np.clip(image, 0, 255).astype(np.uint8), quality)[1].tobytes())
+    for i in range(count):
+        (root / f"{i}.jpg").write_bytes(files[i % len(files)])
+        words = " ".join(rng.choice(["the", "red", "small", "circle", "left", "two"], int(rng.integers(2, 14))))
+        fields = {"expr": words, "question": f"{words}?", "answer": "red", "caption": words}
+        polygon = outline(rng).round(2)
+        regions = (
+            [{"polygons": [polygon.ravel().tolist()]}],
+            [{"box": [*polygon.min(0).tolist(), *polygon.max(0).tolist()]}],
+            [],
+            [],
+        )
+        line = {"id": str(i), "task": ("res", "rec", "vqa", "caption")[i % 4], "images": [f"{i}.jpg"]}
+        lines.append(json.dumps(line | {"fields": fields, "regions": regions[i % 4]}))
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return sum(len(files[i % len(files)]) for i in range(count))
+
+
+def build_source(root: Path, out: Path) -> None:
+    """Shards of the source, anew, on one core."""
+    shutil.rmtree(out, ignore_errors=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        build("jsonl", SOURCES["jsonl"], SourceOptions(root, "train"), BuildOptions(out, 100, workers=1))
+
+
+def bench_loader(options: argparse.Namespace) -> None:
+    """The loader beside reading the same tars and decoding the same JPEGs in full; no mask is seen twice."""
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.root or Path(folder) / "shards"
+        if options.root is None:
+            write_source(Path(folder) / "made", 600, photographs=True)
+            build_source(Path(folder) / "made", root)
+        # The real input size and region budget on the mini vocabulary; rounds of whole pools of 512 samples.
+        words = "model=mini model.encoder.image_size=224 num_bins=1001 points=32 target_iou=null data.batch_size=16"
+        words += f" data.root={root} data.workers=0 data.pool_batches=32 data.weights.res=1 data.weights.rec=1"
+        config = load_config([*words.split(), "data.weights.vqa=1", "data.weights.caption=1", *options.words])
+        data = CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config)), root)
+        data.builder.codec = RegionCodec(points=config.points, num_bins=config.num_bins, cache_size=0)
+        loader_parts(data, options.rounds)
+        for workers in options.workers:
+            stream = data.stream(0, 1, workers, RejectLog(None, 0.0))
+            rows = iter(DataLoader(stream, batch_size=None, num_workers=workers) if workers else stream)
+            decoded, count = full_decoding(data), 512 * max(workers, 1)  # whole pools of every worker
+            next(rows)
+            calls: Calls = {
+                "read and decode in full": lambda rows=decoded, count=count: list(islice(rows, count)),
+                "loader": lambda rows=rows, count=count: list(islice(rows, count // config.data.batch_size)),
+            }
+            # One process is measured by its own processor time, which other programs disturb less.
+            clock = time.perf_counter if workers else time.process_time
+            compare(f"loader with {workers} workers", calls, count, "samples", options.rounds, clock)
+
+
+def full_decoding(data: CoinItDataModule) -> Iterator[None]:
+    """Read every shard and decode every image, without end."""
+    while True:
+        for shard in data.mixture.shards:
+            for raw in read_raw(shard.place):
+                for image in raw.files.values():
+                    cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+                yield
+
+
+def loader_parts(data: CoinItDataModule, rounds: int) -> None:
+    """Samples per second of each part alone, in one process."""
+    raws = list(read_raw(data.mixture.shards[0].place))
+    decoded = [decode_sample(raw, data.builder.image_size) for raw in raws]
+    sequences, size = [data.builder.build(sample) for sample in decoded], data.config.data.batch_size
+    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    calls: Calls = {
+        "decode in full": lambda: [decode_sample(raw) for raw in raws],
+        "read": lambda: list(islice(read_raw(raws[0].shard), len(raws))),
+        "decode at a reduced size": lambda: [decode_sample(raw, data.builder.image_size) for raw in raws],
+        "sequence (resize, tokens, masks)": lambda: [data.builder.build(sample) for sample in decoded],
+        "collate": lambda: [collate(rows, data.builder.vocabulary) for rows in batches],
+    }
+    compare("parts of the loader, one process", calls, len(raws), "samples", rounds, time.process_time)
+
+
+def bench_generate(options: argparse.Namespace) -> None:
+    """Steps of the language model by batch size, under the grammar beside free decoding, on all tasks' test samples."""
+    quiet()
+    model, config, _ = load_run(options.ckpt)
+    shards, builder = split_shards(options.root, "test"), build_sequencer(config, model.vocabulary)
+    rows = (evaluation_sequences(shards, builder, task, reject_log(config), options.samples) for task in TASKS)
+    sequences, answerer = list(chain.from_iterable(rows)), Answerer(model.to(DEVICE), config)
+    if not sequences:
+        raise ValueError(f"--root {options.root}: no test sample of a known task")
+
+    steps = list[None]()
+    model.language_model().register_forward_hook(lambda *_: steps.append(None))
+
+    def answer(size: int, grammar: bool) -> int:
+        steps.clear()
+        with patch.object(config.decode, "grammar", grammar):
+            for first in range(0, len(sequences), size):
+                answerer.answer(sequences[first : first + size])
+        return len(steps)
+
+    for size in options.batches:
+        calls: Calls = {"free decoding": partial(answer, size, False), "grammar": partial(answer, size, True)}
+        compare(f"{len(sequences)} answers in batches of {size}", calls, 0, "steps", options.rounds)
+
+
+def random_model(config: Config) -> VistaLLM:
+    """The model with random weights as training sets it up, with as many rows as Vicuna where it stands for it."""
+    vicuna = config.model.decoder.weights is not None
+    config.model.decoder.weights = config.model.tokenizer.weights = config.model.encoder.weights = None
+    config.model.tokenizer.text_tokenizer = None
+    vocabulary = Vocabulary.build(config.model, build_codec(config))
+    if vicuna:
+        vocabulary.lm.add_tokens([f"<filler {i}>" for i in range(VICUNA_ROWS - vocabulary.first_new)])
+    with DEVICE:
+        model, _ = prepare_model(config, vocabulary, None)
+    model.train()
+    keep_frozen_in_eval(model)
+    return model
+
+
+def matrix_speed(half: bool) -> float:
+    """Operations per second of a large matrix product: the best of a few, the baseline of MFU."""
+    size, seconds = 8192 if DEVICE.type == "cuda" else 2048, list[float]()
+    a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16 if half else torch.float32)
+    for _ in range(16):
+        begin = now()
+        a @ a
+        seconds.append(now() - begin)
+    return 2 * size**3 / min(seconds)
+
+
+def train_steps(model: VistaLLM, work: Workload, config: Config, steps: int, warm: int) -> dict[str, float]:
+    """Median seconds by part of `steps` steps as training does them (autocast, clipping, AdamW), after `warm` more."""
+    batch, seconds = made_batch(model, work).to(DEVICE), dict[str, list[float]]()
+    optimizer, _ = build_optimizer(model, config.train, 1000)
+    half, trained = resolve_precision(config) == "bf16-mixed", [p for p in model.parameters() if p.requires_grad]
+    began: dict[str, float] = {}
+
+    def start(name: str) -> None:
+        began[name] = now()
+
+    def stop(name: str) -> None:
+        seconds.setdefault(name, []).append(now() - began[name])
+
+    parts = {"encoder": model.encoder, "tokenizer": model.tokenizer, "decoder": model.language_model()}
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: start(name))
+        part.register_forward_hook(lambda *_, name=name: stop(name))
+    for _ in range(warm + steps):
+        start("step")
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+            loss = model(batch).loss
+        start("backward")
+        loss.backward()
+        stop("backward")
+        start("optimizer")
+        torch.nn.utils.clip_grad_norm_(trained, config.train.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        stop("optimizer")
+        stop("step")
+    return {name: median(values[warm:]) for name, values in seconds.items()}
+
+
+def bench_train(options: argparse.Namespace) -> None:
+    """Steps on random weights and made batches, by part, with MFU and the memory peak beside the planner's figures."""
+    own, words = dict(TRAIN_SETTINGS), [word.partition("=") for word in options.words]
+    own |= {key: int(value) for key, _, value in words if key in own}
+    config = load_config(["stage=1", *("".join(word) for word in words if word[0] not in own)])
+    size, half = config.data.batch_size, resolve_precision(config) == "bf16-mixed"
+    work = Workload(size, size * own["images"], own["tokens"], own["supervised"], own["instruction"])
+    torch.manual_seed(0)
+    plan, libraries = make_plan(config, work), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model, speeds, name = random_model(config), {"matrix products here": matrix_speed(half)}, "CPU"
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+        known = ((key, gpu) for key, gpu in GPUS.items() if key.partition("-")[0] in name.lower().replace(" ", ""))
+        speeds |= {f"data sheet of {key}": gpu.peak for key, gpu in known}
+        torch.cuda.reset_peak_memory_stats()  # random weights were made in float32
+    seconds = train_steps(model, work, config, own["steps"], own["warm"])
+    step = seconds.pop("step")
+    host = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - libraries)
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else host
+    print(f"{config.model.name}, {name}, {resolve_precision(config)}")
+    print(f"{size} samples of {work.tokens} tokens, {work.supervised} supervised, {work.images} images a step")
+    print(f"step {step:.3f} s: {size / step:.1f} samples/s, {size * work.tokens / step:,.0f} tokens/s")
+    for name, value in seconds.items():
+        print(f"  {name:<10}{value / step:>7.1%}")
+    for part in plan.parts:
+        print(f"  {part.name:<10}{part.forward / 1e9:>12,.1f} G forward {part.backward / 1e9:>12,.1f} G backward")
+    for name, speed in speeds.items():
+        print(f"{name}: {speed / 1e12:.2f} T/s; MFU {plan.model_operations / step / speed:.1%} of that")
+    planned = sum(value for name, value in plan.memory.items() if name != "runtime") / GIB
+    print(f"memory peak {peak / GIB:.2f} GiB; the planner expects {planned:.2f} GiB of weights to activations")
+
+
+def bench_builders(options: argparse.Namespace) -> None:
+    """Samples of grey images beside json and tarfile on finished samples; photographs beside a copy of the files."""
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        grey, photographs, out, copied = (Path(name) / part for part in ("grey", "photographs", "out", "copy"))
+        write_source(grey, options.samples, photographs=False)
+        size = write_source(photographs, options.photos, photographs=True)
+        build_source(grey, out)
+        finished = [pair for path in sorted(out.glob("*.tar")) for pair in read_shard(path)]
+
+        def plain() -> None:
+            with tarfile.open(copied, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for i, (sample, images) in enumerate(finished):
+                    for suffix, data in (("json", json.dumps(sample.to_json()).encode()), ("0.jpg", images[0])):
+                        member = tarfile.TarInfo(f"{i:08d}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+
+        calls: Calls = {"json and tarfile alone": plain, "builder": lambda: build_source(grey, out)}
+        compare("grey images, one core", calls, len(finished), "samples", options.rounds, time.process_time)
+        copied.unlink()
+
+        def copy() -> None:
+            shutil.rmtree(copied, ignore_errors=True)
+            shutil.copytree(photographs, copied, copy_function=shutil.copyfile)
+
+        calls = {
+            "file copy": lambda: (copy(), os.sync()),
+            "builder": lambda: (build_source(photographs, out), os.sync()),
+        }
+        compare("photographs, to the disk", calls, size / 1e6, "MB", 3 * options.rounds)
+
+
+def main(argv: list[str]) -> None:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="masks|metrics|loader|generate|train|builders")
+
+    def command(run: Callable[[argparse.Namespace], None], rounds: int = 5) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__.removeprefix("bench_"), description=run.__doc__)
+        added.set_defaults(run=run)
+        added.add_argument("--rounds", type=int, default=rounds)
+        return added
+
+    masks = command(bench_masks)
+    masks.add_argument("--file", type=Path, help="annotations or shards, as tools/mask_ceiling.py reads them")
+    masks.add_argument("--points", type=int, default=32)
+    masks.add_argument("--count", type=int, default=200, help="of made masks")
+    command(bench_metrics, 3).add_argument("--count", type=int, default=2000)
+    loader = command(bench_loader, 7)
+    loader.add_argument("--root", type=Path, help="shards of one source (default: made photographs)")
+    loader.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    generate = command(bench_generate, 3)
+    generate.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
+    generate.add_argument("--root", type=Path, required=True, help="shard folder with a test split")
+    generate.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    generate.add_argument("--samples", type=int, default=8, help="of every task")
+    train = command(bench_train)
+    for one in (loader, train):
+        one.add_argument("words", nargs="*", metavar="key=value", help="as for train.py")
+    builders = command(bench_builders, 3)
+    builders.add_argument("--samples", type=int, default=2000, help="samples with a grey image")
+    builders.add_argument("--photos", type=int, default=300)
+    builders.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    options = parser.parse_args(argv)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench.py: {error}")
