@@ -3,7 +3,10 @@
 python tools/view_samples.py DIR [key=value ...] [--split test] [--task res] [--n 24] [--run RUN] --out page.html|a.png
 
 Regions are drawn as stored, and over them in white what the tokens say. Tokens are those of --run (its vocabulary and
-settings), else of the mini model; `points=16` or `coords=text` changes a setting. A .png has no tokens.
+settings), else of the mini model; `points=16` or `coords=text` changes a setting. A .png has no tokens. With
+--answers RUN a .png holds the answers of that model:
+
+    python tools/view_samples.py data/mini --answers assets/mini --ids mini-test-res-000096 --out a.png
 """
 
 from __future__ import annotations
@@ -172,19 +175,47 @@ def html_page(samples: list[Sample], builder: SequenceBuilder, title: str) -> st
     return PAGE.format(title=html.escape(title), number=len(samples), figures=figures)
 
 
-def choose(folder: Path, split: str | None, task: str | None, number: int, seed: int) -> list[Sample]:
-    """Up to `number` decoded samples of a random shard order, evenly over the tasks when no task is named."""
+def answered(samples: list[Sample], run: str) -> list[Sample]:
+    """The samples with a model's answers in place of their own; regions that the prompt gives stay."""
+    from vistallm.data.datamodule import build_sequencer
+    from vistallm.evaluate.gallery import short_text
+    from vistallm.evaluate.generate import Answerer, make_prediction
+    from vistallm.model.checkpoint import load_run
+
+    model, config, _ = load_run(run)
+    builder, answerer, copies = build_sequencer(config, model.vocabulary), Answerer(model, config), []
+    for sample in samples:
+        sequence = builder.build(sample)
+        one = make_prediction(sequence, answerer.answer([sequence])[0], builder, benchmark="")
+        texts = (str(short_text(text).striptags()) for text in (one.prompt, one.text))
+        prompt, answer = (re.sub(r"\s+([.,:])", r"\1", text) for text in texts)
+        regions = [Region.from_json(record) for record in one.target.get("given", [])]
+        regions += one.parsed.regions if one.parsed else []
+        copies.append(dataclasses.replace(sample, instruction=prompt, answer=answer, regions=regions))
+    return copies
+
+
+def choose(
+    folder: Path, split: str | None, task: str | None, number: int, seed: int, ids: list[str] | None = None
+) -> list[Sample]:
+    """Up to `number` decoded samples of a random shard order, evenly over the tasks when no task is named.
+
+    With `ids` exactly these samples, in this order.
+    """
     names = [name for name, row in read_index(folder)["shards"].items() if split in (None, row["split"])]
     random.Random(seed).shuffle(names)
     by_task: dict[str, list[Sample]] = {}
-    for name in names[:4] if task is None else names:
+    for name in names[:4] if task is None and ids is None else names:
         for sample, files in read_shard(folder / name):
             kept = by_task.setdefault(sample.task, [])
-            if task in (None, sample.task) and len(kept) < number:
+            if sample.id in ids if ids else task in (None, sample.task) and len(kept) < number:
                 sample.pixels = [cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_COLOR_RGB) for f in files]
                 kept.append(sample)
         if task is not None and len(by_task.get(task, ())) >= number:
             break
+    if ids:
+        chosen = {sample.id: sample for kept in by_task.values() for sample in kept}
+        return [chosen[key] for key in ids if key in chosen]
     turns = [kept[i] for i in range(number) for kept in by_task.values() if i < len(kept)]
     return sorted(turns[:number], key=lambda sample: list(by_task).index(sample.task))
 
@@ -199,6 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=30, help="number of samples")
     parser.add_argument("--template", type=int, default=0, help="instruction template; 0 = evaluation's")
     parser.add_argument("--run", help="run folder whose vocabulary and settings make the tokens (default: mini)")
+    parser.add_argument(
+        "--answers", metavar="RUN", help="run folder whose model answers in place of the samples (.png)"
+    )
+    parser.add_argument("--ids", nargs="+", help="these samples, in this order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="a .html or .png file")
     arguments = parser.parse_intermixed_args(argv)
@@ -207,11 +242,17 @@ def main(argv: list[str] | None = None) -> int:
             find_task(arguments.task)
         if arguments.out.suffix not in (".png", ".html"):
             raise ValueError(f"--out: expected a .html or .png file, got {arguments.out}")
-        samples = choose(arguments.folder, arguments.split, arguments.task, arguments.n, arguments.seed)
+        if arguments.answers and arguments.out.suffix != ".png":
+            raise ValueError(f"--answers: expected --out with a .png file, got {arguments.out}")
+        samples = choose(arguments.folder, arguments.split, arguments.task, arguments.n, arguments.seed, arguments.ids)
         if not samples:
             raise ValueError(f"{arguments.folder}: no sample of split {arguments.split} and task {arguments.task}")
         if arguments.out.suffix == ".png":
-            Image.fromarray(png_sheet(samples, arguments.template)).save(arguments.out)
+            samples = answered(samples, arguments.answers) if arguments.answers else samples
+            sheet = Image.fromarray(png_sheet(samples, arguments.template))
+            if arguments.answers:  # a picture for a page: 256 colours are a third of the bytes
+                sheet = sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+            sheet.save(arguments.out, optimize=True)
         else:
             builder = load_builder(arguments.run, arguments.overrides, arguments.template)
             arguments.out.write_text(html_page(samples, builder, str(arguments.folder)), encoding="utf-8")

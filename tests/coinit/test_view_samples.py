@@ -9,7 +9,8 @@ import pytest
 
 from vistallm.schema import IGNORE_INDEX
 
-VIEWER = Path(__file__).parents[2] / "tools" / "view_samples.py"
+ROOT = Path(__file__).parents[2]
+VIEWER = ROOT / "tools" / "view_samples.py"
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,18 @@ def test_sheet(viewer, mini_root):
     assert {sample.task for sample in chosen} == {"coseg"}
     sheet = viewer.png_sheet(chosen, 0)
     assert sheet.shape[1] == 4 * (viewer.TILE + 2 * viewer.GAP)
+
+
+def test_sheet_of_a_models_answers(viewer, mini_root, tmp_path):
+    """Prompts are those of the samples, texts and regions those of the shipped model."""
+    samples = viewer.choose(mini_root, "test", None, 0, 0, ["mini-test-pointqa-000001", "mini-test-res-000000"])
+    asked, shown = viewer.answered(samples, str(ROOT / "assets/mini"))
+    assert (asked.id, shown.id) == ("mini-test-pointqa-000001", "mini-test-res-000000")
+    assert [region.kind for region in asked.regions] == ["point"], "given by the prompt"
+    assert "[point]" in asked.instruction
+    assert shown.instruction == viewer.texts_of(samples[1], 0)[1][-1][0]
+    assert re.fullmatch(r"The mask is \[mask, \d+ points\]\.", shown.answer)
+    assert shown.regions[0].polygons is not None
+    words = [str(mini_root), "--split", "test", "--answers", str(ROOT / "assets/mini"), "--ids", shown.id, "--out"]
+    assert viewer.main([*words, str(tmp_path / "a.png")]) == 0
+    assert viewer.main([*words, str(tmp_path / "a.html")]) == 1
