@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from vistallm.schema import REGION_KINDS, Region, Sample
+from vistallm.tasks.texts import join
 
 _SLOT = re.compile(r"\{regions:(\d+(?:,\d+)*)?(?::(mask|box|point))?\}")
 _FIELD = re.compile(r"\{(?!regions:)([a-z_0-9]+)\}")
@@ -238,7 +239,7 @@ def earlier_rounds(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _fill(text: str, sample: Sample) -> str:
-    """Replace `{field}` by the sample's fields, once (braces inside a field's text are left alone)."""
+    """Replace `{field}` by the sample's fields, joined by `texts.join`; braces inside a field's text are left alone."""
 
     def replace(match: re.Match[str]) -> str:
         name = match[1]
@@ -249,6 +250,6 @@ def _fill(text: str, sample: Sample) -> str:
         if name not in sample.fields:
             have = ", ".join(sample.fields) or "none"
             raise ValueError(f"sample {sample.id} ({sample.task}): text needs field {name!r}, fields are: {have}")
-        return str(sample.fields[name])
+        return join(text[: match.start()], name, str(sample.fields[name]), text[match.end() :])
 
     return _FIELD.sub(replace, text)

@@ -138,6 +138,14 @@ def test_evaluation_has_all_expressions_of_an_object_at_once(build):
     assert mask.sum() == 10 * 10 + 4 * 20  # both parts, cut at the image's edge
 
 
+def test_refcocog_s_tokens_are_joined(build):
+    def tokens(root, picture):
+        write_refcoco(root, picture, "refcocog", "umd", [a_ref(0, "train", 71, "a person ' s candle - holder")])
+
+    samples = build("refcocog", "train", tokens)
+    assert {sample.fields["expr"] for sample in samples.values()} == {"a person's candle-holder"}
+
+
 def test_grefcoco_has_none_one_or_several_objects(build):
     found = build("grefcoco", "val", write_grefcoco)
     assert set(found) == {f"grefcoco-val-{r}-0-{task}" for r in (1, 2) for task in ("grec", "gres")}

@@ -13,6 +13,7 @@ from vistallm.coinit.sources.images import Box, SourceImage, coco_image, corners
 from vistallm.coinit.sources.records import Record, read_json, read_object, read_pickle, repair_text, short_parts
 from vistallm.regions.masks import rle_area
 from vistallm.schema import Region
+from vistallm.tasks.texts import tidy
 
 # ---- the RefCOCO family, on COCO's train2014
 
@@ -87,7 +88,7 @@ def _ref_source(source: str, options: SourceOptions, path: Path, tasks: list[str
         meant = _annotations(ref, annotations, several=source == "grefcoco")
         regions: dict[str, list[Region]] = {"box": [], "mask": []}
         yield from _add_regions(regions, meant, image, ref)
-        meta, sentences = {"ref_id": ref.integer("ref_id")}, _sentences(ref)
+        meta, sentences = {"ref_id": ref.integer("ref_id")}, _sentences(ref, tokenised=source == "refcocog")
         name = f"{source}-{split}-{meta['ref_id']}"
         fields: dict[str, Any] = {"targets": list(range(len(meant)))} if source == "grefcoco" else {}
         for number, (expression, sent_id) in enumerate(sentences):
@@ -144,11 +145,15 @@ def _add_regions(
             regions["mask"].append(Region(0, "mask", number, rle=rle))
 
 
-def _sentences(ref: Record) -> list[tuple[str, int]]:
-    """Expression and `sent_id` of each sentence; where gRefCOCO has none, its number stands for it."""
+def _sentences(ref: Record, tokenised: bool) -> list[tuple[str, int]]:
+    """Expression and `sent_id` of each sentence; where gRefCOCO has none, its number stands for it.
+
+    RefCOCOg's sentences are tokens joined by spaces ("the candle - holder").
+    """
     sentences = []
     for number, sentence in enumerate(ref.records("sentences", "sentence")):
         text, sent_id = repair_text(sentence.text("sent")).strip(), sentence.optional("sent_id", int)
+        text = tidy(text, tokenised=True) if tokenised else text
         sentences.append((text, number if sent_id is None else sent_id))
     return sentences
 
@@ -156,7 +161,6 @@ def _sentences(ref: Record) -> list[tuple[str, int]]:
 # ---- Flickr30k Entities
 
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/[\w-]+)+ ([^\]]+)\]")
-_BEFORE_MARK = re.compile(r" (?=[.,;:!?](?: |$))")
 
 
 def load_flickr30k(options: SourceOptions) -> Source:
@@ -217,7 +221,7 @@ def _write_caption(
     caption = _PHRASE.sub(replace, " ".join(sentence.split()))
     if "[/EN#" in caption:
         raise SourceFormatError(f"{where}: expected phrases as [/EN#1/people A man], got {sentence!r}")
-    return _BEFORE_MARK.sub("", caption), list(used), phrases
+    return tidy(caption), list(used), phrases
 
 
 def _read_boxes(
