@@ -5,8 +5,7 @@
 
 Every benchmark is answered once per template (`decode.limit=200`: its first 200 samples) and scored by its headline.
 A row gives the score of the fixed template that published scores use, then mean, standard deviation, lowest and highest
-over all templates; `--json` also has every template's text and score. --templates defaults to those that the run drew
-from in training (data.templates).
+over all templates; `--json` also has every template's text and score.
 """
 
 from __future__ import annotations
@@ -30,18 +29,15 @@ from vistallm.tasks import TemplateRange, load_templates
 from vistallm.train.run import quiet
 
 
-def measure(model: VistaLLM, config: Config, root: Path, benchmark: Benchmark, number: int) -> dict[str, Any]:
-    """Answer and score a benchmark with one template of its task; the scores are those of its headline."""
-    config.decode.template = number
-    predictions = list(generate_predictions(model, config, root, {benchmark.name: benchmark}, Pace()))
-    found = score(predictions, {benchmark.name: benchmark})[benchmark.name]
-    return {
-        "template": number,
-        "score": found.scores[found.headline],
-        "unreadable": found.unreadable,
-        "n": found.n,
-        "headline": found.headline,
-    }
+def measure(model: VistaLLM, config: Config, root: Path, benchmark: Benchmark) -> dict[str, Any]:
+    """Answer and score a benchmark with each of config's templates: headline, n, rows, and what `summarise` gives."""
+    rows, one = [], {benchmark.name: benchmark}
+    for number, text in enumerate(load_templates(benchmark.task, config.data.templates)):
+        config.decode.template = number
+        found = score(list(generate_predictions(model, config, root, one, Pace())), one)[benchmark.name]
+        value, unreadable = found.scores[found.headline], found.unreadable
+        rows.append({"template": number, "score": value, "unreadable": unreadable, "n": found.n, "text": text})
+    return {"headline": found.headline, "n": found.n, **summarise(rows), "rows": rows}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -49,27 +45,28 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     Ties go to the lower number; a score of None (no sample counts) makes all of them None.
 
-    >>> rows = [{"template": 0, "score": 0.5}, {"template": 1, "score": 0.7}, {"template": 2, "score": 0.3}]
-    >>> {key: round(value, 3) for key, value in summarise(rows).items()}
+    >>> rows = [{"template": i, "text": "", "score": score} for i, score in enumerate((0.5, 0.7, 0.3))]
+    >>> {key: round(value, 3) for key, value in summarise(rows).items() if value != ""}
     {'fixed': 0.5, 'mean': 0.5, 'std': 0.2, 'worst': 0.3, 'worst_template': 2, 'best': 0.7, 'best_template': 1}
     """
-    names = ("fixed", "mean", "std", "worst", "worst_template", "best", "best_template")
     scores = [row["score"] for row in rows]
     if any(value is None for value in scores):
-        return dict.fromkeys(names)
-    worst, best = min(rows, key=lambda row: row["score"]), max(rows, key=lambda row: row["score"])
+        return dict.fromkeys(("fixed", "mean", "std", "worst", "best"))
     spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-    values = (scores[0], statistics.fmean(scores), spread, worst["score"], worst["template"])
-    return dict(zip(names, (*values, best["score"], best["template"]), strict=True))
+    summary = {"fixed": scores[0], "mean": statistics.fmean(scores), "std": spread}
+    for key, extreme in (("worst", min), ("best", max)):
+        row = extreme(rows, key=lambda row: row["score"])
+        summary |= {key: row["score"], f"{key}_template": row["template"], f"{key}_text": row["text"]}
+    return summary
 
 
-def told(name: str, found: dict[str, Any]) -> str:
-    """One line of the table, scores in per cent, and the wording that is worst and best."""
-    if found["mean"] is None:
+def table_row(name: str, result: dict[str, Any]) -> str:
+    """A benchmark's line of the table, scores in per cent, and the worst and best wording."""
+    if result["mean"] is None:
         return f"{name:<18} no sample counts"
-    numbers = "".join(f"{100 * found[key]:8.2f}" for key in ("fixed", "mean", "std", "worst", "best"))
-    texts = [f"    {key:<6}{found[f'{key}_template']:>3}  {found[f'{key}_text']}" for key in ("worst", "best")]
-    return "\n".join([f"{name:<18} {found['headline']:<16}{found['n']:>7}{len(found['rows']):>10}{numbers}", *texts])
+    numbers = "".join(f"{100 * result[key]:8.2f}" for key in ("fixed", "mean", "std", "worst", "best"))
+    texts = [f"\n    {key:<6}{result[f'{key}_template']:>3}  {result[f'{key}_text']}" for key in ("worst", "best")]
+    return f"{name:<18} {result['headline']:<16}{result['n']:>7}{len(result['rows']):>10}{numbers}" + "".join(texts)
 
 
 def template_range(text: str) -> TemplateRange:
@@ -83,29 +80,23 @@ def main(argv: list[str]) -> None:
     """Measure, print a row as soon as it is there, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ckpt", help="run folder or checkpoint file")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="configuration, as for eval.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, as for eval.py")
     parser.add_argument("--benchmarks", nargs="+", help="default: all of the run's data")
     parser.add_argument("--templates", metavar="N|mini|all", help="default: those of the run's training")
     parser.add_argument("--json", type=Path, help="write every template's score here")
     arguments = parser.parse_intermixed_args(argv)
     quiet()
     run = find_checkpoint(arguments.ckpt)[0]
-    config = apply_overrides(config_from_file(run / "config.yaml"), [f"run_dir={run}", *arguments.words])
-    config.data.templates = templates = template_range(arguments.templates or str(config.data.templates or "all"))
+    config = apply_overrides(config_from_file(run / "config.yaml"), [f"run_dir={run}", *arguments.overrides])
+    config.data.templates = template_range(arguments.templates or str(config.data.templates or "all"))
     chosen = select_benchmarks(load_benchmarks(), arguments.benchmarks, config.data.name)
     root = data_root(config)
     model = load_run(arguments.ckpt, config)[0].to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'benchmark':<18} {'score':<16}{'n':>7}{'templates':>10}   fixed    mean     std   worst    best")
     record: dict[str, Any] = {}
     for name, benchmark in chosen.items():
-        texts = load_templates(benchmark.task, templates)
-        rows = [measure(model, config, root, benchmark, number) for number in range(len(texts))]
-        found = {"headline": rows[0]["headline"], "n": rows[0]["n"], **summarise(rows)}
-        for key in ("worst", "best"):
-            found[f"{key}_text"] = None if found["mean"] is None else texts[found[f"{key}_template"]]
-        found["rows"] = [row | {"text": text} for row, text in zip(rows, texts, strict=True)]
-        record[name] = found
-        print(told(name, found), flush=True)
+        record[name] = measure(model, config, root, benchmark)
+        print(table_row(name, record[name]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"checkpoint": arguments.ckpt, "benchmarks": record}, indent=1) + "\n")
 

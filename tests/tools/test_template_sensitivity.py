@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 from pathlib import Path
@@ -70,18 +71,20 @@ def test_the_table_tells_wordings_apart(tool, run_dir, tmp_path, monkeypatch, ca
 
 
 def test_a_benchmark_without_a_score(tool):
-    assert set(tool.summarise([{"template": 0, "score": 0.5}, {"template": 1, "score": None}]).values()) == {None}
-    assert tool.summarise([{"template": 0, "score": 0.5}])["std"] == 0
+    rows = [{"template": number, "text": "", "score": score} for number, score in enumerate((0.5, None))]
+    assert set(tool.summarise(rows).values()) == {None}
+    assert tool.summarise(rows[:1])["std"] == 0
+    assert doctest.testmod(tool).failed == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--templates", "many"], "expected a number, mini or all"),
         (["--benchmarks", "mini_vqu"], "nearest: mini_vqa"),
         (["decode.limitt=3"], "decode.limit"),
     ],
 )
-def test_errors(tool, run_dir, words, said):
-    with pytest.raises(ValueError, match=said):
+def test_errors(tool, run_dir, words, message):
+    with pytest.raises(ValueError, match=message):
         tool.main([str(run_dir), *words])
