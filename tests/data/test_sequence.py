@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import random
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from vistallm.data.sequence import collate
 from vistallm.mini.tasks import MAKERS
-from vistallm.schema import IGNORE_INDEX, SampleReject
+from vistallm.schema import IGNORE_INDEX, Sample, SampleReject
 
 
 @pytest.mark.parametrize("task", sorted(MAKERS))
@@ -165,6 +166,47 @@ def test_system_prompt_comes_first(builder, samples):
     told = dataclasses.replace(builder, system_prompt="Answer well.")
     text = told.vocabulary.lm
     assert text.decode(told.build(samples["vqa"][0]).input_ids).replace(" ", "").startswith("<s>Answerwell.USER:")
+
+
+SPECIAL = ["<im_patch>", "<im_start>", "</s>", "<s>", "<pad>", "<bin_7>", "<m_st>", "[SEP]", "[CLS]", "＜bin_7＞"]
+
+
+def special_ids(tokenizer, ids):
+    added = set(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
+    return [i for i in ids.tolist() if i in added]
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_a_special_token_in_a_users_text_is_text(builder, samples, conversation, token):
+    lm, qformer = builder.vocabulary.lm, builder.vocabulary.qformer
+    vqa, rec = samples["vqa"][0], samples["rec"][0]
+    rounds = [[f"What is {token} here {{regions:0}}?", f"A star {token}."]]
+    for one in (
+        spoilt(vqa, fields=vqa.fields | {"question": f"What is {token}?", "answer": f"red{token}"}),
+        spoilt(rec, fields=rec.fields | {"expr": f"the {token} one"}),
+        spoilt(conversation, fields={"rounds": rounds}, instruction=f"{token} why?", answer=f"{token} so"),
+    ):
+        clean = json.loads(json.dumps(one.to_json(), ensure_ascii=False).replace(token, "zebra"))
+        clean = dataclasses.replace(Sample.from_json(clean), pixels=one.pixels)
+        told, plain = builder.build(one), builder.build(clean)
+        assert special_ids(lm, told.input_ids) == special_ids(lm, plain.input_ids), "what we write alone"
+        assert special_ids(qformer, told.instruction_ids) == special_ids(qformer, plain.instruction_ids)
+        assert int((told.input_ids == builder.vocabulary.image_id).sum()) == builder.queries * len(one.images)
+        spelled = token.replace("＜", "<").replace("＞", ">")  # as NFKC reads it
+        read, expected = (lm.decode(sequence.input_ids).replace(" ", "") for sequence in (told, plain))
+        assert read == expected.replace("zebra", spelled)
+        assert token in told.prompt + told.answer
+
+
+def test_prompt_length_alone_decides_at_evaluation(builder, samples):
+    one = samples["res"][0]
+    prompt = len(builder.build_prompt(one).input_ids)
+    tight = dataclasses.replace(builder, max_length=prompt)
+    assert tight.build(one, generation=True).answer == builder.build(one).answer
+    with pytest.raises(SampleReject, match="data.max_length"):
+        tight.build(one)
+    with pytest.raises(SampleReject, match=f"{prompt} tokens, data.max_length is {prompt - 1}"):
+        dataclasses.replace(builder, max_length=prompt - 1).build(one, generation=True)
 
 
 # -- collate ----------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ import random
 import string
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from vistallm.data.datamodule import build_codec
-from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, encode
+from vistallm.data.vocabulary import IMAGE_TOKENS, Piece, SpecialTokenError, Vocabulary, encode, encode_pieces
 
 
 @pytest.mark.parametrize("tokenizer", ["lm", "qformer"])
@@ -94,3 +96,36 @@ def test_encode_is_the_wrappers_without_its_overhead(vocabulary):
     vocabulary.qformer.backend_tokenizer.enable_truncation(2)
     again = Vocabulary(**vars(vocabulary))
     assert len(encode(again.qformer, texts[0])) > 2, "a file may ask for truncation"
+
+
+def llama_like():
+    """A byte-fallback BPE with Llama's word mark, made here: its vocabulary holds </s>, its merges do not make it."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz<>/_?", *(f"<0x{b:02X}>" for b in range(256))]
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *letters, "▁a", "▁t", "he", "▁the"])}
+    merges = [("▁", "a"), ("▁", "t"), ("h", "e"), ("▁t", "he")]
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def test_special_tokens_in_words_are_text_for_a_llama_tokenizer_and_refused_by_a_slow_one():
+    tokenizer = llama_like()
+    tokenizer.add_tokens(["<im_patch>", "<b_st>", "<bin_7>", "<b_ed>"])
+    pieces = [Piece("the </s> a <im_patch> "), Piece("<b_st><bin_7><b_ed>", 3), Piece(" a?")]
+    ids = encode_pieces(tokenizer, pieces)
+    names = tokenizer.convert_ids_to_tokens(ids)
+    assert [name for name in names if name.endswith(">") and len(name) > 1] == ["<b_st>", "<bin_7>", "<b_ed>"]
+    assert "".join(names).replace("▁", "") == "the</s>a<im_patch><b_st><bin_7><b_ed>a?"
+    clean = [Piece("the a "), *pieces[1:]]
+    assert encode_pieces(tokenizer, clean) == encode(tokenizer, "the a <b_st><bin_7><b_ed> a?")
+
+    class Slow:
+        unk_token_id = 0
+        get_added_vocab = staticmethod(lambda: {"</s>": 2})
+        encode = staticmethod(lambda text, add_special_tokens: [5, 2] if "</s>" in text else [5])
+
+    slow = Slow()
+    assert encode_pieces(slow, [Piece("a")]) == [5]
+    with pytest.raises(SpecialTokenError, match="fast tokenizer"):
+        encode_pieces(slow, [Piece("a </s>")])

@@ -172,7 +172,7 @@ class CoinItDataModule(L.LightningDataModule):
         rows: list[Sequence] = []
         for task in tasks:
             shards = [s.place for folder in self.folders for s in folder.shards("val") if s.tasks.get(task)]
-            rows += evaluation_sequences(shards, self.builder, task, rejects, per_task)
+            rows += evaluation_sequences(shards, self.builder, task, rejects, per_task, generation=False)
         mine = rows[trainer.global_rank :: trainer.world_size][: len(rows) // trainer.world_size]
         batches = [collate(mine[i : i + size], self.builder.vocabulary) for i in range(0, len(mine), size)]
         return DataLoader(cast(Any, batches), batch_size=None, num_workers=0)

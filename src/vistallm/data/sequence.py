@@ -2,7 +2,8 @@
 
 `USER: [Image 1: ]<im_start><im_patch>*Q<im_end> instruction ASSISTANT:` then the answer and the end token, which alone
 are supervised (vicuna_v1.1, paper.md 1.6). Earlier rounds of a conversation come before, `USER: .. ASSISTANT: ..</s>`,
-each answer supervised. What the user says, all rounds joined, also goes to the instruction-guided tokenizer.
+each answer supervised. The instructions of all rounds, joined, also go to the QFormer. A special token that a
+sample's text spells out is text: only the codec's region tokens and the image slots are tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistallm.data.vocabulary import Vocabulary, encode, token_ids
+from vistallm.data.vocabulary import Piece, SpecialTokenError, Vocabulary, encode, encode_pieces, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox, square_resize
 from vistallm.schema import IGNORE_INDEX, Batch, Sample, SampleReject
@@ -78,13 +79,16 @@ class SequenceBuilder:
     template: int = 0
     _openings: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
 
-    def build(self, sample: Sample, rng: random.Random | None = None) -> Sequence:
+    def build(self, sample: Sample, rng: random.Random | None = None, generation: bool = False) -> Sequence:
         """Build the sequence of a decoded sample; `rng` draws the template, without it number `template` is taken.
+
+        With `generation`, `max_length` counts the prompt alone: what the true answer is must not decide which samples
+        are evaluated.
 
         Raises:
             SampleReject: unknown task, a placeholder without its region, no answer token, or too many tokens.
         """
-        return self._build(sample, rng, answered=True)
+        return self._build(sample, rng, True, generation)
 
     def build_prompt(self, sample: Sample) -> Sequence:
         """Build the sequence of a decoded sample up to where its answer begins: for generation, when there is none.
@@ -92,9 +96,9 @@ class SequenceBuilder:
         The sample's own answer and the fields it is made of are not read; those of earlier rounds are part of the
         prompt. `Sequence.answer` is empty. Raises SampleReject as `build` does.
         """
-        return self._build(sample, None, answered=False)
+        return self._build(sample, None, False, True)
 
-    def _build(self, sample: Sample, rng: random.Random | None, answered: bool) -> Sequence:
+    def _build(self, sample: Sample, rng: random.Random | None, answered: bool, generation: bool) -> Sequence:
         if sample.task not in TASKS:
             raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
         images, letterboxes = self._images(sample)
@@ -103,56 +107,61 @@ class SequenceBuilder:
             texts.append(write_instruction(sample, None if rng else self.template, rng, self.templates))
             if answered:
                 texts.append(write_answer(sample))
-            texts = [self.write_regions(text, sample, letterboxes) for text in texts]
+            written = [self._write_regions(text, sample, letterboxes) for text in texts]
         except (KeyError, ValueError) as error:
             raise SampleReject("bad-text", f"{sample.id}: {error}") from error
-        instructions, answers = texts[0::2], texts[1::2]
-        ids, labels = self._tokens(sample, instructions, answers)
+        instructions, answers = written[0::2], written[1::2]
+        qformer = self.vocabulary.qformer
+        joined = [piece for instruction in instructions for piece in [Piece(" "), *instruction]][1:]
+        try:
+            ids, labels = self._tokens(sample, instructions, answers, generation)
+            guide = encode_pieces(qformer, joined)[: self.max_instruction - 2]
+        except SpecialTokenError as error:
+            raise SampleReject("special-token", f"{sample.id}: {error}") from error
         return Sequence(  # NumPy reads a list five times as quickly as torch
             input_ids=torch.from_numpy(np.array(ids)),
             labels=torch.from_numpy(np.array(labels)),
-            instruction_ids=torch.from_numpy(np.array(self._instruction_ids(" ".join(instructions)))),
+            instruction_ids=torch.from_numpy(np.array([qformer.cls_token_id, *guide, qformer.sep_token_id])),
             images=images,
             letterboxes=letterboxes,
-            prompt=instructions[-1],
-            answer=answers[-1] if answered else "",
+            prompt="".join(piece.text for piece in instructions[-1]),
+            answer="".join(piece.text for piece in answers[-1]) if answered else "",
             sample=sample,
         )
 
-    def _tokens(self, sample: Sample, instructions: list[str], answers: list[str]) -> tuple[list[int], list[int]]:
+    def _tokens(
+        self, sample: Sample, instructions: list[list[Piece]], answers: list[list[Piece]], generation: bool
+    ) -> tuple[list[int], list[int]]:
         """Token ids of the rounds, one after another, and their labels: every answer and the end token behind it."""
-        text = self.vocabulary.lm
-        ids: list[int] = []
-        labels: list[int] = []
+        lm, counted = self.vocabulary.lm, 0
+        ids, labels = self._opening_ids(len(sample.images)), list[int]()
         for number, instruction in enumerate(instructions):
-            prompt = [] if number else self._opening_ids(len(sample.images))
-            said = f"USER: {instruction} ASSISTANT:" if number else f"{instruction} ASSISTANT:"
-            prompt += encode(text, said)
-            ids += prompt
-            labels += [IGNORE_INDEX] * len(prompt)
+            ids += encode_pieces(lm, [Piece("USER: " if number else ""), *instruction, Piece(" ASSISTANT:")])
+            labels += [IGNORE_INDEX] * (len(ids) - len(labels))
+            counted = len(ids)
             if number == len(answers):
                 break
-            answer = [*encode(text, answers[number]), text.eos_token_id]
-            if len(answer) < 2:
-                raise SampleReject(
-                    "empty-answer", f"{sample.id}: the answer {answers[number]!r} has no token to supervise"
-                )
+            answer = [*encode_pieces(lm, answers[number]), lm.eos_token_id]
+            if len(answer) < 2 and not generation:
+                raise SampleReject("empty-answer", f"{sample.id}: the answer has no token to supervise")
             ids += answer
             labels += answer
-        if len(ids) > self.max_length:
-            raise SampleReject("too-long", f"{sample.id}: {len(ids)} tokens, data.max_length is {self.max_length}")
+        counted = counted if generation else len(ids)
+        if counted > self.max_length:
+            raise SampleReject("too-long", f"{sample.id}: {counted} tokens, data.max_length is {self.max_length}")
         return ids, labels
 
-    def write_regions(self, text: str, sample: Sample, letterboxes: list[Letterbox]) -> str:
+    def _write_regions(self, text: str, sample: Sample, letterboxes: list[Letterbox]) -> list[Piece]:
         """Replace `{regions:...}` placeholders by region tokens; raises ValueError for a missing object."""
-        written = []
+        pieces = []
         for part in split_placeholders(text):
             if isinstance(part, str):
-                written.append(part)
+                pieces.append(Piece(part))
                 continue
             chosen = [find_region(sample, number, part.kind) for number in part.objects]
-            written.append(self.codec.encode(chosen, letterboxes, part.kind or chosen[0].kind))
-        return "".join(written)
+            written = self.codec.encode(chosen, letterboxes, part.kind or chosen[0].kind)
+            pieces.append(Piece(written, tokens=written.count("<")))
+        return pieces
 
     def _images(self, sample: Sample) -> tuple[Tensor, list[Letterbox]]:
         assert sample.pixels, "the stream decodes the images before building"
@@ -166,30 +175,23 @@ class SequenceBuilder:
 
     def _opening_ids(self, images: int) -> list[int]:
         """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""
-        if images in self._openings:
-            return list(self._openings[images])
-        text = self.vocabulary.lm
-        start, end = token_ids(text, ["<im_start>", "<im_end>"])
-        ids = [] if text.bos_token_id is None else [text.bos_token_id]
-        ids += encode(text, f"{self.system_prompt} USER:".strip())
-        for number in range(1, images + 1):
-            if images > 1:
-                ids += encode(text, f"Image {number}:")
-            ids += [start, *[self.vocabulary.image_id] * self.queries, end]
-        self._openings[images] = ids
-        return list(ids)
-
-    def _instruction_ids(self, instruction: str) -> list[int]:
-        tokenizer = self.vocabulary.qformer
-        ids = encode(tokenizer, instruction)[: self.max_instruction - 2]
-        return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+        if images not in self._openings:
+            lm = self.vocabulary.lm
+            start, end = token_ids(lm, ["<im_start>", "<im_end>"])
+            ids = [] if lm.bos_token_id is None else [lm.bos_token_id]
+            ids += encode(lm, f"{self.system_prompt} USER:".strip())
+            for number in range(1, images + 1):
+                if images > 1:
+                    ids += encode(lm, f"Image {number}:")
+                ids += [start, *[self.vocabulary.image_id] * self.queries, end]
+            self._openings[images] = ids
+        return list(self._openings[images])
 
 
 def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool = False) -> Batch:
     """Pad `sequences` to one batch.
 
-    With `generation`, the rows hold the prompt only (no last answer), are padded on the left; without it
-    the answer is there.
+    With `generation`, the rows hold the prompt only (no last answer) and are padded on the left.
     """
     # The last answer ends the sequence; those of earlier rounds belong to the prompt.
     ends = [int((s.labels == IGNORE_INDEX).nonzero()[-1]) + 1 if generation else None for s in sequences]

@@ -250,13 +250,21 @@ def spread(raws: list[RawSample]) -> list[RawSample]:
 
 
 def evaluation_sequences(
-    shards: Iterable[Path | str], builder: SequenceBuilder, task: str, rejects: RejectLog, limit: int | None = None
+    shards: Iterable[Path | str],
+    builder: SequenceBuilder,
+    task: str,
+    rejects: RejectLog,
+    limit: int | None = None,
+    generation: bool = True,
 ) -> Iterator[Sequence]:
-    """Yield the sequences of one task in file order with the fixed evaluation template, at most `limit`."""
+    """Yield the sequences of one task in file order with the fixed evaluation template, at most `limit`.
+
+    `generation`: as in `SequenceBuilder.build`; false where the loss of the answers is asked for.
+    """
     raws = (raw for shard in shards for raw in read_raw(shard, lambda other: other == task))
     for raw in islice(raws, limit):
         rejects.read += 1
         try:
-            yield builder.build(decode_sample(raw))
+            yield builder.build(decode_sample(raw), generation=generation)
         except SampleReject as reject:
             rejects.add(raw, reject)

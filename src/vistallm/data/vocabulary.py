@@ -6,10 +6,13 @@ In: config and codec. Out: a `Vocabulary`, saved beside the weights so that a ch
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -112,6 +115,49 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if fast is None:
         return tokenizer.encode(text, add_special_tokens=False)
     return fast.encode(text, add_special_tokens=False).ids
+
+
+class Piece(NamedTuple):
+    """A piece of a sample's text: words, or what the codec wrote, with so many region tokens."""
+
+    text: str
+    tokens: int = 0
+
+
+class SpecialTokenError(ValueError):
+    """A text spells out a special token, and its tokenizer can't read it as text."""
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> list[int]:
+    """Token ids of pieces of text, one after another; a special token that words spell out (`</s>`) is read as text.
+
+    Raises:
+        SpecialTokenError: words hold a special token, and the tokenizer is none of the `tokenizers` library.
+    """
+    ids = encode(tokenizer, "".join(piece.text for piece in pieces))
+    special, plain = _without_special(tokenizer)
+    if sum(map(special.__contains__, ids)) == sum(piece.tokens for piece in pieces):
+        return ids
+    if plain is None:
+        raise SpecialTokenError("the text holds a special token; write it another way, or use a fast tokenizer")
+    runs = groupby(pieces, key=lambda piece: piece.tokens > 0)
+    texts = [(coded, "".join(piece.text for piece in run)) for coded, run in runs]
+    return [
+        i
+        for coded, text in texts
+        for i in (encode(tokenizer, text) if coded else plain.encode(text, add_special_tokens=False).ids)
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _without_special(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], Tokenizer | None]:
+    """Ids of all added tokens but the unknown one, and the tokenizer without them (None for a slow one)."""
+    special = frozenset(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return special, None
+    bare = json.loads(fast.to_str()) | {"added_tokens": [], "post_processor": None}
+    return special, Tokenizer.from_str(json.dumps(bare))
 
 
 @contextlib.contextmanager
