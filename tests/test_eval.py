@@ -1,25 +1,12 @@
 """eval.py as a command: a fault is told, the other benchmarks are scored, the exit code says so."""
 
-import importlib.util
 import json
-from pathlib import Path
-
-import pytest
 
 from vistallm.coinit.shards import write_index
 from vistallm.evaluate import benchmarks as B
+from vistallm.evaluate import run
 from vistallm.evaluate.predictions import write_predictions
 from vistallm.schema import Parsed, Prediction
-
-
-@pytest.fixture(scope="module")
-def command():
-    spec = importlib.util.spec_from_file_location("eval_command", Path(__file__).parents[1] / "eval.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prediction(benchmark, answer, meta):
@@ -29,17 +16,17 @@ def prediction(benchmark, answer, meta):
     return Prediction("a", benchmark, task, "", "yes", Parsed("text", [], "yes"), None, images, target)
 
 
-def test_a_benchmark_without_targets_is_told_and_the_others_are_scored(command, tmp_path, capsys):
+def test_a_benchmark_without_targets_is_told_and_the_others_are_scored(tmp_path, capsys):
     path = tmp_path / "predictions.jsonl"
     rows = [prediction("vqav2_val", "yes", {"question_id": 5}), prediction("pope_random", "yes", {})]
     write_predictions(rows, path)
-    assert command.main([f"predictions={path}"]) == 0
+    assert run.run([f"predictions={path}"]) == 0
     assert json.loads((tmp_path / "exports" / "vqav2_val.json").read_text()) == [{"question_id": 5, "answer": "yes"}]
     rows[1].target["answer"] = ""
     write_predictions(rows, path)
     path.write_text(path.read_text() + '{"benchmark": "vcr_val", "id"\n')
     before = path.read_text()
-    assert command.main([f"predictions={path}"]) == 1
+    assert run.run([f"predictions={path}"]) == 1
     told = capsys.readouterr().err
     assert "pope_random: no score" in told
     assert "line 2: prediction a: its target's answer" in told
@@ -51,10 +38,10 @@ def test_a_benchmark_without_targets_is_told_and_the_others_are_scored(command, 
     assert path.read_text() == before
 
 
-def test_what_a_benchmark_lacks_is_said(command, tmp_path):
+def test_what_a_benchmark_lacks_is_said(tmp_path):
     known = B.load_benchmarks()
-    assert "build_coinit" in command.missing(tmp_path, known["refcoco_val_res"])
+    assert "build_coinit" in run.missing(tmp_path, known["refcoco_val_res"])
     row = {"split": "test", "samples": 3, "bytes": 1, "sha256": "0", "tasks": {"res": 3}}
     write_index(tmp_path, {"test-000000.tar": row})
-    assert command.missing(tmp_path, known["mini_res"]) is None
-    assert "expected gres samples in split test, it has res" in command.missing(tmp_path, known["mini_gres"])
+    assert run.missing(tmp_path, known["mini_res"]) is None
+    assert "expected gres samples in split test, it has res" in run.missing(tmp_path, known["mini_gres"])

@@ -142,7 +142,7 @@ class CheckpointConfig:
 class DecodeConfig:
     """Generation at evaluation: greedy."""
 
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None  # tokens of an answer; null = as many as the form of the task's answers needs
     batch_size: int = 16
     grammar: bool = True  # only tokens that keep regions readable; false = free decoding
     limit: int | None = None  # samples per benchmark; null = all

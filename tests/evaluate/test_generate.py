@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from vistallm.coinit.shards import read_raw
-from vistallm.data.datamodule import split_shards
+from vistallm.data.datamodule import reject_log, split_shards
 from vistallm.data.images import decode_sample
 from vistallm.data.sequence import collate
+from vistallm.evaluate import generate
 from vistallm.evaluate.benchmarks import load_benchmarks
-from vistallm.evaluate.generate import Answerer, Pace, generate_predictions, picked_images
+from vistallm.evaluate.generate import (
+    Answerer,
+    Pace,
+    answer_limit,
+    by_folder,
+    generate_predictions,
+    picked_images,
+    prompt_length,
+    read_units,
+)
 from vistallm.evaluate.grammar import RegionGrammar, rule_of
 from vistallm.evaluate.parse import read_answer
 from vistallm.tasks import find_task
@@ -84,6 +94,67 @@ def test_predictions_and_their_pace(livelier, tiny_config, mini_root, tmp_path):
         assert [(i["height"], i["width"], 3) for i in prediction.images] == [i.shape for i in images[prediction.id]]
     elsewhere = {name: dataclasses.replace(one, shards="absent") for name, one in chosen.items()}
     assert picked_images(mini_root, elsewhere, found) == {}
+
+
+def test_samples_of_like_length_share_a_batch_and_come_back_in_the_order_of_the_data(
+    livelier, tiny_config, mini_root, tmp_path, monkeypatch
+):
+    config = tiny_config("decode.batch_size=3", "decode.limit=null", f"run_dir={tmp_path}")
+    one = dataclasses.replace(load_benchmarks()["mini_nlvr2"], split="train")
+    (unit, *rest) = read_units(mini_root, [one], 12, None)
+    answerer, batches = Answerer(livelier, config), []
+    answer = answerer.answer
+
+    def noted(rows):
+        batches.append([prompt_length(row) for row in rows])
+        return answer(rows)
+
+    monkeypatch.setattr(answerer, "answer", noted)
+    made, pace = answerer.answer_unit(unit, reject_log(config))
+    assert [p.id for p in made] == [raw.record["id"] for raw in unit.raws]
+    lengths = [length for batch in batches for length in batch]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 2
+    assert [len(batch) for batch in batches] == [3] * 4
+    assert [unit.number for unit in rest] == list(range(1, len(rest) + 1))
+    alone, _ = answerer.answer_unit(dataclasses.replace(unit, raws=unit.raws[5:6]), reject_log(config))
+    assert alone[0].text == made[5].text
+    assert pace.samples == 12
+
+
+def test_shards_are_read_once_for_all_benchmarks(mini_root, monkeypatch):
+    read = []
+    monkeypatch.setattr(generate, "read_raw", lambda shard, keep: read.append(shard) or read_raw(shard, keep))
+    mini = [one for one in load_benchmarks().values() if one.data == "mini"]
+    units = [unit for members in by_folder(mini) for unit in read_units(mini_root, members, 8, None)]
+    assert sorted(read) == sorted(set(split_shards(mini_root, "test")))
+    assert sum(len(unit.raws) for unit in units) == 30
+
+
+def test_the_prompt_alone_decides_whether_a_sample_fits(livelier, tiny_config, mini_root, tmp_path):
+    one = load_benchmarks()["mini_gres"]
+    (unit,) = read_units(mini_root, [one], 9, None)
+    config = tiny_config(f"run_dir={tmp_path}", "data.max_reject_share=1")
+    made = [Answerer(livelier, config)._prompt(raw) for raw in unit.raws]
+    longest = max(prompt_length(sequence) for sequence in made)
+    assert any(len(sequence.input_ids) > longest for sequence in made), "a true answer must not fit beside its prompt"
+    config.data.max_length = longest
+    assert len(Answerer(livelier, config).answer_unit(unit, reject_log(config))[0]) == len(unit.raws)
+    config.data.max_length, rejects = longest - 1, reject_log(config)
+    kept, pace = Answerer(livelier, config).answer_unit(unit, rejects)
+    assert pace.rejected == len(unit.raws) - len(kept) == rejects.counts["too-long"] > 0
+
+
+def test_a_cut_answer_is_marked_and_without_a_limit_the_form_decides(livelier, tiny_config, mini_root, tmp_path):
+    chosen = {"mini_caption": load_benchmarks()["mini_caption"]}
+    config = tiny_config("decode.limit=2", "decode.max_new_tokens=3", f"run_dir={tmp_path}")
+    found = list(generate_predictions(livelier, config, mini_root, chosen, Pace()))
+    assert all(p.cut and p.to_json()["cut"] for p in found)
+    config = tiny_config("decode.max_new_tokens=null")
+    assert answer_limit(config, "rec") < answer_limit(config, "res") < answer_limit(config, "gres")
+    few, many = (answer_limit(tiny_config("decode.max_new_tokens=null", f"points={n}"), "gres") for n in (8, 32))
+    assert many > 16 * 2 * 32 > few
+    assert answer_limit(tiny_config("decode.max_new_tokens=7"), "gres") == 7
 
 
 def test_answers_of_random_models_are_readable(livelier, tiny_config, sequences, builder):

@@ -4,119 +4,225 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from vistallm.coinit.shards import read_raw
+from vistallm.coinit.shards import RawSample, SampleReject, read_raw
 from vistallm.config import Config
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
 from vistallm.data.images import decode_sample
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
-from vistallm.data.stream import evaluation_sequences
+from vistallm.data.stream import RejectLog
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
-from vistallm.evaluate.grammar import RegionGrammar, Rule, rule_of
+from vistallm.evaluate.grammar import MAX_OBJECTS, RegionGrammar, Rule, rule_of
 from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.token_table import TokenTable
 from vistallm.metrics.targets import box_of
 from vistallm.model.vistallm import VistaLLM
-from vistallm.schema import Prediction, Sample
+from vistallm.schema import IGNORE_INDEX, Prediction, Sample
 from vistallm.tasks import find_task
+
+WINDOW = 4  # batches of samples that are read together, so that prompts of like length share a batch
+WORDS = 512  # tokens of an answer in words
+SENTENCE = 64  # tokens of an answer beside its regions: words, `image k:`, markers, the end
 
 
 @dataclass
 class Pace:
-    """What generation took: samples, their images, new tokens and seconds (model time only); rejects by reason."""
+    """What generation took: samples, their images, new tokens and seconds (model time only); rejected samples."""
 
     samples: int = 0
     images: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    rejects: dict[str, int] = field(default_factory=dict)
+    rejected: int = 0
+
+    def add(self, other: Mapping[str, float]) -> None:
+        """Add another one's fields."""
+        for name, value in other.items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)
 class Answer:
     """A generated answer: its text without end and padding tokens, the number of tokens written, its confidences.
 
-    regions: one per region, in order; presence: see `vistallm.evaluate.confidence`; both empty under coords=text.
+    cut: it has no end token within the limit. regions: one confidence per region, in order; presence: see
+    `vistallm.evaluate.confidence`; both empty under coords=text.
     """
 
     text: str
     tokens: int
+    cut: bool
     regions: list[float] = field(default_factory=list)
     presence: float | None = None
 
 
+@dataclass(frozen=True)
+class Unit:
+    """The piece of work that one process does as a whole: a window of a benchmark's samples, numbered from 0."""
+
+    benchmark: Benchmark
+    number: int
+    raws: list[RawSample]
+
+
 @dataclass
 class Answerer:
-    """Greedy answers of a model, by the region grammar (decode.grammar) where coordinates are tokens."""
+    """Greedy answers of a model, by the region grammar (decode.grammar) where coordinates are tokens.
+
+    sharded: the model's weights are shared out (FSDP), so all processes answer batches in step.
+    """
 
     model: VistaLLM
     config: Config
+    sharded: bool = False
 
     @functools.cached_property
     def table(self) -> TokenTable | None:
         """What the grammar knows of the vocabulary, None under coords=text."""
         return TokenTable.build(self.model.vocabulary) if self.model.vocabulary.region_tokens else None
 
+    @functools.cached_property
+    def builder(self) -> SequenceBuilder:
+        """Builds sequences of any length: `data.max_length` is for prompts here, the target's own length is free."""
+        return replace(build_sequencer(self.config, self.model.vocabulary), max_length=sys.maxsize)
+
     def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
         """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
-        device, decode, text, log = self.model.bin_ids.device, self.config.decode, self.model.vocabulary.lm, None
+        device, text, log = self.model.bin_ids.device, self.model.vocabulary.lm, None
+        limit = max(answer_limit(self.config, sequence.sample.task) for sequence in sequences)
         if self.table is not None:
             rules = rules or [rule_of(sequence.sample) for sequence in sequences]
-            grammar = RegionGrammar(self.table, rules, self.config.points, decode.max_new_tokens)
-            log = TokenLog(self.table, grammar if decode.grammar else None)
+            grammar = RegionGrammar(self.table, rules, self.config.points, limit)
+            log = TokenLog(self.table, grammar if self.config.decode.grammar else None)
         batch = collate(sequences, self.model.vocabulary, generation=True).to(device)
+        options = {"logits_processor": [log] if log else [], "synced_gpus": self.sharded}
         # bf16 on an accelerator; the CPU decodes in fp32, where small matrices leave bf16 nothing to gain
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            ids = self.model.generate(batch, decode.max_new_tokens, logits_processor=[log] if log else []).tolist()
-        rows = [row[: row.index(text.eos_token_id)] if text.eos_token_id in row else row for row in ids]
+            ids = self.model.generate(batch, limit, **options).tolist()
+        end = text.eos_token_id
+        rows = [row[: row.index(end)] if end in row else row for row in ids]
         texts = [str(text.decode(row, skip_special_tokens=False)) for row in rows]
         sure: list[tuple[list[float], float | None]] = log.read(rows) if log else [([], None)] * len(rows)
-        return [Answer(said, len(row) + 1, *one) for said, row, one in zip(texts, rows, sure, strict=True)]
+        return [
+            Answer(written, len(row) + 1, len(row) + 1 >= limit, *confidences)
+            for written, row, confidences in zip(texts, rows, sure, strict=True)
+        ]
+
+    def answer_unit(self, unit: Unit, rejects: RejectLog) -> tuple[list[Prediction], Pace]:
+        """Answer the samples of a unit: prompts of like length in one batch, predictions in the order of the data.
+
+        The batches of a unit are always the same, so its answers depend on nothing else.
+        """
+        sequences, size, pace = [], self.config.decode.batch_size, Pace()
+        for raw in unit.raws:
+            rejects.read += 1
+            try:
+                sequences.append(self._prompt(raw))
+            except SampleReject as reject:
+                rejects.add(raw, reject)
+        order = sorted(range(len(sequences)), key=lambda i: prompt_length(sequences[i]))
+        answers: dict[int, Answer] = {}
+        for places in (order[start : start + size] for start in range(0, len(order), size)):
+            start = time.perf_counter()
+            answers |= dict(zip(places, self.answer([sequences[i] for i in places]), strict=True))
+            pace.seconds += time.perf_counter() - start
+        pace.samples, pace.rejected = len(sequences), len(unit.raws) - len(sequences)
+        pace.images = sum(len(sequence.images) for sequence in sequences)
+        pace.tokens = sum(answer.tokens for answer in answers.values())
+        made = [make_prediction(one, answers[i], self.builder, unit.benchmark.name) for i, one in enumerate(sequences)]
+        return made, pace
+
+    def _prompt(self, raw: RawSample) -> Sequence:
+        sequence, most = self.builder.build(decode_sample(raw)), self.config.data.max_length
+        if (length := prompt_length(sequence)) > most:
+            raise SampleReject("too-long", f"{raw.key}: a prompt of {length} tokens, data.max_length is {most}")
+        return sequence
+
+
+def prompt_length(sequence: Sequence) -> int:
+    """Return the number of tokens before the last answer."""
+    return int((sequence.labels == IGNORE_INDEX).nonzero()[-1]) + 1
+
+
+def answer_limit(config: Config, task: str) -> int:
+    """Return the most tokens of an answer: decode.max_new_tokens, or what the form of the task's answers takes."""
+    kind, metric = find_task(task).kind, find_task(task).metric
+    if config.decode.max_new_tokens is not None:
+        return config.decode.max_new_tokens
+    if kind == "text":
+        return WORDS
+    # an object: its numbers, a separator between parts of three vertices or more, and one to the next object
+    numbers = {"mask": 2 * config.points, "box": 4, "point": 2}[kind]
+    per_number = 1 if config.coords == "tokens" else len(str(config.num_bins)) + 1
+    each = numbers * per_number + (config.points // 3 if kind == "mask" else 0) + 1
+    return SENTENCE + each * (1 if metric in ("box", "mask", "candidates") else MAX_OBJECTS)
+
+
+def read_units(root: Path, benchmarks: list[Benchmark], size: int, limit: int | None) -> Iterator[Unit]:
+    """Yield windows of `size` samples, at most `limit` samples of each benchmark; a shard is read once for all of them.
+
+    `benchmarks` share their shards and their split. Raises ValueError where the shards are missing.
+    """
+    by_task: dict[str, list[Benchmark]] = {}
+    for benchmark in benchmarks:
+        by_task.setdefault(benchmark.task, []).append(benchmark)
+    windows: dict[str, list[RawSample]] = {benchmark.name: [] for benchmark in benchmarks}
+    read, numbers = Counter[str](), Counter[str]()
+
+    def unit(benchmark: Benchmark) -> Unit:
+        raws, windows[benchmark.name] = windows[benchmark.name], []
+        numbers[benchmark.name] += 1
+        return Unit(benchmark, numbers[benchmark.name] - 1, raws)
+
+    for shard in split_shards(root / benchmarks[0].shards, benchmarks[0].split):
+        if limit is not None and all(read[task] >= limit for task in by_task):
+            break
+        for raw in read_raw(shard, by_task.__contains__):
+            task = raw.task or ""
+            if limit is not None and read[task] >= limit:
+                continue
+            read[task] += 1
+            for benchmark in by_task.get(task, benchmarks if raw.task is None else ()):
+                windows[benchmark.name].append(raw)
+                if len(windows[benchmark.name]) == size:
+                    yield unit(benchmark)
+    yield from (unit(benchmark) for benchmark in benchmarks if windows[benchmark.name])
+
+
+def by_folder(benchmarks: Iterable[Benchmark]) -> list[list[Benchmark]]:
+    """Group benchmarks that read the same shards and split."""
+    groups: dict[tuple[str, str], list[Benchmark]] = {}
+    for benchmark in benchmarks:
+        groups.setdefault((benchmark.shards, benchmark.split), []).append(benchmark)
+    return list(groups.values())
 
 
 def generate_predictions(
-    model: VistaLLM, config: Config, root: Path, benchmarks: dict[str, Benchmark], pace: Pace
+    model: VistaLLM, config: Config, root: Path, benchmarks: Mapping[str, Benchmark], pace: Pace
 ) -> Iterator[Prediction]:
-    """Yield one prediction per sample of every benchmark, in order; `pace` is filled on the way.
+    """Yield one prediction per sample of every benchmark, by this process alone; `pace` is filled on the way.
 
     Raises:
-        ValueError: a benchmark's shards are missing or hold no sample of its task.
+        ValueError: a benchmark's shards are missing, or too many samples are rejected.
     """
-    builder, answerer = build_sequencer(config, model.vocabulary), Answerer(model, config)
-    for name, benchmark in benchmarks.items():
-        rejects = reject_log(config)
-        shards = split_shards(root / benchmark.shards, benchmark.split, benchmark.task)
-        rows = evaluation_sequences(shards, builder, benchmark.task, rejects, config.decode.limit)
-        bar, found = tqdm(desc=name, unit=" answers", leave=False), 0
-        while sequences := list(islice(rows, config.decode.batch_size)):
-            start = time.perf_counter()
-            answers = answerer.answer(sequences)
-            pace.seconds += time.perf_counter() - start
-            pace.tokens += sum(answer.tokens for answer in answers)
-            pace.samples += len(sequences)
-            pace.images += sum(len(sequence.images) for sequence in sequences)
-            found += len(sequences)
-            bar.update(len(sequences))
-            for sequence, answer in zip(sequences, answers, strict=True):
-                yield make_prediction(sequence, answer, builder, name)
-        bar.close()
-        if not found:
-            raise ValueError(
-                f"{name}: {root / benchmark.shards} has no {benchmark.task} sample in split {benchmark.split}"
-            )
-        for reason, number in rejects.counts.items():
-            pace.rejects[reason] = pace.rejects.get(reason, 0) + number
+    answerer = Answerer(model, config)
+    for members in by_folder(benchmarks.values()):
+        rejects = {one.name: reject_log(config) for one in members}
+        for unit in read_units(root, members, WINDOW * config.decode.batch_size, config.decode.limit):
+            predictions, took = answerer.answer_unit(unit, rejects[unit.benchmark.name])
+            pace.add(asdict(took))
+            yield from predictions
 
 
 def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder, benchmark: str) -> Prediction:
@@ -135,6 +241,7 @@ def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder
         failure=failure,
         images=[{"width": image.width, "height": image.height} for image in sample.images],
         target=target_of(sample, sequence.answer),
+        cut=answer.cut,
     )
 
 

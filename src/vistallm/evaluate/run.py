@@ -1,0 +1,372 @@
+"""Evaluation from a command line: predictions on every device at hand, resumable, then scores, report and exports.
+
+Each process answers its own units of samples and appends them to a file of its own in `parts/`; what is there already
+is not answered again. When all are there they are joined in the order of the data, and every process scores a share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+
+from vistallm.coinit.shards import read_index
+from vistallm.config import Config, apply_overrides, config_from_file, load_config, save_config
+from vistallm.data.datamodule import MINI_ROOT, build_codec, data_root, reject_log
+from vistallm.evaluate import generate as gen
+from vistallm.evaluate.benchmarks import Benchmark, Scores, load_benchmarks, score, select_benchmarks, write_scores
+from vistallm.evaluate.export import write_exports
+from vistallm.evaluate.gallery import shown
+from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
+from vistallm.evaluate.processes import from_all, rank_and_size
+from vistallm.evaluate.report import write_report
+from vistallm.model.checkpoint import find_checkpoint, load_run
+from vistallm.model.vistallm import VistaLLM
+from vistallm.schema import Prediction
+from vistallm.train.run import quiet
+
+# settings that no answer depends on: a run may go on under others
+PROGRESS_SECONDS = 30
+PLACES: dict[str, Any] = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}  # the keys of `trainer.*` in use
+FREE = ("run_dir", "name", "ckpt", "resume", "benchmarks", "predictions", "trainer", "log", "checkpoint")
+
+
+def run(argv: list[str]) -> int:
+    """Score a predictions file, or generate predictions with a checkpoint and score them; returns the exit code.
+
+    Writes predictions.jsonl (before any score), scores.json, report.html and submission files (exports/) into run_dir=.
+    A benchmark that fails leaves the others; the exit code is then 1.
+
+    Raises:
+        ValueError: for settings, data or a checkpoint that can't be used, before anything is generated.
+    """
+    quiet()
+    config, known, faults, pace = evaluation_config(argv), load_benchmarks(), Faults(), gen.Pace()
+    out = Path(str(config.run_dir))
+    out.mkdir(parents=True, exist_ok=True)
+    source = Path(config.predictions or out / "predictions.jsonl")
+    if config.predictions is None:
+        root, chosen = find_data(config, known, faults)
+        fabric = launch(config)
+        if fabric.global_rank == 0 and not (out / "config.yaml").is_file():
+            save_config(config, out / "config.yaml")  # scoring the file again then uses the same coordinates
+        pace = generate(config, fabric.device, root, chosen, out, faults)
+    predictions = read_predictions(source, faults)
+    damaged = config.predictions is not None and bool(faults.found)
+    scores = score(predictions, known, build_codec(config), faults)
+    if rank_and_size()[0] > 0:
+        return 0  # the first process says how it went
+    if not damaged:  # a file with lines that can't be read stays as it is, for its owner to look at
+        write_predictions(predictions, out / "predictions.jsonl")
+    write_results(config, known, scores, predictions, faults, pace)
+    if config.predictions is None and not faults.found:
+        shutil.rmtree(out / "parts")
+    return 1 if faults.found else 0
+
+
+def evaluation_config(argv: list[str]) -> Config:
+    """The run's own configuration under `ckpt=`, else the defaults, with the words of `argv` on top.
+
+    Results go beside the checkpoint or the predictions unless `argv` names a run_dir (a later word wins). Only the
+    `trainer.*` words of `argv` count: the devices of training need not be here.
+    """
+    asked = load_config([word for word in argv if word.startswith(("ckpt=", "predictions="))])
+    if asked.ckpt is not None:
+        folder = find_checkpoint(asked.ckpt)[0]
+        own = config_from_file(folder / "config.yaml")
+        return apply_overrides(dataclasses.replace(own, trainer={}), [f"run_dir={folder}", *argv])
+    if asked.predictions is None:
+        raise ValueError("expected ckpt=RUN_OR_FILE or predictions=FILE.jsonl, got neither")
+    path = Path(asked.predictions)
+    if not path.is_file():
+        raise ValueError(f"predictions={path}: no such file")
+    file, words = path.parent / "config.yaml", [f"run_dir={path.parent}", *argv]
+    return apply_overrides(config_from_file(file), words) if file.is_file() else load_config(words)
+
+
+def find_data(config: Config, known: Mapping[str, Benchmark], faults: Faults) -> tuple[Path, dict[str, Benchmark]]:
+    """Return the data folder and the benchmarks to run: those asked for by name, or all that `data.root` has.
+
+    One that is asked for and has no data is a fault; raises ValueError where none is left.
+    """
+    root = data_root(config) if config.data.root is None else Path(config.data.root)
+    chosen = select_benchmarks(known, config.benchmarks, config.data.name)
+    absent = {name: why for name, one in chosen.items() if (why := missing(root, one)) is not None}
+    for name, why in absent.items() if config.benchmarks is not None else ():
+        faults.add(name, why)
+    if len(absent) == len(chosen):
+        reasons = "; ".join(dict.fromkeys(absent.values()))
+        raise ValueError(f"no benchmark to run, found none of {len(absent)}: {reasons}")
+    if absent and config.benchmarks is None:
+        print(f"{len(absent)} benchmark(s) have no data in {root} and are left out: {', '.join(absent)}")
+    return root, {name: one for name, one in chosen.items() if name not in absent}
+
+
+def missing(root: Path, benchmark: Benchmark) -> str | None:
+    """Return what a benchmark's data lacks in `root`, or None when its shards hold samples of its task."""
+    try:
+        index = read_index(root / benchmark.shards)
+    except ValueError as error:
+        return str(error)
+    tasks = index["tasks"].get(benchmark.split, {})
+    if tasks.get(benchmark.task):
+        return None
+    had = ", ".join(tasks) or f"nothing; its splits are {', '.join(index['tasks'])}"
+    return f"{root / benchmark.shards}: expected {benchmark.task} samples in split {benchmark.split}, it has {had}"
+
+
+def launch(config: Config) -> Fabric:
+    """Start a process per device: all at hand, or those of `trainer.accelerator`, `.devices` and `.num_nodes`."""
+    places = {key: config.trainer.get(key, default) for key, default in PLACES.items()}
+    if unknown := set(config.trainer) - set(PLACES):
+        raise ValueError(
+            f"trainer.{min(unknown)}: evaluation takes only {', '.join(f'trainer.{key}' for key in PLACES)}"
+        )
+    fabric = Fabric(**places)
+    if fabric.world_size > 1:  # a process waits for the others as long as their last unit takes
+        fabric = Fabric(**places, strategy=DDPStrategy(timeout=timedelta(days=1)))
+    fabric.launch()
+    return fabric
+
+
+def generate(
+    config: Config, device: torch.device, root: Path, chosen: Mapping[str, Benchmark], out: Path, faults: Faults
+) -> gen.Pace:
+    """Answer this process's share of the units that are not in `out/parts` yet; the first process joins all of them.
+
+    Returns:
+        What generation took, earlier starts of the same command included.
+    """
+    answerer, parent = gen.Answerer(load_run(str(config.ckpt), config)[0].to(device), config), os.getppid()
+    rank, size = rank_and_size()
+    (out / "parts").mkdir(exist_ok=True)
+    stamps = {name: stamp(config, root, one) for name, one in chosen.items()}
+    done, failed = find_parts(out / "parts"), dict[str, str]()
+    keys: dict[str, list[str]] = {name: [] for name in chosen}
+    rejects, told = {name: reject_log(config) for name in chosen}, time.monotonic()
+    with (out / "parts" / f"{time.time_ns()}-{rank}.jsonl").open("w", encoding="utf-8") as file:
+        for turn, unit in enumerate(read_all(root, chosen.values(), config, failed)):
+            name = unit.benchmark.name
+            key = f"{stamps[name]}-{unit.number}"
+            keys[name].append(key)
+            if turn % size != rank or key in done or name in failed:
+                continue
+            if os.getppid() != parent:
+                raise ValueError("the process that started this one is gone; start the command again to go on")
+            try:
+                predictions, pace = answerer.answer_unit(unit, rejects[name])
+            except (ValueError, RuntimeError, OSError) as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+                continue
+            record = {"unit": key, "pace": dataclasses.asdict(pace), "predictions": [p.to_json() for p in predictions]}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            if rank == 0 and time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                print(f"{name}: answers of {pace.samples} samples in {pace.seconds:.0f} s", flush=True)
+    failed |= {name: f"{root}: found no {chosen[name].task} sample" for name, some in keys.items() if not some}
+    for name, why in sorted({pair for found in from_all(failed) for pair in found.items()}):
+        faults.add(name, why)
+    total = gen.Pace()
+    if rank == 0:
+        join(out, {name: some for name, some in keys.items() if name not in faults.found}, total)
+    from_all(None)
+    return total
+
+
+def read_all(
+    root: Path, benchmarks: Iterable[Benchmark], config: Config, failed: dict[str, str], batches: int = gen.WINDOW
+) -> Iterator[gen.Unit]:
+    """Yield the units of all benchmarks, the same on every process; those whose shards can't be read have failed."""
+    for members in gen.by_folder(benchmarks):
+        try:
+            yield from gen.read_units(root, members, batches * config.decode.batch_size, config.decode.limit)
+        except ValueError as error:
+            failed |= {one.name: str(error) for one in members}
+
+
+def stamp(config: Config, root: Path, benchmark: Benchmark) -> str:
+    """Return a hash of what a benchmark's answers depend on: settings, checkpoint, shards and the benchmark itself."""
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    checkpoint = find_checkpoint(str(config.ckpt))[1]
+    files = sorted(checkpoint.rglob("*")) if checkpoint.is_dir() else [checkpoint]
+    versions = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    index = (root / benchmark.shards / "index.json").read_text(encoding="utf-8")
+    facts = [settings, versions, [benchmark.name, benchmark.task, benchmark.split], index]
+    return hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=12).hexdigest()
+
+
+def find_parts(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Return where each unit is: key -> file and offset in bytes. A line that a kill has cut short is left out."""
+    found: dict[str, tuple[Path, int]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        offset = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):
+                    found.setdefault(json.loads(line)["unit"], (path, offset))
+                offset += len(line)
+    return found
+
+
+def join(out: Path, keys: Mapping[str, Sequence[str]], total: gen.Pace) -> None:
+    """Write predictions.jsonl from all units, in order, and add up what they took."""
+    parts = find_parts(out / "parts")
+
+    def units() -> Iterator[dict[str, Any]]:
+        for key in (key for some in keys.values() for key in some):
+            path, offset = parts[key]
+            with path.open("rb") as file:
+                file.seek(offset)
+                yield json.loads(file.readline())
+
+    def predictions() -> Iterator[Prediction]:
+        for unit in units():
+            total.add(unit["pace"])
+            yield from map(Prediction.from_json, unit["predictions"])
+
+    write_predictions(predictions(), out / "predictions.jsonl")
+
+
+def write_results(
+    config: Config,
+    known: Mapping[str, Benchmark],
+    scores: Scores,
+    predictions: list[Prediction],
+    faults: Faults,
+    pace: gen.Pace,
+) -> None:
+    """Write scores.json, the report and the submission files, and print the headlines and all faults."""
+    out = Path(str(config.run_dir))
+    run: dict[str, Any] = {"checkpoint": config.ckpt or "none", "samples": len(predictions)}
+    if config.predictions is None:
+        run["rejected samples"] = pace.rejected
+    if faults.found:
+        run["incomplete"] = ", ".join(filter(None, faults.found))
+    write_scores(scores, out / "scores.json", run)
+    write_report(
+        out / "report.html",
+        scores,
+        [prediction for prediction in predictions if prediction.benchmark in scores],
+        gen.picked_images(Path(config.data.root or MINI_ROOT), known, shown(predictions)),
+        history=histories(config.ckpt),
+        run=run | speed(pace),
+        config=(out / "config.yaml").read_text() if (out / "config.yaml").is_file() else "",
+    )
+    for one in scores.values():
+        value = one.scores[one.headline]
+        headline = "no sample counts" if value is None else f"{100 * value:6.1f}"
+        notes = {"without a public answer": one.unlabelled, "cut by decode.max_new_tokens": one.cut}
+        more = "".join(f", {number} {text}" for text, number in notes.items() if number)
+        share = f"n {one.n}, unreadable {100 * one.unreadable:.1f}%{more}"
+        print(f"{one.name:<26} {one.headline:<16} {headline}   {share}{', INCOMPLETE' if one.faults else ''}")
+    for name in scores:
+        if (kind := known[name].export) is None:
+            continue
+        try:
+            own = [one for one in predictions if one.benchmark == name]
+            print(f"wrote {write_exports(out / 'exports', kind, name, own)}")
+        except ValueError as error:
+            print(f"eval.py: no submission file of {name}: {error}", file=sys.stderr)
+    print(f"look at {out / 'report.html'}")
+    for name, found in faults.found.items():
+        for fault in found:
+            state = "incomplete" if name in scores else "no score"
+            print(f"eval.py: {name or 'no benchmark'}: {state}: {fault}", file=sys.stderr)
+
+
+def speed(pace: gen.Pace) -> dict[str, object]:
+    """Return what generation took, for the report."""
+    if not pace.seconds:
+        return {}
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "seconds of generation": round(pace.seconds, 1),  # of all processes together
+        "samples per second": round(pace.samples / pace.seconds, 1),
+        "tokens per second": round(pace.tokens / pace.seconds, 1),
+        "seconds per image": round(pace.seconds / pace.images, 4),
+    }
+
+
+def histories(ckpt: str | None) -> dict[str, Path]:
+    """Return label -> metrics.csv of the run and of those it started from, as far back as they are still on disk."""
+    found: dict[str, Path] = {}
+    while ckpt is not None and Path(ckpt).exists():
+        run_dir = find_checkpoint(ckpt)[0]
+        config = config_from_file(run_dir / "config.yaml")
+        found = {f"Stage {config.stage}": run_dir / "metrics.csv", **found}
+        ckpt = config.ckpt if config.ckpt != ckpt else None
+    return found
+
+
+def validate(
+    model: VistaLLM, config: Config, root: Path, benchmarks: Sequence[str], samples: int, sharded: bool = False
+) -> dict[str, float]:
+    """Generate answers of a fixed subset and return their scores, for use during training.
+
+    Every process calls it and gets the same scores; each answers its own share. The samples come from the `val` split
+    where the shards have one (a checkpoint must not be chosen on test data), else from the benchmark's own.
+
+    Args:
+        model: in any mode, which is kept.
+        config: of the run.
+        root: data folder.
+        benchmarks: names in benchmarks.yaml.
+        samples: number of samples over all benchmarks, the first ones of each.
+        sharded: the model's weights are shared out (FSDP), so all processes must generate in step; `generate` must be
+            registered as a forward method (`torch.distributed.fsdp.register_fsdp_forward_method`).
+
+    Returns:
+        {"val/<task>_<score>": share in [0, 1]}; with the benchmark's name where two of them have one task.
+    """
+    chosen = select_benchmarks(load_benchmarks(), benchmarks, config.data.name)
+    chosen = {name: _on_val(root, one) for name, one in chosen.items()}
+    decode = dataclasses.replace(config.decode, limit=math.ceil(samples / len(chosen)))
+    config = dataclasses.replace(config, decode=decode)
+    answerer, (rank, size) = gen.Answerer(model, config, sharded), rank_and_size()
+    metrics = {name: one.new_metric() for name, one in chosen.items()}
+    for metric in metrics.values():
+        metric.update([])
+    rejects, modes = reject_log(config), [(module, module.training) for module in model.modules()]
+    failed: dict[str, str] = {}
+    units = list(read_all(root, chosen.values(), config, failed, batches=1))
+    if failed:
+        raise ValueError("; ".join(failed.values()))
+    model.eval()
+    for turn in range(math.ceil(len(units) / size)):
+        # the last turn may lack a unit: in step with the others means that some then answer one for nothing
+        number = turn * size + rank
+        if number < len(units) or sharded:
+            unit = units[min(number, len(units) - 1)]
+            predictions, _ = answerer.answer_unit(unit, rejects)
+            metrics[unit.benchmark.name].update(predictions if number < len(units) else [])
+    for module, training in modes:
+        module.training = training
+    tasks = [one.task for one in chosen.values()]
+    labels = {name: one.task if tasks.count(one.task) == 1 else name for name, one in chosen.items()}
+    found = {name: metric.compute() for name, metric in metrics.items()}
+    return {
+        f"val/{labels[name]}_{score}": value
+        for name, scores in found.items()
+        for score, value in scores.items()
+        if value is not None
+    }
+
+
+def _on_val(root: Path, benchmark: Benchmark) -> Benchmark:
+    has_val = read_index(root / benchmark.shards)["tasks"].get("val", {}).get(benchmark.task)
+    return dataclasses.replace(benchmark, split="val") if has_val else benchmark
