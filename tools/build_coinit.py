@@ -38,6 +38,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="about so many (default 1000)")
     parser.add_argument("--max-side", type=int, help="shrink larger images to this many pixels (default: copy files)")
     parser.add_argument("--exclude", type=Path, help="file of image ids that no training sample may use")
+    parser.add_argument(
+        "--max-rejects", type=float, default=0.01, help="share of rejects that is accepted (default 0.01)"
+    )
     for name, default in vars(MiniRecipe()).items():
         if name != "samples_per_shard":
             parser.add_argument(f"--{name}", type=int, default=default, help=f"mini: {name} (default {default})")
@@ -57,7 +60,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"note: {note}")
     for kind, texts in report.faults.items():
-        print(f"FAULT {kind}: {report.totals[kind]}")
+        print(f"FAULT {kind}: {n}" if (n := report.totals[kind]) else f"warning {kind}: {report.warnings[kind]}")
         print("".join(f"  {text}\n" for text in texts), end="")
     print(f"{report.totals.total()} fault(s)" if report.totals else "no fault", "in", *arguments.folders)
     return int(bool(report.totals))
@@ -96,7 +99,7 @@ def build_source(arguments: argparse.Namespace) -> int:
         i, n = map(int, arguments.part.split("/"))
     except ValueError:
         raise ValueError(f"--part: expected i/n such as 0/8, got {arguments.part!r}") from None
-    names = ("out", "samples_per_shard", "max_side", "exclude", "workers")
+    names = ("out", "samples_per_shard", "max_side", "exclude", "workers", "max_rejects")
     options = BuildOptions(**{name: getattr(arguments, name) for name in names}, part=(i, n))
     started = time.perf_counter()
     result = build(arguments.source, SOURCES[arguments.source], source, options)

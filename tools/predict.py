@@ -42,7 +42,7 @@ def read_images(paths: list[str]) -> list[np.ndarray]:
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"--image {path}: no such file")
-        image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
+        image = cv2.imread(path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             raise ValueError(f"--image {path}: not an image that OpenCV can read")
         images.append(image)

@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vistallm.coinit.images import decode_pixels
 from vistallm.coinit.shards import read_index, read_shard
 from vistallm.regions.overlay import COLOURS, draw_regions
 from vistallm.schema import IGNORE_INDEX, Region, Sample, SampleReject
@@ -209,7 +210,7 @@ def choose(
         for sample, files in read_shard(folder / name):
             kept = by_task.setdefault(sample.task, [])
             if sample.id in ids if ids else task in (None, sample.task) and len(kept) < number:
-                sample.pixels = [cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_COLOR_RGB) for f in files]
+                sample.pixels = [decode_pixels(data, folder / name) for data in files]
                 kept.append(sample)
         if task is not None and len(by_task.get(task, ())) >= number:
             break

@@ -1,32 +1,44 @@
 """Builds: the same bytes whatever happens on the way; sizes, rejects and refusals."""
 
+import importlib.util
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from vistallm.coinit.build import BuildOptions, build
 from vistallm.coinit.check import check
-from vistallm.coinit.images import image_size, read_image
-from vistallm.coinit.shards import read_index, read_shard
+from vistallm.coinit.images import read_image
+from vistallm.coinit.shards import read_index, read_raw, read_shard
 from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.custom import load_jsonl
 from vistallm.coinit.sources.images import SourceImage
 from vistallm.coinit.sources.records import Record, short_parts
+from vistallm.data.images import decode_sample
 from vistallm.regions.masks import mask_to_rle, merge_rles, rle_area, rle_box, rle_to_mask, segmentation_to_rle
 from vistallm.schema import ImageInfo, Region, Sample
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "build_coinit.py"
 UNITS = 60
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +79,12 @@ class MadeSource:
 
 def make(out, pictures, split="train", settings=None, seed=0, **options):
     source = SourceOptions(out.parent, split, pictures, seed, settings or {})
-    return build("made", MadeSource, source, BuildOptions(out, **{"samples_per_shard": 10, "workers": 1, **options}))
+    return build(
+        "made",
+        MadeSource,
+        source,
+        BuildOptions(out, **{"samples_per_shard": 10, "workers": 1, "max_rejects": 0.6, **options}),
+    )
 
 
 def contents(out):
@@ -97,7 +114,8 @@ def test_shards_hold_every_sample_once_in_shuffled_order(whole, tmp_path, pictur
     assert not check([whole]).totals
     make(tmp_path / "val", pictures, split="val")
     numbers = [int(sample.id.split("-")[2]) for sample in samples_of(tmp_path / "val")]
-    assert numbers == sorted(numbers)
+    # The four images in the order of their first units (unit 3 is rejected), each one's units in their own order.
+    assert numbers == sorted(numbers, key=lambda number: (number % 4, number))
 
 
 def test_image_bytes_are_copied(whole, pictures):
@@ -189,7 +207,7 @@ def test_five_kills_and_a_finished_build_give_the_same_bytes(lines, tmp_path):
     [
         ({"split": "none"}, "no unit in"),
         ({"settings": {"file": "gone.jpg"}}, "none is there, first"),
-        ({"settings": {"size": "wrong"}}, "every sample of"),
+        ({"settings": {"size": "wrong"}}, "every sample was rejected"),
         ({"split": "val", "exclude": Path("ids.txt")}, "drops training samples"),
         ({"part": (2, 2)}, "expected i/n"),
         ({"max_side": 0}, "of at least 1"),
@@ -244,25 +262,125 @@ def test_images_that_are_missing_broken_or_of_another_size(tmp_path, pictures):
         (tmp_path / name).write_bytes((pictures / name).read_bytes())
     result = make(tmp_path / "made", tmp_path)
     assert set(result.rejects) == {"odd", "missing-image"}
-    with pytest.raises(ValueError, match="every sample of"):
+    with pytest.raises(ValueError, match="every sample was rejected"):
         make(tmp_path / "other", tmp_path, settings={"file": "broken.jpg"})
     lines = (tmp_path / "other" / "rejects.jsonl").read_text().splitlines()
     assert {json.loads(line)["reason"] for line in lines} == {"odd", "broken-image"}
 
 
-def test_formats_and_turned_pictures(tmp_path):
-    from PIL import Image
-
+def test_other_formats_become_png(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.bmp"), pixels)
     file = read_image(tmp_path / "a.bmp")
     assert (file.suffix, file.width, file.height) == ("png", 30, 20)
     assert (cv2.imdecode(np.frombuffer(file.data, np.uint8), cv2.IMREAD_COLOR) == pixels).all()
+
+
+def write_jsonl(root, records, split="train"):
+    text = "".join(
+        json.dumps({"id": str(i), "task": "rec", "fields": {"expr": "it"}} | r) + "\n" for i, r in enumerate(records)
+    )
+    (root / f"{split}.jsonl").write_text(text)
+
+
+def build_jsonl(root, out, **options):
+    return build("jsonl", load_jsonl, SourceOptions(root, "train"), BuildOptions(out, workers=1, **options))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_exif_orientation_is_never_applied(tmp_path, suffix, orientation):
+    """Builder, check, loader, viewer and predict see the pixels as Pillow reads them, with the annotations on them."""
+    pixels = np.full((48, 64, 3), 90, np.uint8)
+    pixels[8:24, 4:20] = (240, 30, 30)
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
-    assert image_size(tmp_path / "turned.jpg") == (20, 30)
-    assert cv2.imread(str(tmp_path / "turned.jpg")).shape == (30, 20, 3)
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
+    write_jsonl(tmp_path, [{"images": [f"a.{suffix}"], "regions": [{"box": [4, 8, 20, 24]}]}])
+    assert build_jsonl(tmp_path, tmp_path / "out").samples == 1
+    report = check([tmp_path / "out"], workers=1)
+    assert not report.totals
+    assert report.warnings == ({"exif-orientation": 1} if orientation > 1 else {})
+    (raw,) = read_raw(tmp_path / "out" / "train-000000.tar")
+    expected = np.asarray(Image.open(tmp_path / f"a.{suffix}"))
+    loaded = decode_sample(raw)
+    assert (loaded.images[0].width, loaded.images[0].height) == (64, 48)
+    (shown,) = load_tool("view_samples").choose(tmp_path / "out", None, None, 1, 0)
+    asked = load_tool("predict").read_images([str(tmp_path / f"a.{suffix}")])
+    for seen in (loaded.pixels[0], shown.pixels[0], asked[0]):
+        assert np.array_equal(seen, expected)
+        assert seen[12:20, 8:16, 0].min() > 200 > 120 > seen[:, 32:, 0].max()
+
+
+@pytest.mark.parametrize(("suffix", "settings"), [("jpg", {}), ("jpg", {"progressive": True}), ("png", {})])
+def test_images_that_are_cut_off_are_rejects_and_rejects_hold_no_addresses(tmp_path, suffix, settings):
+    pixels = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8), (0, 0), 3)
+    Image.fromarray(pixels).save(tmp_path / f"0.{suffix}", **settings)
+    whole = (tmp_path / f"0.{suffix}").read_bytes()
+    pieces = [whole[:-1], whole[:-7], whole[: len(whole) * 9 // 10], whole[: len(whole) // 2], whole[:5], b""]
+    for i, data in enumerate([*pieces, whole + bytes(40)], 1):
+        (tmp_path / f"{i}.{suffix}").write_bytes(data)
+    write_jsonl(
+        tmp_path, [{"images": [f"{i}.{suffix}"], "regions": [{"box": [1, 2, 9, 9]}]} for i in range(len(pieces) + 2)]
+    )
+    rejects = []
+    for name in ("one", "two"):
+        assert build_jsonl(tmp_path, tmp_path / name, max_rejects=1).rejects == {"broken-image": len(pieces)}
+        assert {s.images[0].file for s in samples_of(tmp_path / name)} == {f"0.{suffix}"}
+        assert not check([tmp_path / name], workers=1).totals
+        rejects.append((tmp_path / name / "rejects.jsonl").read_bytes())
+    assert rejects[0] == rejects[1]
+    assert b"0x" not in rejects[0]
+
+
+def test_boxes_of_another_convention_end_the_build_with_the_most_common_reason(tmp_path):
+    """COCO's [x, y, width, height] in place of corners: most boxes are empty, and the set would be nearly so."""
+    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(tmp_path / "a.png")
+    rng = np.random.default_rng(0)
+    boxes = [[int(rng.integers(200, 500)), int(rng.integers(150, 400)), 90, 60] for _ in range(99)] + [[3, 2, 90, 60]]
+    write_jsonl(tmp_path, [{"images": ["a.png"], "regions": [{"box": box}]} for box in boxes])
+    with pytest.raises(
+        ValueError, match=r"99 of 100 samples were rejected.*1\.0%; most often empty-box \(99\), as in '.*line"
+    ):
+        build_jsonl(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 99
+    assert build_jsonl(tmp_path, tmp_path / "out", max_rejects=0.99).samples == 1
+    assert read_index(tmp_path / "out")["tasks"] == {"train": {"rec": 1}}
+    with pytest.raises(ValueError, match="99 of 100"):
+        build_jsonl(tmp_path, tmp_path / "out")
+
+
+def test_normalised_boxes_are_refused(tmp_path):
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    write_jsonl(tmp_path, [{"images": ["a.png"], "regions": [{"box": [0.1, 0.2, 0.5, 0.6]}]}])
+    with pytest.raises(
+        ValueError, match=r"normalised-box \(1\), as in .*expected boxes in pixels, got \[0.1, 0.2, 0.5, 0.6\]"
+    ):
+        build_jsonl(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_samples_of_one_image_are_neighbours_and_share_it(tmp_path, split):
+    """Questions of 40 images in turn, as question files list them: 25 of each."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    write_jsonl(
+        tmp_path, [{"images": [f"{i % 40}.png"], "regions": [{"box": [1, 2, 9, 9]}]} for i in range(1000)], split
+    )
+    out = tmp_path / "out"
+    options = BuildOptions(out, workers=1, samples_per_shard=100)
+    build("jsonl", load_jsonl, SourceOptions(tmp_path, split), options)
+    stored, order = 0, []
+    for name in read_index(out)["shards"]:
+        with tarfile.open(out / name) as tar:
+            stored += sum(member.size for member in tar if member.name.endswith(".png"))
+        order += [int(sample.id.rpartition("-")[2]) % 40 for sample, _ in read_shard(out / name)]
+    assert len(order) == 1000
+    assert sum(a != b for a, b in pairwise(order)) == 39
+    assert (order[::25] == list(range(40))) == (split == "val")
+    assert stored == sum((tmp_path / f"{i}.png").stat().st_size for i in range(40))
 
 
 def test_segmentations():

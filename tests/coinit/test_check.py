@@ -158,6 +158,10 @@ def change_box(sample, files):
     sample.regions[0] = Region(0, "box", 0, box=(0, 0, 500, 5))
 
 
+def change_to_shares(sample, files):
+    sample.regions[0] = Region(0, "box", 0, box=(0.1, 0.2, 0.5, 0.6))
+
+
 def change_rle(sample, files):
     sample.regions[0].rle = {"size": [3, 3], "counts": "09"}
 
@@ -223,6 +227,7 @@ def change_marker(sample, files):
     ("change", "kind", "message"),
     [
         (change_box, "region", "is not inside"),
+        (change_to_shares, "region", "not shares of the image's sides"),
         (change_rle, "region", "expected size"),
         (change_empty_rle, "region", "holds no pixel"),
         (change_point, "region", "is not inside"),
@@ -246,6 +251,17 @@ def test_checker_sees_each_fault(pair, change, kind, message):
     assert list(checker.faults(sample, files)) == []
     change(sample, files)
     assert any(k == kind and message in text for k, text in checker.faults(sample, files))
+
+
+def test_a_character_that_was_lost_before_is_a_warning(tmp_path):
+    """As in a public copy of VQA that holds "rainforest caf\ufffd": one warning each, and a sound set."""
+    sample, images = make_sample(MiniRecipe(), "val", "vqa", 1)
+    sample.fields["answer"] = "rainforest caf\ufffd"
+    write(tmp_path, "val", [(sample, images)])
+    report = check([tmp_path], workers=1)
+    assert not report.totals
+    assert report.warnings == {"lost-character": 1}
+    assert sample.id in report.faults["lost-character"][0]
 
 
 def test_a_sample_without_labels_needs_no_answer(pair):

@@ -1,8 +1,9 @@
 """Source -> shards: plans fixed slices of units, forks workers, writes whole shards, and goes on after a kill.
 
 The bytes depend on the recipe alone, never on workers, parts or interruptions: shard k of a split holds the samples of
-a fixed slice of the units (shuffled by the seed for training splits). A shard is done when its row lies in
-`.build/<split>/`; index.json and rejects.jsonl are written from the rows when a split has them all.
+a fixed slice of the units, those of one image next to one another (the images shuffled by the seed for training
+splits). A shard is done when its row lies in `.build/<split>/`; index.json and rejects.jsonl are written from the rows
+when a split has them all.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from vistallm.coinit.sources.base import Draft, Reject, Source, SourceOptions, i
 from vistallm.schema import ImageInfo, Sample
 
 ROWS = ".build"  # folder beside the shards: a recipe per split and a row per finished shard
+ACCEPTED = "accepted"  # marks the rows of a split that has few rejects, or as many as the user allows
 PROBES = 64  # units looked at before the build: for samples per unit, and to notice other annotation files
 Load = Callable[[SourceOptions], Source]
+_File = tuple[tuple[int, int], ImageFile]  # (width, height) of a file, and what the shard holds of it
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class BuildOptions:
         max_side: shrink larger images to this many pixels; None = copy the files as they are.
         exclude: file of image ids, one per line, whose training samples are dropped.
         workers: processes, None = one per CPU. part: (i, n), take shards i, i + n, ...; neither changes the bytes.
+        max_rejects: a larger share of rejects, those that `exclude` asks for not counted, fails the build.
     """
 
     out: Path
@@ -54,6 +58,7 @@ class BuildOptions:
     exclude: Path | None = None
     workers: int | None = None
     part: tuple[int, int] = (0, 1)
+    max_rejects: float = 0.01
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1 or (self.max_side is not None and self.max_side < 1):
@@ -94,14 +99,11 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
         raise ValueError(f"{name}, split {split!r}: no unit in {source_options.root}; check --split")
     probes = _probe(source, split)
     per_unit = sum(isinstance(probe, Draft) for probe in probes) / min(len(source), PROBES)
-    units = np.arange(len(source))
-    if is_training(split):
-        units = np.random.default_rng([source_options.seed, len(source)]).permutation(units)
-    slices = _Slices(
-        source, split, options, units, max(1, round(options.samples_per_shard / max(per_unit, 1e-3))), excluded
-    )
+    step = max(1, round(options.samples_per_shard / max(per_unit, 1e-3)))
+    units, starts = _order(source, source_options.seed if is_training(split) else None, step, options.workers)
+    slices = _Slices(source, split, options, units, starts, excluded)
     _claim(out, slices.rows / "recipe.json", _recipe(name, load, source_options, slices, probes))
-    numbers = list(range(options.part[0], slices.shards, options.part[1]))
+    numbers = list(range(options.part[0], len(slices.starts), options.part[1]))
     todo = [number for number in numbers if not slices.is_done(number)]
     for number in todo:  # no other part writes these shards
         slices.remove_unfinished(f"{number:06d}")
@@ -111,8 +113,8 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
         for record in run_forked(slices.write, todo, options.workers):
             samples, size = samples + record["row"]["samples"], size + record["row"]["bytes"]
             bar.set_postfix(samples=samples, MB=size >> 20, refresh=False)
-            bar.update(min(slices.units_per_shard, bar.total - bar.n))
-    report = BuildReport(shards=slices.shards, done=sum(map(slices.is_done, range(slices.shards))))
+            bar.update(min(step, bar.total - bar.n))
+    report = BuildReport(shards=len(slices.starts), done=sum(map(slices.is_done, range(len(slices.starts)))))
     for record in map(slices.record, numbers):
         report.samples += record["row"]["samples"]
         report.size += record["row"]["bytes"]
@@ -121,8 +123,11 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
         with (out / ROWS / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two parts or splits may get here at once
             slices.remove_unfinished()
-            if split not in _write_index(out):
-                raise ValueError(f"{out}: every sample of {split!r} was rejected; see rejects.jsonl for the reasons")
+            fault, accepted = slices.too_many_rejects(), slices.rows / ACCEPTED
+            accepted.unlink(missing_ok=True) if fault else accepted.touch()
+            _write_index(out)
+            if fault:
+                raise ValueError(fault)
     return report
 
 
@@ -145,6 +150,39 @@ def _probe(source: Source, split: str) -> list[Draft | Reject]:
     return probes
 
 
+def _order(source: Source, seed: int | None, step: int, workers: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Units in the order of the shards, (N,) int64, and where in it each shard begins, about every `step` units.
+
+    Units whose samples begin with the same image follow one another, in one shard, which stores the image once. Images
+    come in the order of their first units, or shuffled by the seed.
+    """
+
+    def first_images(begin: int) -> list[int]:
+        images = []
+        for number in range(begin, min(begin + 1000, len(source))):
+            draft = next((draft for draft in source.unit(number) if isinstance(draft, Draft)), None)
+            name = str(draft.images[0] if draft else number)
+            images.append(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
+        return [begin, *images]
+
+    slices = sorted(run_forked(first_images, range(0, len(source), 1000), workers))
+    images = np.array([image for _, *images in slices for image in images], np.uint64)
+    _, first, group = np.unique(images, return_index=True, return_inverse=True)
+    rank = np.arange(len(source))
+    if seed is not None:
+        rank = np.argsort(np.random.default_rng([seed, len(source)]).permutation(rank))
+    rank = rank[first[group]]  # that of the first unit with the same image
+    order = np.argsort(rank, kind="stable")
+    starts = np.arange(0, len(source), step)
+    ends = np.append(np.flatnonzero(np.diff(rank[order])) + 1, len(source))  # of the units of each image
+    moved = ends[np.searchsorted(ends, starts)]
+    moved[0] = 0
+    starts = np.unique(
+        np.where(moved - starts < step, moved, starts)
+    )  # an image of very many units is cut all the same
+    return order, starts[starts < len(source)]
+
+
 @dataclass
 class _Slices:
     """One split's shards as slices of its units, as every worker holds them."""
@@ -153,18 +191,13 @@ class _Slices:
     split: str
     options: BuildOptions
     units: np.ndarray  # (N,) int, unit numbers in the order of the shards
-    units_per_shard: int
+    starts: np.ndarray  # (shards,) int, where in `units` each shard begins; some may end up empty
     excluded: frozenset[str]
 
     @property
     def rows(self) -> Path:
         """Folder of the split's recipe and rows."""
         return self.options.out / ROWS / self.split
-
-    @property
-    def shards(self) -> int:
-        """How many there are, empty ones included."""
-        return -(-len(self.units) // self.units_per_shard)
 
     def record(self, number: int) -> dict[str, Any]:
         """What `write` returned."""
@@ -189,7 +222,7 @@ class _Slices:
 
     def write(self, number: int) -> dict[str, Any]:
         """Write one shard, then its row: {"row": index row, "rejects": [[reason, where], ...]}."""
-        units = self.units[number * self.units_per_shard : (number + 1) * self.units_per_shard]
+        units = self.units[self.starts[number] : [*self.starts, len(self.units)][number + 1]]
         rejects: list[Reject] = []
         name, row = write_shard(self.options.out, self.split, number, self._samples(units.tolist(), rejects))
         if not row["samples"]:
@@ -200,49 +233,76 @@ class _Slices:
         return record
 
     def _samples(self, units: list[int], rejects: list[Reject]) -> Iterator[tuple[Sample, list[EncodedImage]]]:
+        files: dict[Path, _File | Reject] = {}  # neighbours mostly share their images
         for unit in units:
-            files: dict[Path, ImageFile | Reject] = {}  # samples of a unit mostly share their images
             for draft in self.source.unit(unit):
                 finished = draft if isinstance(draft, Reject) else self._finish(draft, files)
                 if isinstance(finished, Reject):
                     rejects.append(finished)
                 else:
                     yield finished
+            if len(files) > 8:
+                files.clear()
 
-    def _finish(
-        self, draft: Draft, files: dict[Path, ImageFile | Reject]
-    ) -> tuple[Sample, list[EncodedImage]] | Reject:
+    def _finish(self, draft: Draft, files: dict[Path, _File | Reject]) -> tuple[Sample, list[EncodedImage]] | Reject:
         """Read a draft's images and fill in their names and sizes."""
         sample, encoded = draft.sample, []
         if self.excluded and (leaked := sorted(sample_images(sample) & self.excluded)):
             return Reject("excluded", f"{sample.id}: image {leaked[0]} is of an evaluation split")
         for i, (info, path) in enumerate(zip(sample.images, draft.images, strict=True)):
-            file = files[path] if path in files else files.setdefault(path, _read(path))
+            if path not in files:
+                files[path] = self._read(path)
+            file = files[path]
             if isinstance(file, Reject):
                 return Reject(file.reason, f"{sample.id}: {file.where}")
-            size = file.width, file.height
-            if info.width and (info.width, info.height) != size:
-                got = f"{path.name} is {file.width} x {file.height}"
+            (width, height), image = file
+            if info.width and (info.width, info.height) != (width, height):
+                got = f"{path.name} is {width} x {height} (as stored: an EXIF orientation is not applied)"
                 return Reject("image-size", f"{sample.id}: expected {info.width} x {info.height}, {got}")
-            if self.options.max_side is not None:
-                try:
-                    file = shrink(file, self.options.max_side, path)
-                    new = file.width, file.height
-                    sample.regions = [scale_region(r, size, new) if r.image == i else r for r in sample.regions]
-                except ValueError as error:
-                    return Reject("max-side", f"{sample.id}: {error}")
-            sample.images[i] = ImageInfo(f"{i}.{file.suffix}", file.width, file.height)
-            encoded.append((file.data, file.suffix))
+            regions = [region for region in sample.regions if region.image == i]
+            if boxes := [r.box for r in regions if r.box is not None and is_normalised(r.box)]:
+                return Reject("normalised-box", f"{sample.id}: expected boxes in pixels, got {list(boxes[0])}")
+            try:
+                new = image.width, image.height
+                scaled = iter([scale_region(region, (width, height), new) for region in regions])
+            except ValueError as error:
+                return Reject("max-side", f"{sample.id}: {error}")
+            sample.regions = [next(scaled) if region.image == i else region for region in sample.regions]
+            sample.images[i] = ImageInfo(f"{i}.{image.suffix}", *new)
+            encoded.append((image.data, image.suffix))
         return sample, encoded
 
+    def _read(self, path: Path) -> _File | Reject:
+        try:
+            image = read_image(path)
+            size, max_side = (image.width, image.height), self.options.max_side
+            return size, image if max_side is None else shrink(image, max_side, path)
+        except OSError as error:
+            return Reject("missing-image", f"{path} ({error.strerror or error})")
+        except ValueError as error:
+            return Reject("broken-image", str(error))
 
-def _read(path: Path) -> ImageFile | Reject:
-    try:
-        return read_image(path)
-    except OSError as error:
-        return Reject("missing-image", f"{path} ({error.strerror or error})")
-    except ValueError as error:
-        return Reject("broken-image", str(error))
+    def too_many_rejects(self) -> str | None:
+        """Why the split must not be used as it is, None when its rejects are few enough."""
+        samples, counts, examples = 0, Counter[str](), dict[str, str]()
+        for record in map(self.record, range(len(self.starts))):
+            samples += record["row"]["samples"]
+            counts.update(reason for reason, _ in record["rejects"])
+            examples = dict(record["rejects"]) | examples
+        unwanted = counts.total() - counts["excluded"]
+        if samples and unwanted <= self.options.max_rejects * (unwanted + samples):
+            return None
+        reason, count = counts.most_common(1)[0]
+        share = f"{unwanted} of {unwanted + samples} samples were rejected" if samples else "every sample was rejected"
+        share += f", expected at most {self.options.max_rejects:.1%}"
+        example = f"most often {reason} ({count}), as in {examples[reason]!r}; all are in rejects.jsonl"
+        do = "Correct the cause and build into a new folder, or accept a larger share with --max-rejects"
+        return f"{self.options.out}, split {self.split!r}: {share}; {example}. {do}"
+
+
+def is_normalised(box: Sequence[float]) -> bool:
+    """Whether a box (x0, y0, x1, y1) must be in shares of the image's sides: in pixels it is in the first pixel."""
+    return max(box) <= 1
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -271,7 +331,8 @@ def _recipe(
         "seed": source.seed,
         "settings": source.settings,
         "units": len(slices.units),
-        "units_per_shard": slices.units_per_shard,
+        "shards": len(slices.starts),
+        "order": _digest(slices.units.tobytes() + slices.starts.tobytes()),
         "max_side": slices.options.max_side,
         "excluded": _digest("\n".join(sorted(slices.excluded)).encode()) if slices.excluded else None,
         "annotations": _digest(json.dumps(records, sort_keys=True).encode()),
@@ -297,21 +358,23 @@ def _claim(out: Path, path: Path, recipe: dict[str, Any]) -> None:
         _write_text(path, json.dumps(recipe, indent=1))
 
 
-def _write_index(out: Path) -> set[str]:
-    """index.json and rejects.jsonl from the rows of all splits that are whole; returns those that have samples."""
+def _write_index(out: Path) -> None:
+    """rejects.jsonl from the rows of all splits that are whole, and index.json from those of the accepted ones."""
     rows: dict[str, Row] = {}
     recipes: dict[str, str] = {}
     rejects, source = out / ".rejects.tmp", ""
     with rejects.open("w", encoding="utf-8") as file:
         for path in sorted((out / ROWS).glob("*/recipe.json")):
             recipe, split = json.loads(path.read_text()), path.parent.name
-            names = [path.parent / f"{n:06d}.json" for n in range(-(-recipe["units"] // recipe["units_per_shard"]))]
+            names = [path.parent / f"{number:06d}.json" for number in range(recipe["shards"])]
             if not all(name.is_file() for name in names):
                 continue
-            source, recipes[split] = recipe["source"], _digest(path.read_bytes())
+            accepted = (path.parent / ACCEPTED).is_file()
+            if accepted:
+                source, recipes[split] = recipe["source"], _digest(path.read_bytes())
             for number, name in enumerate(names):
                 record = json.loads(name.read_text(encoding="utf-8"))
-                if record["row"]["samples"]:
+                if record["row"]["samples"] and accepted:
                     rows[shard_name(split, number)] = record["row"]
                 for reason, where in record["rejects"]:
                     line = {"split": split, "reason": reason, "where": where}
@@ -319,7 +382,6 @@ def _write_index(out: Path) -> set[str]:
     rejects.replace(out / "rejects.jsonl")
     if rows:
         write_index(out, rows, source=source, recipe=recipes)
-    return {row["split"] for row in rows.values()}
 
 
 _function: list[Callable[[Any], Any]] = []  # set in a worker alone, before its first call

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from vistallm.coinit.build import run_forked
+from vistallm.coinit.build import is_normalised, run_forked
+from vistallm.coinit.images import decode_pixels, exif_orientation
 from vistallm.coinit.shards import read_index, read_raw, read_shard
 from vistallm.coinit.sources.base import is_training, sample_images
 from vistallm.regions.codec import RegionCodec, RegionParseError
@@ -36,6 +36,7 @@ from vistallm.tasks import (
 )
 
 FIRST = 5  # faults of each kind that are kept with their text
+WARNINGS = ("lost-character", "exif-orientation")  # kinds that leave a set usable
 Fault = tuple[str, str]  # kind, a short kebab-case word, and what is wrong where
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _FOREIGN = re.compile(r"[^\x00-\x7f]{2,}")
@@ -43,19 +44,20 @@ _FOREIGN = re.compile(r"[^\x00-\x7f]{2,}")
 
 @dataclass
 class CheckReport:
-    """Samples per (folder, split) by task, faults counted by kind, and the first FIRST of each kind (empty = sound).
+    """Samples per (folder, split) by task; faults (`totals` empty = sound) and warnings, counted by kind.
 
-    `notes` say what is worth a look, but may be right.
+    `faults` keeps the texts of the first FIRST of each kind. `notes` say what is worth a look, but may be right.
     """
 
     counts: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     totals: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
     faults: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, kind: str, text: str, number: int = 1) -> None:
-        """Count faults of a kind and keep the text of the first."""
-        self.totals[kind] += number
+        """Count faults or warnings of a kind and keep the text of the first."""
+        (self.warnings if kind in WARNINGS else self.totals)[kind] += number
         kept = self.faults.setdefault(kind, [])
         if len(kept) < FIRST:
             kept.append(text)
@@ -101,7 +103,8 @@ def check(
         for kind, texts in shard.report.faults.items():
             for text in texts:
                 report.add(kind, f"{shard.path}: {text}", 0)
-            report.totals[kind] += shard.report.totals[kind]
+        report.totals += shard.report.totals
+        report.warnings += shard.report.warnings
         report.counts.setdefault((str(shard.path.parent), shard.split), Counter()).update(shard.tasks)
     _find_duplicates(shards, report)
     _find_leaks(shards, exclude, report)
@@ -216,7 +219,7 @@ class SampleChecker:
     def __init__(self) -> None:
         # The answer must be readable whatever the sampler, so the cheapest one writes it.
         self.codec = RegionCodec(mask_sampler="uniform", cache_size=256)
-        self._shapes: dict[bytes, tuple[int, ...] | None] = {}
+        self._images: dict[bytes, tuple[tuple[int, ...] | None, int]] = {}
 
     def faults(self, sample: Sample, images: list[bytes]) -> Iterator[Fault]:
         """Faults of a sample: task, image sizes, regions inside their image, texts, and an answer that reads back."""
@@ -227,7 +230,9 @@ class SampleChecker:
         if ids is not None and (not isinstance(ids, list) or len(ids) != len(images)):
             yield "image-ids", f"expected a list of {len(images)} image ids, got {ids}"
         for info, data in zip(sample.images, images, strict=True):
-            shape = self._shape(data)
+            shape, orientation = self._inspect(data)
+            if orientation != 1:
+                yield "exif-orientation", f"image {info.file} has orientation {orientation}; its stored pixels are used"
             if shape is None:
                 yield "image", f"image {info.file} does not decode"
             elif shape != (info.height, info.width):
@@ -240,14 +245,16 @@ class SampleChecker:
         if not any(fault for _, fault in faults):
             yield from self._text_faults(sample)
 
-    def _shape(self, data: bytes) -> tuple[int, ...] | None:
-        """(height, width) as decoded, None when it does not; the samples of an image mostly follow one another."""
-        if data not in self._shapes:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-            if len(self._shapes) >= 16:
-                self._shapes.pop(next(iter(self._shapes)))
-            self._shapes[data] = None if pixels is None else pixels.shape[:2]
-        return self._shapes[data]
+    def _inspect(self, data: bytes) -> tuple[tuple[int, ...] | None, int]:
+        """(height, width) of an image, None when it does not decode, and its EXIF orientation; keeps the last ones."""
+        if data not in self._images:
+            if len(self._images) >= 16:
+                self._images.pop(next(iter(self._images)))
+            try:
+                self._images[data] = decode_pixels(data, "image").shape[:2], exif_orientation(data)
+            except ValueError:
+                self._images[data] = None, 1
+        return self._images[data]
 
     def _text_faults(self, sample: Sample) -> Iterator[Fault]:
         """The evaluation template must fill, placeholders name objects that have regions, and the answer read back."""
@@ -263,7 +270,10 @@ class SampleChecker:
         for name, text in texts:
             if not text.strip():
                 yield "empty-text", f"the {name} is empty"
-            if broken := broken_text(text):
+            broken = broken_text(text)
+            if broken == "\ufffd":
+                yield "lost-character", f"the {name} has {broken!r} for a character that its source's file lacks"
+            elif broken:
                 yield "mojibake", f"the {name} holds {broken!r}; read the source's texts as UTF-8"
             try:
                 written, read = self._write_and_read(text, sample, name.endswith("answer"))
@@ -296,6 +306,8 @@ def _region_fault(region: Region, image: ImageInfo) -> str | None:
         x0, y0, x1, y1 = region.box
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             return f"box {region.box} is not inside 0..{width} x 0..{height}"
+        if is_normalised(region.box):
+            return f"box {region.box} is in the first pixel; expected pixels, not shares of the image's sides"
     if region.point is not None and not (0 <= region.point[0] <= width and 0 <= region.point[1] <= height):
         return f"point {region.point} is not inside 0..{width} x 0..{height}"
     if region.rle is None:

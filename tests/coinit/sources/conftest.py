@@ -49,7 +49,9 @@ def build(tmp_path, picture, command, capsys):
         if not root.exists():
             write(root, picture)
         words = [word.format(root=root) for word in words]
-        code = command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, *words)
+        code = command(
+            source, "--root", root, "--split", split, "--out", out, "--workers", 1, "--max-rejects", 1, *words
+        )
         assert code == 0, capsys.readouterr().err
         assert command("check", out, "--workers", 1) == 0, capsys.readouterr().out
         shards = [name for name, row in read_index(out)["shards"].items() if row["split"] == split]
@@ -80,7 +82,10 @@ def refusal(tmp_path, picture, command, capsys):
         if not root.exists():
             write(root, picture)
         out, words = tmp_path / "refused-shards", [word.format(root=root) for word in words]
-        assert command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, *words) == 1
+        assert (
+            command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, "--max-rejects", 1, *words)
+            == 1
+        )
         return capsys.readouterr().err
 
     return run

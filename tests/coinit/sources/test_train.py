@@ -26,7 +26,10 @@ def sequences(tmp_path_factory, picture, command, builder):
         root, out = (tmp_path_factory.mktemp(f"{name}{number}") for name in ("root", "shards"))
         write(root, picture)
         words = [word.format(root=root) for word in words]
-        assert command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, *words) == 0, source
+        assert (
+            command(source, "--root", root, "--split", split, "--out", out, "--workers", 1, "--max-rejects", 1, *words)
+            == 0
+        ), source
         raws = [raw for shard in sorted(out.glob("*.tar")) for raw in read_raw(shard)]
         found.append([builder.build(decode_sample(raw), random.Random(0)) for raw in raws])
     return found
