@@ -6,34 +6,19 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.figure
 import numpy as np
 from markupsafe import Markup
 
-INK, SOFT, GRID = "#1d2330", "#6a7280", "#e4e7ec"
+SOFT = "#6a7280"
 LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c", "#1098ad", "#5c677d")
 MAX_LINES = len(LINES)  # of one plot: more can't be told apart
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, both (n,) float64
 
-PLOT_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: smaller, and in the page's own font
-    "svg.hashsalt": "vistallm",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "legend.frameon": False,
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 class Figure(NamedTuple):
@@ -56,13 +41,12 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
 
 def curve(columns: Mapping[str, np.ndarray], name: str, points: int = 120) -> Curve | None:
     """Return a column against the step, averaged in at most `points` runs of rows; None where it has no number."""
-    if name not in columns:
+    filled = np.flatnonzero(np.isfinite(columns.get(name, np.empty(0))))
+    if not len(filled):
         return None
-    filled = np.isfinite(columns[name])
-    if not filled.any():
-        return None
-    runs = np.array_split(np.flatnonzero(filled), min(points, int(filled.sum())))
-    return tuple(np.array([columns[key][run].mean() for run in runs]) for key in ("step", name))  # type: ignore[return-value]
+    runs = np.array_split(filled, min(points, len(filled)))
+    steps, values = (np.array([columns[key][run].mean() for run in runs]) for key in ("step", name))
+    return steps, values
 
 
 def line_plots(
@@ -83,15 +67,14 @@ def line_plots(
     figures = []
     for start in range(0, len(curves), MAX_LINES):
         part = dict(list(curves.items())[start : start + MAX_LINES])
-        with matplotlib.rc_context(PLOT_STYLE):
+        with matplotlib.rc_context(fname=STYLE):
             figure = matplotlib.figure.Figure(figsize=(4.4, 2.9), layout="constrained")
             axes = figure.add_subplot()
             if diagonal:
                 axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
+            marker = "o" if diagonal else None
             for colour, (name, (x, y)) in zip(LINES, part.items(), strict=False):
-                axes.plot(
-                    x, y, color=colour, linewidth=1.6, label=name, marker="o" if diagonal else None, markersize=3.5
-                )
+                axes.plot(x, y, color=colour, linewidth=1.6, label=name, marker=marker, markersize=3.5)
             axes.set_xlabel(x_label)
             axes.set_ylabel(y_label)
             if log_y and all((y > 0).all() for _, y in part.values()):
@@ -143,7 +126,7 @@ def draw_arms(
         metric: label of the scores.
     """
     places = np.array([float(name) if axis else number for number, name in enumerate(arms)], float)
-    with matplotlib.rc_context(PLOT_STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         figure = matplotlib.figure.Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.add_subplot()
         if axis:

@@ -189,16 +189,12 @@ def _confidence(benchmarks: Benchmarks) -> list[Figure]:
         if (bins := calibrate(group, one.metric)) is not None:
             curves[f"{name}, ECE {100 * bins.ece:.0f}%"] = (bins.confidence, bins.right)
         if (lines := rejection_curve(group)) is not None:
-            x_label, note = (
-                "share of regions taken back, least present first",
-                "At 0 the answers as given; further right, more are emptied.",
-            )
+            x_label = "share of regions taken back, least present first"
+            note = "At 0 the answers as given; further right, more are emptied."
             rejections += line_plots(f"Rejection, {name}", lines, x_label, "share", note, square=True)
-    right = "Right: IoU of at least 0.5, every box, or the right candidate."
-    return (
-        line_plots("Reliability", curves, "mean confidence", "share right", right, square=True, diagonal=True)
-        + rejections
-    )
+    note = "Right: IoU of at least 0.5, every box, or the right candidate."
+    axes = ("mean confidence", "share right")
+    return line_plots("Reliability", curves, *axes, note, square=True, diagonal=True) + rejections
 
 
 def _training(label: str, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -207,9 +203,8 @@ def _training(label: str, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     def curves(names: Mapping[str, str]) -> dict[str, Curve]:
         return {words: line for name, words in names.items() if (line := curve(columns, name)) is not None}
 
-    plots = line_plots(
-        "Loss", curves({"loss": "training", "val_loss": "validation"}), "step", "loss per token", log_y=True
-    )
+    losses = curves({"loss": "training", "val_loss": "validation"})
+    plots = line_plots("Loss", losses, "step", "loss per token", log_y=True)
     plots += line_plots("Learning rate", curves({"lr": "learning rate"}), "step", "learning rate")
     scores = {name: name.removeprefix("val/") for name in columns if name.startswith("val/")}
     plots += line_plots("Validation scores", curves(scores), "step", "score")
