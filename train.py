@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from vistallm.config import load_config
-from vistallm.train.preempt import PREEMPTED, Preempted
+from vistallm.train.callbacks import PREEMPTED, Preempted
 from vistallm.train.run import train
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb: bool = False
     project: str = "vistallm"
+    every_n_seconds: float = 30.0  # between printed lines where there is no terminal for a progress bar
 
 
 @dataclass
@@ -198,6 +199,32 @@ CHOICES = {
     "data.missing_sources": ("stop", "skip"),
     "train.loss_weight": ("token", "sample", "sqrt"),
     "train.decoder": ("full", "lora", "frozen"),
+}
+LEAST = {  # the smallest value of a number
+    "num_bins": 2,
+    "points": 3,
+    "model.encoder.image_size": 1,
+    "model.tokenizer.queries": 1,
+    "model.decoder.lora_rank": 1,
+    "data.batch_size": 1,
+    "data.workers": 0,
+    "data.shuffle_buffer": 1,
+    "data.mix_shards": 1,
+    "data.pool_batches": 1,
+    "data.max_length": 1,
+    "data.max_reject_share": 0,
+    "train.lr": 0,
+    "train.encoder_lr": 0,
+    "train.tokenizer_lr": 0,
+    "train.weight_decay": 0,
+    "train.warmup": 0,
+    "train.gradient_clip": 0,
+    "train.bin_sigma": 0,
+    "checkpoint.every_n_steps": 1,
+    "checkpoint.keep": 1,
+    "decode.max_new_tokens": 1,
+    "decode.batch_size": 1,
+    "log.every_n_seconds": 0,
 }
 
 
@@ -297,6 +324,9 @@ def _checked(schema: DictConfig, merged: Any, problems: list[str], source: str =
     for key, allowed in CHOICES.items():
         if (value := OmegaConf.select(schema, key)) not in allowed:
             problems.append(f"{key}={value}: expected one of {', '.join(map(str, allowed))}")
+    for key, least in LEAST.items():
+        if (value := OmegaConf.select(schema, key)) is not None and not value >= least:
+            problems.append(f"{key}={value}: expected at least {least}")
     if problems:
         raise ValueError(source + "\n".join(problems))
     config = cast(Config, OmegaConf.to_object(schema))

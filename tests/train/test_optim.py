@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from vistallm.train.run import build, build_trainer, quiet
 # The feed-forward of the last QFormer layer that serves the text alone (queries have their own): nothing reads it, in
 # InstructBLIP neither, so its gradient is zero.
 UNREACHED = ("tokenizer.qformer.encoder.layer.1.intermediate.", "tokenizer.qformer.encoder.layer.1.output.")
+LORA = ("train.decoder=lora", "model.decoder.lora_rank=2")
 PAPER = {
     1: (["train.encoder=false", "train.tokenizer=true", "train.decoder=full"], {"tokenizer", "decoder"}),
     2: (["train.encoder=false", "train.tokenizer=true", "train.decoder=frozen"], {"tokenizer"}),
@@ -54,10 +57,24 @@ def test_mini_may_train_the_encoder_with_its_own_rate(tiny_model):
     encoder = {id(p) for p in tiny_model.encoder.parameters() if p.requires_grad}
     for group in optimizer.param_groups:
         assert {id(p) in encoder for p in group["params"]} == {group["initial_lr"] == 1e-5}
-        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(
         p.requires_grad for p in tiny_model.parameters()
     )
+
+
+@pytest.mark.parametrize("words", [(), LORA, ("model.decoder.tie_embeddings=false",)])
+def test_matrices_decay_and_nothing_else(words, tiny_config, vocabulary):
+    config = tiny_config("train.weight_decay=0.1", "train.encoder=true", *words)
+    model = build_model(config, vocabulary)
+    set_trainable(model, config.train)
+    optimizer, _ = build_optimizer(model, config.train, 100)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    tied = "lm_head" if config.model.decoder.tie_embeddings else "none"
+    kept = rf"norm|ln_|bias|embedding|embed_tokens|query_tokens|trainable_tokens|{tied}"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert decays[id(parameter)] == (0.0 if re.search(kept, name, re.IGNORECASE) else 0.1), name
+    assert len(set(decays.values())) == 2
 
 
 @pytest.mark.parametrize("words", [[], ["model.encoder.layer=-3", "model.tokenizer.sees_instruction=false"]])
@@ -123,6 +140,7 @@ def test_clipping_by_the_global_norm(tiny_config, tiny_model, tmp_path, limit):
     norm = torch.cat([p.grad.flatten() for p in tiny_model.parameters()]).norm().item()
     optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.5)
     module.configure_gradient_clipping(optimizer)
+    module.read_report()
     after = torch.cat([p.grad.flatten() for p in tiny_model.parameters()]).norm().item()
     assert module.report["grad_norm"] == pytest.approx(norm, rel=1e-4), "the norm before clipping is reported"
     assert after == pytest.approx(limit or norm, rel=1e-3)

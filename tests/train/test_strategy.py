@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vistallm.config import load_config
 from vistallm.data.stream import RejectLog
-from vistallm.model.checkpoint import is_whole, load_run, newest_checkpoint, read_state, resume_path
+from vistallm.model.checkpoint import is_whole, load_run, newest_checkpoint, read_state
 from vistallm.model.encoder import ImageEncoder
 from vistallm.train.callbacks import read_metrics
 from vistallm.train.optim import build_optimizer
-from vistallm.train.run import build, prepare_model, train
+from vistallm.train.run import build, prepare_model, resume_path, train
 from vistallm.train.strategy import check_layout, resolve_precision
 
 ROOT = Path(__file__).parents[2]

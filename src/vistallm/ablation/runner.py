@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vistallm.ablation.arms import Run
 from vistallm.config import CONFIG_ROOT
-from vistallm.train.preempt import PREEMPTED
+from vistallm.train.callbacks import PREEMPTED
 
 ROOT = CONFIG_ROOT.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -1,60 +1,60 @@
-"""What a run writes while it trains: metrics.csv, one row per optimizer step, continued after a resume."""
+"""What a run writes while it trains, and how it stops: metrics.csv, progress lines, checkpoints, signals."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import os
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
-from vistallm.model.checkpoint import is_whole
 from vistallm.tasks import TASKS
 from vistallm.train.module import VistaModule
 
 COLUMNS = [
-    *(
-        "step",
-        "seconds",
-        "wait",
-        "loss",
-        "accuracy",
-        "lr",
-        "grad_norm",
-        "samples",
-        "tokens",
-        "padding",
-        "rejects",
-        "skipped",
-        "val_loss",
-        "val_accuracy",
-    ),
+    *("step", "seconds", "wait", "loss", "accuracy", "lr", "grad_norm", "samples", "tokens", "padding", "rejects"),
+    *("skipped", "val_loss", "val_accuracy"),
     *(f"loss/{task}" for task in TASKS),
 ]
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """Training stopped at a signal after writing its checkpoint; it is to be started again."""
 
 
 class MetricsFile(Callback):
-    """Appends the module's report to metrics.csv and hands it to the loggers.
+    """Appends the module's report to metrics.csv, hands it to the loggers and, without a progress bar, prints it.
 
     `seconds` is the wall time of the step and `wait` the part of it spent waiting for the loader, both in seconds;
     losses (those that are optimised), `samples`, `tokens` and `rejects` are over all ranks; `skipped` is 1 where the
-    gradient was not finite. On resume, rows after the checkpoint's step are dropped.
+    gradient was not finite. A row is written when the next step has ended, or before a checkpoint, so that no step
+    waits for the device. On resume, rows after the checkpoint's step are dropped.
+
+    Args:
+        path: of the file.
+        print_every: seconds between printed lines; None = print none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._clock = self._ready = 0.0
-        self._step = 0
+    def __init__(self, path: Path, print_every: float | None = None) -> None:
+        self.path, self.print_every = path, print_every
+        self._clock = self._ready = self._printed = 0.0
+        self._closed: dict[str, Any] | None = None  # the step whose report is still to be read
+        self._step = self._start = 0
         self._waiting: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the rows up to the step that the run resumes from, then start the clock of the first step."""
         # Not in on_fit_start: Lightning restores the step count after it.
-        self._step = trainer.global_step
+        self._step = self._start = trainer.global_step
         if trainer.is_global_zero:
             rows = read_metrics(self.path)
             kept = [row for row in rows if int(row["step"]) <= self._step]
@@ -65,7 +65,7 @@ class MetricsFile(Callback):
                     writer.writeheader()
                     writer.writerows(kept)
                 rewritten.replace(self.path)  # whole or not at all: a kill here must not lose the curve
-        self._clock = time.perf_counter()
+        self._clock = self._began = self._printed = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -76,29 +76,45 @@ class MetricsFile(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write a row when an optimizer step has ended."""
-        assert isinstance(pl_module, VistaModule)
+        """Write the row of the step before this one."""
         if trainer.global_step == self._step:
             return
-        now = time.perf_counter()
-        self._step = trainer.global_step
-        facts = {
-            "step": self._step,
-            "seconds": round(now - self._clock, 5),
-            "wait": round(self._ready - self._clock, 5),
-        }
-        row = facts | {key: round(value, 6) if key != "lr" else value for key, value in pl_module.report.items()}
+        self._write_closed(trainer, pl_module)
+        now, self._step = time.perf_counter(), trainer.global_step
+        wait = round(self._ready - self._clock, 5)
+        self._closed = {"step": self._step, "seconds": round(now - self._clock, 5), "wait": wait}
         self._clock = now
-        self._write(trainer, row)
-        pl_module.log_dict({k: row[k] for k in ("loss", "lr")}, prog_bar=True, logger=False)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the row of the step that is saved: a run that resumes here has no other."""
+        self._write_closed(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the last row."""
+        self._write_closed(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write validation loss and accuracy as a row of the current step."""
-        if trainer.sanity_checking:
-            return
+        """Write the scores of a validation pass as a row of the current step."""
+        self._write_closed(trainer, pl_module)
         values = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         self._write(trainer, {"step": trainer.global_step, **values})
         self._clock = time.perf_counter()
+
+    def _write_closed(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._closed is None:
+            return
+        assert isinstance(pl_module, VistaModule)
+        row, self._closed = self._closed, None
+        report = pl_module.read_report()
+        row |= {key: round(value, 6) if key != "lr" else value for key, value in report.items()}
+        self._write(trainer, row)
+        if self.print_every is not None and trainer.is_global_zero and self._clock - self._printed >= self.print_every:
+            self._printed = self._clock
+            left = (trainer.max_steps - row["step"]) * (self._clock - self._began) / (row["step"] - self._start)
+            rate = row["samples"] / row["seconds"]
+            hours = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}"
+            text = f"step {row['step']} of {trainer.max_steps}, loss {row['loss']:.4f}, {rate:.1f} samples/s"
+            print(f"{text}, {hours} left", flush=True)
 
     def _write(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
@@ -125,19 +141,6 @@ class MetricsFile(Callback):
                 print(f"{self.path}: {error}; rows wait in memory until there is room", flush=True)
 
 
-class FinalCheckpoint(Callback):
-    """Saves `step-<n>.ckpt` when training ends, whatever `checkpoint.every_n_steps` is."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save unless the periodic checkpoint of this very step is there."""
-        path = self.folder / f"step-{trainer.global_step:06d}.ckpt"
-        if not is_whole(path):
-            trainer.save_checkpoint(path)
-
-
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics.csv, an empty list when there is none; raises ValueError for other columns."""
     if not path.is_file():
@@ -149,3 +152,91 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     if reader.fieldnames and not set(reader.fieldnames) <= set(COLUMNS):
         raise ValueError(f"{path}: columns of another version; move the run folder away or choose another run_dir=")
     return rows
+
+
+class Checkpoints(ModelCheckpoint):
+    """Saves `step-<n>.ckpt` every few steps and when training ends; the newest `keep` of the former stay.
+
+    Lightning's own `save_last` adds a second file at every save, and none at the end of training.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int, keep: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="step-{step:06d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_steps,
+            save_top_k=keep,
+            monitor="step",
+            mode="max",
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save unless the checkpoint of this very step has been written."""
+        path = Path(self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)}))
+        if not path.exists():
+            trainer.save_checkpoint(path)
+
+
+class StopAtSignal(Callback):
+    """Ends training soon after any rank has received one of SIGNALS; `stopped` says that it did.
+
+    A queue sends one before it takes the machine away, a user presses Ctrl-C. All ranks finish the same step, write the
+    checkpoint, and `train.py` exits with PREEMPTED, upon which tools/slurm/*.sbatch puts the job back into the queue;
+    `resume=auto` then goes on at the same sample. A second Ctrl-C ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._module: VistaModule | None = None
+        self._former: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals before the loader's workers are forked: SLURM signals them too, and they would die."""
+        assert isinstance(pl_module, VistaModule)
+        self._module = pl_module
+        for number in SIGNALS:
+            self._former[number] = signal.signal(number, self._ask)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take them from Lightning, which has set its own for SIGTERM since and would raise without a checkpoint."""
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        assert self._module is not None
+        if self._module.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._module.stop = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop at the end of a whole step whose report says that a rank was asked, the same one on all ranks."""
+        assert isinstance(pl_module, VistaModule)
+        if pl_module.stop_seen and not trainer.fit_loop._should_accumulate():
+            self.stopped = trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate before it stops, and the time is short
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+
+class StageBar(RichProgressBar):
+    """Lightning's progress bar under the stage's name: it would count epochs, of which a run by steps has -1."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__()
+        self._stage = stage
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"stage {self._stage}   "  # as wide as the "Validation" that replaces it
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Show loss and learning rate of the last report beside what the validation has logged."""
+        assert isinstance(pl_module, VistaModule)
+        shown = {key: f"{pl_module.report[key]:.4g}" for key in ("loss", "lr") if pl_module.report}
+        return super().get_metrics(trainer, pl_module) | shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,34 @@ from vistallm.tasks import TASKS
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
 from vistallm.train.strategy import shard
 
-FACTS = ("weight", "loss", "correct", "tokens", "supervised", "samples", "cells", "rejects")  # summed over a step
+# What is summed over the micro-batches and ranks of an optimizer step, before loss and weight of each task.
+FACTS = ("weight", "loss", "correct", "tokens", "supervised", "samples", "cells", "rejects", "stop")
 TASK_NAMES = list(TASKS)
 BAD_STEPS = 3  # in a row, with a gradient that is not finite, stop the run
 
 
 class VistaModule(L.LightningModule):
-    """Trains a VistaLLM; `report` holds the numbers of the last optimizer step for the loggers.
+    """Trains a VistaLLM.
+
+    Nothing in a step waits for the device: sums stay tensors, a bad gradient is skipped by the optimizer's own kernel,
+    and `read_report` fetches the numbers of a step when the next one has been given to the device.
 
     Args:
         model: with its trainable parts already set.
         config: the run's configuration; steps: optimizer steps of the whole run, for the schedule.
+
+    Attributes:
+        stop: this process was asked to stop; stop_seen: any process was, by the last report, so that all act alike.
     """
 
     def __init__(self, model: VistaLLM, config: Config, steps: int) -> None:
         super().__init__()
         self.model, self.config, self.steps = model, config, steps
+        self.stop = self.stop_seen = False
         self.report: dict[str, float] = {}
         self._sums: Tensor | None = None
         self._ids: list[str] = []
+        self._closed: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = deque()
         self._bad_steps = 0
 
     def configure_model(self) -> None:
@@ -59,6 +69,11 @@ class VistaModule(L.LightningModule):
         """Keep frozen parts in evaluation mode (Lightning puts the whole module into training mode)."""
         keep_frozen_in_eval(self.model)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout by rank and batch: ranks draw different masks, and a resumed run those of an unbroken one."""
+        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready * self.trainer.world_size
+        torch.manual_seed((self.config.seed << 40) + number + self.global_rank)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the batch's weighted sum of token losses; the step's total weight divides the gradient at its end."""
         output = self.model(batch)
@@ -68,7 +83,7 @@ class VistaModule(L.LightningModule):
         return losses.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Teacher-forced loss and token accuracy (no generation inside training)."""
+        """Log teacher-forced loss and token accuracy."""
         output = self.model(batch)
         size = len(output.token_loss)
         self.log("val_loss", output.loss, batch_size=size, sync_dist=True, prog_bar=True)
@@ -83,6 +98,8 @@ class VistaModule(L.LightningModule):
         micro-batches, and ddp and fsdp their total by the number of ranks: both constants are taken out again.
         """
         assert self._sums is not None
+        if self.stop:
+            self._sums[FACTS.index("stop")] = 1.0
         sums, self._sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum"), None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / sums[0]
@@ -93,50 +110,32 @@ class VistaModule(L.LightningModule):
         limit = self.config.train.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._close_step(optimizer, torch.cat([sums, norm.to(sums)[None]]).tolist())
-        self._guard(parameters, self.report["grad_norm"])
+        # As GradScaler does: AdamW's fused kernel then leaves weights and moments as they are. The norm is over all
+        # ranks, so they decide alike.
+        optimizer.found_inf = 1.0 - norm.isfinite().float()
+        values = torch.cat([sums, norm.to(sums)[None]]).to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if sums.is_cuda else None
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        self._closed.append((values, event, {"step": self.global_step + 1, "lr": lr, "ids": self._ids}))
+        self._ids = []
 
-    def _guard(self, parameters: list[torch.nn.Parameter], norm: float) -> None:
-        """Skip the step when the gradient is not finite, and stop the run at the third such step in a row.
+    def read_report(self) -> dict[str, float]:
+        """Return the numbers of the oldest optimizer step whose report has not been read, over all ranks.
 
-        The norm is over all ranks, so they decide alike; each writes the ids of its own samples.
+        Raises:
+            ValueError: its gradient was not finite, for the third step in a row.
         """
-        ids, self._ids = self._ids, []
-        if math.isfinite(norm):
-            self._bad_steps = 0
-            return
-        for parameter in parameters:
-            parameter.grad = None  # the optimizer leaves such parameters and their moments as they are
-        self._bad_steps += 1
-        path = Path(str(self.config.run_dir)) / "nonfinite.jsonl"
-        facts = {"step": self.global_step + 1, "rank": self.global_rank, "loss": self.report["loss"], "ids": ids}
-        with path.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
-        if self._bad_steps >= BAD_STEPS:
-            raise ValueError(
-                f"step {facts['step']}: the gradient was not finite {BAD_STEPS} times in a row; the samples are in "
-                f"{path}; lower train.lr, train with precision=fp32, or go back to an earlier checkpoint (resume=PATH)"
-            )
-
-    def _add(self, batch: Batch, output: Output, weights: Tensor, losses: Tensor) -> None:
-        """Add a micro-batch to the running sums of this optimizer step: FACTS, then loss and weight of each task."""
-        self._ids += batch.ids
-        task = torch.tensor([TASK_NAMES.index(name) for name in batch.tasks]).to(losses.device)[output.row]
-        by_task = losses.new_zeros(2, len(TASK_NAMES)).index_add_(1, task, torch.stack([losses, weights]))
-        counts = torch.tensor([len(losses), len(batch), batch.input_ids.numel(), batch.rejects]).to(losses)
-        computed = torch.stack([weights.sum(), losses.sum(), output.correct.sum(), batch.attention_mask.sum()])
-        sums = torch.cat([computed, counts, by_task.flatten()])
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def _close_step(self, optimizer: Any, values: list[float]) -> None:
-        """Turn the sums of the optimizer step over all ranks, followed by the gradient's norm, into `report`."""
-        *values, norm = values
+        closed, event, known = self._closed.popleft()
+        if event is not None:
+            event.synchronize()
+        *values, norm = closed.tolist()
         facts = dict(zip(FACTS, values, strict=False))
+        self.stop_seen = facts["stop"] > 0
         losses, weights = (values[len(FACTS) :][i * len(TASK_NAMES) :][: len(TASK_NAMES)] for i in range(2))
         self.report = {
             "loss": facts["loss"] / facts["weight"],
             "accuracy": facts["correct"] / facts["supervised"],
-            "lr": max(group["lr"] for group in optimizer.param_groups),
+            "lr": known["lr"],
             "grad_norm": norm,
             "samples": facts["samples"],
             "tokens": facts["tokens"],
@@ -145,6 +144,34 @@ class VistaModule(L.LightningModule):
             "padding": 1 - facts["tokens"] / facts["cells"],
             **{f"loss/{task}": a / b for task, a, b in zip(TASK_NAMES, losses, weights, strict=True) if b},
         }
+        self._guard(known["step"], known["ids"])
+        return self.report
+
+    def _guard(self, step: int, ids: list[str]) -> None:
+        """Note the samples of a step that was skipped, this rank's own, and stop the run at the third in a row."""
+        self._bad_steps = self._bad_steps + 1 if self.report["skipped"] else 0
+        if not self._bad_steps:
+            return
+        path = Path(str(self.config.run_dir)) / "nonfinite.jsonl"
+        record = {"step": step, "rank": self.global_rank, "loss": self.report["loss"], "ids": ids}
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._bad_steps >= BAD_STEPS:
+            raise ValueError(
+                f"step {step}: the gradient was not finite {BAD_STEPS} times in a row; the samples are in {path}; "
+                "lower train.lr, train with precision=fp32, or go back to an earlier checkpoint (resume=PATH)"
+            )
+
+    def _add(self, batch: Batch, output: Output, weights: Tensor, losses: Tensor) -> None:
+        """Add a micro-batch to the running sums of this optimizer step."""
+        self._ids += batch.ids
+        device = losses.device
+        tasks = torch.tensor([TASK_NAMES.index(name) for name in batch.tasks]).to(device, non_blocking=True)
+        by_task = losses.new_zeros(2, len(TASK_NAMES)).index_add_(1, tasks[output.row], torch.stack([losses, weights]))
+        counts = torch.tensor([len(losses), len(batch), batch.input_ids.numel(), batch.rejects, 0.0])
+        computed = torch.stack([weights.sum(), losses.sum(), output.correct.sum(), batch.attention_mask.sum()])
+        sums = torch.cat([computed, counts.to(device, non_blocking=True), by_task.flatten()])
+        self._sums = sums if self._sums is None else self._sums + sums
 
 
 def token_weights(row: Tensor, samples: int, kind: str) -> Tensor:

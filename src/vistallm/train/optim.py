@@ -1,7 +1,4 @@
-"""Trainable parts, AdamW and its schedule.
-
-In: a VistaLLM and the train config. Out: parameters frozen or trainable, optimiser, scheduler.
-"""
+"""A VistaLLM and the train config -> its trainable parameters, AdamW and a schedule per step."""
 
 from __future__ import annotations
 
@@ -12,13 +9,14 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vistallm.config import TrainConfig
 from vistallm.model.vistallm import VistaLLM
 
 
 def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, int, int]]:
-    """Freeze and unfreeze the three parts as the config says; frozen parts go to evaluation mode.
+    """Freeze and unfreeze the three parts as the config says.
 
     Returns:
         One row per part: name, state, trainable parameters, all parameters.
@@ -30,17 +28,12 @@ def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, 
     # Without a gradient they would stop ddp, which waits for one of each trainable parameter.
     for parameter in chain(model.encoder.unread_parameters(), model.tokenizer.unread_parameters()):
         parameter.requires_grad_(False)
-    said = {
-        "encoder": "trained" if config.encoder else "frozen",
-        "tokenizer": "trained" if config.tokenizer else "frozen",
-        "decoder": config.decoder,
-    }
     rows = []
-    for name, state in said.items():
-        parameters = list(getattr(model, name).parameters())
-        rows.append(
-            (name, state, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
-        )
+    for name in ("encoder", "tokenizer", "decoder"):
+        setting = getattr(config, name)
+        state = setting if isinstance(setting, str) else "trained" if setting else "frozen"
+        counts = [(p.numel(), p.requires_grad) for p in getattr(model, name).parameters()]
+        rows.append((name, state, sum(n for n, trains in counts if trains), sum(n for n, _ in counts)))
     return rows
 
 
@@ -51,18 +44,32 @@ def cast_frozen(model: VistaLLM) -> None:
 
 
 def keep_frozen_in_eval(model: VistaLLM) -> None:
-    """Put every part without trainable parameters into evaluation mode (no dropout in a frozen part)."""
+    """Put every part without trainable parameters into evaluation mode: no dropout in a frozen part.
+
+    Its checkpointed layers alone stay in training mode, in which transformers checkpoints: their own code has no
+    dropout, their submodules are in evaluation mode, and gradients pass through them to what trains before.
+    """
     for part in (model.encoder, model.tokenizer, model.decoder):
         if not any(p.requires_grad for p in part.parameters()):
             part.eval()
+            for layer in part.modules():
+                if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                    layer.training = True
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[AdamW, LambdaLR]:
-    """Return AdamW over the trainable parameters (matrices decay, vectors do not) and warm-up + cosine per step."""
+    """Return AdamW over the trainable parameters and warm-up + cosine per step.
+
+    The matrices of linear, convolution and attention layers decay; norms, biases, embeddings (also a tied LM head),
+    positions, new token rows and query tokens do not.
+    """
+    tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    layers = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.MultiheadAttention))
+    matrices = {p for m in layers for p in m.parameters(recurse=False) if p.ndim > 1} - tables
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            decay = config.weight_decay if parameter in matrices else 0.0
             groups.setdefault((learning_rate(name, config), decay), []).append(parameter)
     if not groups:
         raise ValueError(

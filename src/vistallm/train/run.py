@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
+import importlib.util
 import inspect
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,11 +31,10 @@ from vistallm.model.build import build_empty, build_model, wrap_with_lora
 from vistallm.model.checkpoint import find_checkpoint, is_whole, load_weights, newest_checkpoint
 from vistallm.model.language_model import check_sizes
 from vistallm.model.vistallm import VistaLLM
-from vistallm.train.callbacks import FinalCheckpoint, MetricsFile
+from vistallm.train.callbacks import Checkpoints, MetricsFile, Preempted, StageBar, StopAtSignal
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
 from vistallm.train.plan import EFFICIENCY, GPUS, Workload, make_plan
-from vistallm.train.preempt import Preempted, StopAtSignal
 from vistallm.train.strategy import build_strategy, check_layout, compile_layers, resolve_precision
 
 OTHER_RUN = "of a run with other model.* or train.*; resume with its settings, or start a new run_dir= with ckpt="
@@ -38,45 +42,74 @@ OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_roo
 
 
 def train(config: Config) -> Path:
-    """Run one stage and return its run folder; raises ValueError for anything wrong in config, data or checkpoint."""
-    check_trainer_keys(config.trainer)
-    check_layout(config)
+    """Run one stage and return its run folder.
+
+    Raises:
+        ValueError: anything is wrong in config, data or checkpoint, or another process trains in the run folder.
+        Preempted: a signal has stopped the run after its checkpoint.
+    """
+    check_settings(config)
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     root, run_dir = training_root(config), Path(str(config.run_dir))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    resume = resume_path(config)
-    module, data = build(config, root)
-    if config.dry_run:  # before the trainer: the layout asked for need not be this machine's
-        dry_run(config, data, module.steps)
-        return run_dir
-    trainer = build_trainer(config, run_dir)
-    if trainer.is_global_zero:
-        save_config(config, run_dir / "config.yaml")
-        module.model.vocabulary.save(run_dir / "vocabulary")
-        module.model.decoder_config.save_pretrained(run_dir / "decoder")
-    if resume is not None:
-        print(f"resuming from {resume}")
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
-    except (ValueError, RuntimeError) as error:
-        said = str(error).strip()
-        if resume is not None and ("loading state_dict" in said or "parameter group" in said):
-            keys = [line.strip() for line in said.splitlines()[1:]]
-            raise ValueError("\n  ".join([f"{resume}: {OTHER_RUN}", *keys])) from error
-        if isinstance(error, RuntimeError):
-            raise
-        # torch wraps what a loader's worker raises into the text of its traceback; the message is at its end.
-        raise ValueError(said.rpartition("\nValueError: ")[2]) from error
-    except OSError as error:  # a checkpoint that found no room, above all
-        raise ValueError(f"{error}; make room in {run_dir}, then start it again: it goes on where it can") from error
-    watch = trainer.callbacks  # type: ignore[attr-defined]
-    stopped = any(isinstance(callback, StopAtSignal) and callback.stopped for callback in watch)
+    with one_run(run_dir):
+        resume = resume_path(config)
+        module, data = build(config, root)
+        if config.dry_run:  # before the trainer: the layout asked for need not be this machine's
+            dry_run(config, data, module.steps)
+            return run_dir
+        trainer = build_trainer(config, run_dir)
+        if trainer.is_global_zero:
+            save_config(config, run_dir / "config.yaml")
+            module.model.vocabulary.save(run_dir / "vocabulary")
+            module.model.decoder_config.save_pretrained(run_dir / "decoder")
+        if resume is not None:
+            print(f"resuming from {resume}")
+        fit(trainer, module, data, resume)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    stopped = any(isinstance(callback, StopAtSignal) and callback.stopped for callback in callbacks)
     if stopped and trainer.global_step < module.steps:
         raise Preempted(f"stopped by a signal at step {trainer.global_step}; start it again to go on ({run_dir})")
     if trainer.is_global_zero:
         print(f"stage {config.stage} is done: {run_dir}")
     return run_dir
+
+
+@contextlib.contextmanager
+def one_run(run_dir: Path) -> Iterator[None]:
+    """Make the run folder and hold its lock, on the first rank; ValueError where another process has it."""
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir}: can't be written ({error}); choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"run_dir={run_dir}: another process trains there; wait, or choose another one") from error
+        yield
+
+
+def fit(trainer: L.Trainer, module: VistaModule, data: CoinItDataModule, resume: Path | None) -> None:
+    """Train; raises one line as ValueError for what users can mend."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    except (ValueError, RuntimeError) as error:
+        text = str(error).strip()
+        if resume is not None and ("loading state_dict" in text or "parameter group" in text):
+            keys = [line.strip() for line in text.splitlines()[1:]]
+            raise ValueError("\n  ".join([f"{resume}: {OTHER_RUN}", *keys])) from error
+        if isinstance(error, RuntimeError):
+            raise
+        # torch wraps what a loader's worker raises into the text of its traceback; the message is at its end.
+        raise ValueError(text.rpartition("\nValueError: ")[2]) from error
+    except OSError as error:  # a checkpoint that found no room, above all
+        folder = module.config.run_dir
+        raise ValueError(f"{error}; make room in {folder}, then start it again: it goes on where it can") from error
 
 
 def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
@@ -101,15 +134,18 @@ def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
     )
 
 
-def check_trainer_keys(trainer: dict[str, Any]) -> None:
-    """Raise ValueError for a `trainer.*` key that Lightning's Trainer lacks or that this project sets itself."""
+def check_settings(config: Config) -> None:
+    """Raise ValueError, before anything is built, for what this machine, Lightning or the strategy does not have."""
     known = list(inspect.signature(L.Trainer).parameters)
-    for key in trainer:
+    for key in config.trainer:
         if key in OWN_TRAINER_KEYS:
             raise ValueError(f"trainer.{key}: set by this project; use its own keys (strategy, precision, train.*)")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; the nearest is trainer.{near}")
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.wandb=true: the package wandb is not installed; pip install wandb, or log.wandb=false")
+    check_layout(config)
 
 
 def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModule]:
@@ -170,17 +206,17 @@ def resume_path(config: Config) -> Path | None:
                 raise ValueError(f"{newest} is of an earlier run: resume=never needs another run_dir=, or delete it")
             return None
         case "auto":
-            found = newest
+            chosen = newest
         case path:
-            found = find_checkpoint(path)[1]
-    if found is not None and not is_whole(found):
-        raise ValueError(f"{found}: not a readable checkpoint (cut short?); delete it to resume from the one before")
-    if found is not None and found.is_dir() and config.strategy != "fsdp":
+            chosen = find_checkpoint(path)[1]
+    if chosen is not None and not is_whole(chosen):
+        raise ValueError(f"{chosen}: not a readable checkpoint (cut short?); delete it to resume from the one before")
+    if chosen is not None and chosen.is_dir() and config.strategy != "fsdp":
         raise ValueError(
-            f"{found}: the processes of a sharded run have written a part each; resume it with strategy=fsdp on any "
+            f"{chosen}: the processes of a sharded run have written a part each; resume it with strategy=fsdp on any "
             "number of them, or start a new run from its weights with ckpt="
         )
-    return found
+    return chosen
 
 
 def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path], dtype: torch.dtype) -> VistaLLM:
@@ -207,39 +243,35 @@ def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path],
 
 def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
     """Build the Lightning Trainer: endless stream, steps from the config, checkpoints in the run folder."""
-    checkpoints = ModelCheckpoint(
-        dirpath=run_dir / "checkpoints",
-        filename="step-{step:06d}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=config.checkpoint.every_n_steps,
-        save_top_k=config.checkpoint.keep,
-        monitor="step",
-        mode="max",
-    )
     arguments: dict[str, Any] = {
         "precision": resolve_precision(config),
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
         "check_val_every_n_epoch": None,
         "enable_model_summary": False,
+        "enable_progress_bar": sys.stdout.isatty(),
     }
     if config.strategy == "single":
         arguments["devices"] = 1
     arguments |= config.trainer  # `build` has put max_steps there
-    bar = [StageBar(config.stage)] if arguments.get("enable_progress_bar", True) else []
+    bar = arguments["enable_progress_bar"]
+    callbacks: list[Callback] = [
+        MetricsFile(run_dir / "metrics.csv", None if bar else config.log.every_n_seconds),
+        StopAtSignal(),
+        Checkpoints(run_dir / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep),
+    ]
+    loggers: list[Logger] = []
+    if config.log.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+    if config.log.wandb:
+        loggers.append(WandbLogger(name=config.name, project=config.log.project, save_dir=run_dir))
     try:
         return L.Trainer(
             **arguments,
             strategy=build_strategy(config),
             default_root_dir=run_dir,
-            logger=_loggers(config, run_dir),
-            callbacks=[
-                checkpoints,
-                MetricsFile(run_dir / "metrics.csv"),
-                StopAtSignal(),
-                FinalCheckpoint(run_dir / "checkpoints"),
-                *bar,
-            ],
+            logger=loggers,
+            callbacks=[*callbacks, *([StageBar(config.stage)] if bar else [])],
             # The sbatch script requeues; Lightning would write a checkpoint of its own kind and place.
             plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         )
@@ -247,23 +279,14 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
         raise ValueError(f"trainer.*: {error}") from error
 
 
-class StageBar(RichProgressBar):
-    """Lightning's progress bar under the stage's name: it would count epochs, of which a run by steps has -1."""
-
-    def __init__(self, stage: int) -> None:
-        super().__init__()
-        self._stage = stage
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"stage {self._stage}   "  # as wide as the "Validation" that replaces it
-
-
 def quiet() -> None:
     """Silence the lines that Lightning prints about itself; warnings about the user's data stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*transfer_batch_to_device.*")
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec.*|.*transfer_batch_to_device.*|The dirpath has changed.*|.*not empty."
+    )
 
 
 def _steps(config: Config, data: CoinItDataModule) -> int:
@@ -281,12 +304,3 @@ def _world_size(config: Config) -> int:
     """Ranks that trainer.devices and trainer.num_nodes ask for; 1 device where the number is left to Lightning."""
     devices, nodes = config.trainer.get("devices", 1), int(config.trainer.get("num_nodes", 1))
     return (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
-
-
-def _loggers(config: Config, run_dir: Path) -> list[Logger]:
-    loggers: list[Logger] = []
-    if config.log.tensorboard:
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
-    if config.log.wandb:
-        loggers.append(WandbLogger(name=config.name, project=config.log.project, save_dir=run_dir))
-    return loggers
