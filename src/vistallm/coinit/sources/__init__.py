@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vistallm.coinit.sources import genome, refer, text
 from vistallm.coinit.sources.attcoseg import load_attcoseg
 from vistallm.coinit.sources.base import Source, SourceOptions
+from vistallm.coinit.sources.coco import load_coco
 from vistallm.coinit.sources.coseg import load_coseg
 from vistallm.coinit.sources.custom import load_jsonl
 from vistallm.coinit.sources.vcr import load_vcr
@@ -24,6 +25,7 @@ SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "pope": text.load_pope,
     "llava-instruct": text.load_llava_instruct,
     "llava-pretrain": text.load_llava_pretrain,
+    "coco": load_coco,
     "jsonl": load_jsonl,
     "visual-genome": genome.load_visual_genome,
     "flickr30k": refer.load_flickr30k,

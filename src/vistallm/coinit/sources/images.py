@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vistallm.coinit.sources.base import Draft, Reject
-from vistallm.schema import ImageInfo, Sample
+from vistallm.coinit.sources.records import Record
+from vistallm.regions.masks import rle_area
+from vistallm.schema import ImageInfo, Region, Sample
 
 Box = tuple[float, float, float, float]
 
@@ -60,3 +62,30 @@ def group_draft(
 def corners(x: float, y: float, width: float, height: float) -> Box:
     """A box as most datasets write it -> (x0, y0, x1, y1)."""
     return x, y, x + width, y + height
+
+
+def add_regions(
+    regions: dict[str, list[Region]], annotations: list[Record], image: SourceImage, note: str
+) -> Iterator[Reject]:
+    """Add the regions of COCO annotations to the lists of `regions`, by kind ("box", "mask"); yield what is wrong.
+
+    A kind that one of the objects lacks is removed from `regions`; `note` ends the message of a missing mask.
+    """
+    kinds = set(regions)
+    for number, annotation in enumerate(annotations):
+        if "box" in kinds:
+            box = image.cut(corners(*annotation.data["bbox"]), annotation.where)
+            if isinstance(box, Reject):
+                yield box
+                regions.pop("box", None)
+            elif "box" in regions:
+                regions["box"].append(Region(0, "box", number, box=box))
+        if "mask" in kinds:
+            rle, parts = annotation.mask(image.height, image.width), annotation.data["segmentation"]
+            short = sum(isinstance(part, list) and len(part) < 6 for part in parts) if isinstance(parts, list) else 0
+            yield from [Reject("short-polygon", annotation.where)] * short  # under three points: it draws nothing
+            if not rle_area(rle):
+                yield Reject("empty-mask", f"{annotation.where}: {note}")
+                regions.pop("mask", None)
+            elif "mask" in regions:
+                regions["mask"].append(Region(0, "mask", number, rle=rle))

@@ -79,11 +79,6 @@ class Record:
         return SourceFormatError(f"{self.where}: {text}")
 
 
-def short_parts(segmentation: Any) -> int:
-    """Polygons of fewer than three points in a COCO segmentation: each is a Reject, `short-polygon`."""
-    return sum(isinstance(p, list) and len(p) < 6 for p in segmentation) if isinstance(segmentation, list) else 0
-
-
 def file_source(path: Path, values: Iterable[Any], make: Callable[[Record, int], Iterable[Draft | Reject]]) -> Source:
     """The source of a file's values, a unit each, which `make` gets as `Record`s."""
     return Source(Packed(values), lambda value, number: make(Record(value, f"{path}, record {number}"), number))

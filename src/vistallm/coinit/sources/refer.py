@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.images import Box, SourceImage, coco_image, corners, first_file
-from vistallm.coinit.sources.records import Record, read_json, read_object, read_pickle, repair_text, short_parts
-from vistallm.regions.masks import rle_area
+from vistallm.coinit.sources.images import Box, SourceImage, add_regions, coco_image, first_file
+from vistallm.coinit.sources.records import Record, read_json, read_object, read_pickle, repair_text
 from vistallm.schema import Region
 from vistallm.tasks.texts import tidy
 
@@ -87,7 +86,7 @@ def _ref_source(source: str, options: SourceOptions, path: Path, tasks: list[str
         image = SourceImage(coco_image(options.image_folder, file), f"coco:{info.data['id']}", *size)
         meant = _annotations(ref, annotations, several=source == "grefcoco")
         regions: dict[str, list[Region]] = {"box": [], "mask": []}
-        yield from _add_regions(regions, meant, image, ref)
+        yield from add_regions(regions, meant, image, f"{ref.where} keeps its box samples only")
         meta, sentences = {"ref_id": ref.integer("ref_id")}, _sentences(ref, tokenised=source == "refcocog")
         name = f"{source}-{split}-{meta['ref_id']}"
         fields: dict[str, Any] = {"targets": list(range(len(meant)))} if source == "grefcoco" else {}
@@ -123,26 +122,6 @@ def _annotations(ref: Record, table: _Table, several: bool) -> list[Record]:
             raise annotation.fault(f"expected bbox [x, y, width, height], got {sides}")
         annotations.append(annotation)
     return sorted(annotations, key=lambda a: (2 * a.data["bbox"][0] + a.data["bbox"][2], a.data["id"]))
-
-
-def _add_regions(
-    regions: dict[str, list[Region]], annotations: list[Record], image: SourceImage, ref: Record
-) -> Iterator[Reject]:
-    """Fill in boxes and masks of a ref's objects by kind; a kind that one of the objects lacks is removed."""
-    for number, annotation in enumerate(annotations):
-        box = image.cut(corners(*annotation.data["bbox"]), annotation.where)
-        rle = annotation.mask(image.height, image.width)
-        yield from [Reject("short-polygon", annotation.where)] * short_parts(annotation.data["segmentation"])
-        if isinstance(box, Reject):
-            yield box
-            regions.pop("box", None)
-        elif "box" in regions:
-            regions["box"].append(Region(0, "box", number, box=box))
-        if not rle_area(rle):
-            yield Reject("empty-mask", f"{annotation.where}: {ref.where} keeps its box samples only")
-            regions.pop("mask", None)
-        elif "mask" in regions:
-            regions["mask"].append(Region(0, "mask", number, rle=rle))
 
 
 def _sentences(ref: Record, tokenised: bool) -> list[tuple[str, int]]:
