@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from vistallm import metrics
 from vistallm.metrics import METRICS, SCORE_NAMES
+from vistallm.metrics.region_scores import PRECISIONS
 from vistallm.schema import Parsed, Prediction, Region
 
 SHAPES = [(1, 1), (7, 5), (40, 64)]
@@ -107,7 +108,7 @@ def test_mask_scores_equal_brute_force(seed):
     assert scores["ciou"] == intersections / unions
     assert (scores["n_acc"], scores["t_acc"]) == (np.mean(none), np.mean(some))
     own = [iou for iou, (_, target) in zip(ious, rows, strict=True) if target is not None]
-    for name in metrics.region_scores.PRECISIONS:
+    for name in PRECISIONS:
         assert scores[name] == np.mean(np.array(own) >= int(name[2:]) / 100)
 
 
@@ -180,11 +181,11 @@ def test_consistency_and_choices_count_groups():
 @pytest.mark.parametrize("name", METRICS)
 def test_every_score_has_a_name_and_none_without_samples(name):
     metric = METRICS[name]()
-    assert set(metric.empty().values()) == {None}
-    assert set(metric.names) == set(metric.empty()) <= set(SCORE_NAMES)
+    assert set(metric.summarise().values()) == {None}
+    assert set(metric.names) == set(metric.summarise()) <= set(SCORE_NAMES)
     assert {metric.headline or metric.names[0], *metric.means} <= set(metric.names)
     metric.update([])
-    assert metric.compute() == metric.empty()
+    assert metric.compute() == metric.summarise()
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -23,8 +23,8 @@ from vistallm.evaluate.export import EXPORTS
 from vistallm.evaluate.predictions import Faults, by_benchmark
 from vistallm.evaluate.processes import exchange_device, from_all, share
 from vistallm.metrics import METRICS, NamedScores, SampleScores
+from vistallm.metrics.overlap import target_regions
 from vistallm.metrics.scores import GROUPS, HELD_OUT, KEY, SCORE, digest, labelled
-from vistallm.metrics.targets import target_regions
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import Prediction

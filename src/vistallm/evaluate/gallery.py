@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from vistallm.evaluate.predictions import by_benchmark
-from vistallm.metrics.targets import image_masks, target_regions
+from vistallm.metrics.overlap import image_masks, target_regions
 from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.masks import rle_to_mask
 from vistallm.schema import Prediction, Region

@@ -80,4 +80,8 @@ def spice_scores(captions: Sequence[str | None], references: Sequence[Sequence[s
     return np.nan_to_num(np.array([row["All"]["f"] for row in rows], float))
 
 
-PUBLIC = {"cider_ptb": cider_scores_ptb, "spice": spice_scores}
+SCORERS: dict[str, Callable[..., np.ndarray | None]] = {
+    "cider": cider_scores,
+    "cider_ptb": cider_scores_ptb,
+    "spice": spice_scores,
+}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchmetrics import Metric
 
-from vistallm.metrics.targets import fact
+from vistallm.metrics.overlap import fact
 from vistallm.schema import Prediction
 
 NamedScores = dict[str, float | None]
@@ -39,7 +39,6 @@ class SampleScores(Metric):
     """
 
     full_state_update: bool | None = False
-    higher_is_better: bool | None = True
     names: tuple[str, ...] = ()
     headline = ""
     means: tuple[str, ...] = ()
@@ -47,25 +46,34 @@ class SampleScores(Metric):
     group_key = ""
     rows: list[torch.Tensor]
 
-    def __init__(self, average: str | None = None) -> None:
-        """`average`: a key of `GROUPS`, to average the means also over the samples that share this meta value."""
+    def __init__(self, average: str | None = None, names: tuple[str, ...] | None = None) -> None:
+        """Start without a sample.
+
+        Args:
+            average: a key of `GROUPS`: the means are also averaged over the samples that share this meta value.
+            names: compute only these of the scores.
+        """
         super().__init__()
-        self.average = average
+        self.average, self.names = average, names or self.names
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def measure(self, prediction: Prediction) -> Sums:
-        """Return what one sample adds; raises ValueError naming a prediction whose target is missing or malformed."""
+    def _measure(self, prediction: Prediction) -> Sums:
+        """What one sample adds; raises ValueError naming a prediction whose target is missing or malformed."""
         raise NotImplementedError
 
     def update(self, predictions: Sequence[Prediction]) -> None:
-        """Add N predictions, each with its target; call it on every process, also with none."""
+        """Add N predictions, each with its target; every process calls it, also with none.
+
+        Raises:
+            ValueError: a target is missing, or an answer or target is malformed; nothing is added then.
+        """
         rows = [self._row(prediction) for prediction in labelled(predictions)]
         table = torch.tensor(rows, dtype=torch.float64, device=self.device)
         self.rows.append(table.reshape(len(rows), FIRST + 2 * len(self.names)))
 
     def _row(self, prediction: Prediction) -> list[float]:
         try:
-            sums = self.measure(prediction)
+            sums = self._measure(prediction)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"prediction {prediction.id}: malformed answer or target ({error!r})") from error
         held_out, (score, weight) = fact(prediction, "held_out"), sums["score"]
@@ -78,28 +86,24 @@ class SampleScores(Metric):
         # `rows` is a tensor where torchmetrics has joined processes
         return torch.cat([self.rows] if isinstance(self.rows, torch.Tensor) else self.rows).cpu().numpy()
 
-    def summarise(self, rows: np.ndarray) -> NamedScores:
-        """Return the named scores of any of the rows, None where nothing counts."""
-        scores = self.ratios(rows)
+    def summarise(self, rows: np.ndarray | None = None) -> NamedScores:
+        """Return the named scores of any of the rows (default: of none), None where nothing counts."""
+        rows = np.zeros((0, FIRST + 2 * len(self.names))) if rows is None else rows
+        scores = self._ratios(rows)
         if self.average is None:
             return scores
         known = not np.isnan(rows[:, GROUP]).any()  # without a group for each there is no mean over groups
-        parts = [self.ratios(part) for part in groups_of(rows)] if known else []
+        parts = [self._ratios(part) for part in groups_of(rows)] if known else []
         suffix = GROUPS[self.average][0]
         return scores | {f"{name}_{suffix}": mean(part[name] for part in parts) for name in self.means}
 
-    def ratios(self, rows: np.ndarray) -> NamedScores:
-        """Return the scores that need no groups, or the class's own."""
+    def _ratios(self, rows: np.ndarray) -> NamedScores:
         sums = [math.fsum(column) for column in rows.T[FIRST:]]
-        return {name: ratio(*pair) for name, *pair in zip(self.names, sums[0::2], sums[1::2], strict=True)}
+        return {name: a / b if b else None for name, a, b in zip(self.names, sums[0::2], sums[1::2], strict=True)}
 
     def compute(self) -> NamedScores:
         """Return the named scores of all samples."""
         return self.summarise(self.table())
-
-    def empty(self) -> NamedScores:
-        """Return the scores of no sample at all: every name with None."""
-        return self.summarise(np.zeros((0, FIRST + 2 * len(self.names))))
 
 
 def labelled(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -120,12 +124,7 @@ def digest(value: Any) -> float:
     return float(int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest()) >> 12)
 
 
-def ratio(numerator: float, denominator: float) -> float | None:
-    """Return numerator / denominator, or None where nothing was counted."""
-    return numerator / denominator if denominator else None
-
-
 def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None without any."""
     known = [value for value in values if value is not None]
-    return ratio(math.fsum(known), len(known))
+    return math.fsum(known) / len(known) if known else None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from vistallm.metrics import functional as F
+from vistallm.metrics import overlap as F
 
 
 def rle(mask):

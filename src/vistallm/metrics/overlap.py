@@ -1,33 +1,82 @@
-"""Pure functions on masks and boxes: RLEs and boxes in, pixel counts, overlaps and matches out.
+"""Masks and boxes of predictions and their targets, and pure functions on them: pixel counts, overlaps, matches.
 
-Definitions follow the gRefCOCO evaluation (ReLA, gres_model/evaluation). Frame: pixels of the original image; masks are
-COCO RLE of the image's own size; boxes are x0, y0, x1, y1.
+Frame: pixels of the original image. Masks are COCO RLE of the image's own size, boxes are x0, y0, x1, y1. Definitions
+follow the gRefCOCO evaluation (ReLA, gres_model/evaluation).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from vistallm.schema import Rle
+from vistallm.regions.masks import polygons_to_rle, rle_box
+from vistallm.schema import Prediction, Region, Rle
 
 Boxes = np.ndarray | Sequence  # (N, 4), or one box (4,)
+MaskCounts = tuple[int, int, int]  # pixels of the intersection, the union and the image
 
 
-class MaskCounts(NamedTuple):
-    """Pixels of one predicted mask and its target."""
+def target_regions(prediction: Prediction) -> list[Region]:
+    """Return the target's regions; raises ValueError naming the prediction when one is malformed or in no image."""
+    try:
+        regions = [Region.from_json(record) for record in prediction.target.get("regions", [])]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"prediction {prediction.id}: target region is malformed: {error}") from error
+    if any(not 0 <= region.image < len(prediction.images) for region in regions):
+        raise ValueError(
+            f"prediction {prediction.id}: a target region lies in none of its {len(prediction.images)} images"
+        )
+    return regions
 
-    intersection: int
-    union: int
-    pixels: int  # of the image
 
-    @property
-    def iou(self) -> float:
-        """IoU in [0, 1]; 0 where both masks are empty."""
-        return self.intersection / max(self.union, 1)
+def scored_regions(prediction: Prediction, optional: bool = False) -> list[Region]:
+    """Return the target's regions to score against; `optional`: the task has a "no target" answer.
+
+    Raises:
+        ValueError: as `target_regions`; also where the target is missing: "no target" must be said by `empty`.
+    """
+    regions = target_regions(prediction)
+    none = prediction.target.get("empty")
+    if not regions and not (optional and none) or regions and none:
+        raise ValueError(f"prediction {prediction.id}: its target has {len(regions)} region(s), and empty is {none}")
+    return regions
+
+
+def fact(prediction: Prediction, name: str, default: Any = None) -> Any:
+    """Return what the target says beside regions and answer ("held_out", "group", "mode", "class"), or `default`."""
+    return prediction.target.get(name, (prediction.target.get("meta") or {}).get(name, default))
+
+
+def image_masks(regions: list[Region], prediction: Prediction) -> list[Rle]:
+    """Return one RLE per image of the prediction: the union of the mask regions in that image, maybe empty.
+
+    A region is drawn by its own RLE (a target's full mask), else by its polygons.
+    """
+    drawn = []
+    for index, image in enumerate(prediction.images):
+        size = int(image["height"]), int(image["width"])
+        here = [region for region in regions if region.image == index]
+        masks = [polygons_to_rle(one.polygons or [], *size) if one.rle is None else one.rle for one in here]
+        try:
+            drawn.append(union_rle(masks, *size))
+        except ValueError as error:
+            raise ValueError(f"prediction {prediction.id}, image {index}: {error}") from error
+    return drawn
+
+
+def box_of(region: Region) -> tuple[float, ...]:
+    """Return a region's box (x0, y0, x1, y1): its own, its point as a box without area, or the one of its mask."""
+    if region.rle is not None and region.box is None and region.point is None:
+        return rle_box(region.rle)
+    return region.box or 2 * (region.point or ())
+
+
+def boxes_of(regions: list[Region]) -> np.ndarray:
+    """Return (n, 4) float64 boxes."""
+    return np.array([box_of(region) for region in regions], np.float64).reshape(-1, 4)
 
 
 def union_rle(masks: Sequence[Rle], height: int, width: int) -> Rle:
@@ -46,7 +95,7 @@ def mask_counts(predicted: Rle, target: Rle) -> MaskCounts:
     areas = int(coco_mask.area(predicted)) + int(coco_mask.area(target))
     intersection = int(coco_mask.area(coco_mask.merge([predicted, target], intersect=True)))
     height, width = target["size"]
-    return MaskCounts(intersection, areas - intersection, height * width)
+    return intersection, areas - intersection, height * width
 
 
 def box_iou(boxes: Boxes, others: Boxes, generalized: bool = False) -> np.ndarray:
