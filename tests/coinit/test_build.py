@@ -24,7 +24,7 @@ from vistallm.coinit.shards import read_index, read_raw, read_shard
 from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions
 from vistallm.coinit.sources.custom import load_jsonl
 from vistallm.coinit.sources.images import SourceImage
-from vistallm.coinit.sources.records import Record, short_parts
+from vistallm.coinit.sources.records import Record
 from vistallm.data.images import decode_sample
 from vistallm.regions.masks import mask_to_rle, merge_rles, rle_area, rle_box, rle_to_mask, segmentation_to_rle
 from vistallm.schema import ImageInfo, Region, Sample
@@ -387,7 +387,6 @@ def test_segmentations():
     square, other = [1, 1, 5, 1, 5, 5, 1, 5], [6, 6, 9, 6, 9, 9, 6, 9]
     both = segmentation_to_rle([square, other, [1, 1, 2, 2]], 10, 12)
     assert (both["size"], rle_area(both)) == ([10, 12], 16 + 9)
-    assert short_parts([square, [1, 1, 2, 2]]) == 1
     assert rle_area(segmentation_to_rle([[1, 1, 2, 2]], 10, 12)) == 0
     crowd = segmentation_to_rle({"size": [10, 12], "counts": [11, 4, 105]}, 10, 12)
     assert np.argwhere(rle_to_mask(crowd)).tolist() == [[1, 1], [2, 1], [3, 1], [4, 1]]
