@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from vistallm.config import PAD_COLOUR
+
 ROOT = Path(__file__).parents[1]
 STEPS = ["model=mini", "trainer.max_steps=3", "checkpoint.every_n_steps=2"]
 PROMPT = "Can you segment the red circle in this picture?"
@@ -129,7 +131,7 @@ def test_a_predictions_file_needs_no_run(evaluation, runs):
 
 
 def test_predict_saves_an_overlay(stage_two, images, runs):
-    out = runs / "overlay.png"
+    out = runs / "new" / "overlay.png"
     done = call("tools/predict.py", "--ckpt", stage_two[0], "--image", *images, "--prompt", PROMPT, "--save", out)
     assert done.returncode == 0, done.stderr
     overlay = cv2.imread(str(out))
@@ -219,20 +221,54 @@ def test_unknown_benchmark(refuse, stage_one, tmp_path):
     assert "mini_rez" in refuse("eval.py", f"ckpt={stage_one[0]}", "benchmarks=[mini_rez]", f"run_dir={tmp_path}")
 
 
-def test_predict_without_an_image_or_with_a_missing_one(refuse, stage_one, images, tmp_path):
+def test_predict_refuses_broken_images(refuse, stage_one, images, tmp_path):
     ask = ["tools/predict.py", "--ckpt", stage_one[0], "--prompt", PROMPT]
-    assert "at least one image" in refuse(*ask)
-    assert "at least one image" in refuse(*ask, "--image")
-    assert "no such file" in refuse(*ask, "--image", tmp_path / "gone.png")
+    assert "o such file" in refuse(*ask, "--image", tmp_path / "gone.png")
     (tmp_path / "text.png").write_text("no image")
-    assert "not an image" in refuse(*ask, "--image", tmp_path / "text.png")
+    assert "expected a whole image" in refuse(*ask, "--image", tmp_path / "text.png")
+    whole = images[0].read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    assert "cut off" in refuse(*ask, "--image", tmp_path / "cut.jpg")
     assert "found nothing there" in refuse(
         "tools/predict.py", "--ckpt", tmp_path / "x", "--image", images[0], "--prompt", PROMPT
     )
-    assert "with @k for image k" in refuse(*ask[:-1], "What is at {point:4,5@3}?", "--image", images[0])
-    assert "{point:" in refuse(*ask[:-1], "What is at {point:4,,5}?", "--image", images[0])
-    assert "--save" in refuse(*ask, "--image", images[0], "--save", tmp_path / "gone" / "o.png")
-    assert "--save" in refuse(*ask, "--image", images[0], "--save", tmp_path / "o.xyz")
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        "{point:4,5@3}",
+        "{point:4,,5}",
+        "{point:4,5@0}",
+        "{box:a,b}",
+        "{box:1,2,3}",
+        "{point:91,5}",
+        "{box:1,2,30,61}",
+        "{box:9,9,9,20}",
+    ],
+)
+def test_predict_refuses_regions_that_no_image_has(refuse, images, region):
+    ask = ["tools/predict.py", "--ckpt", "unused", "--image", images[0], "--prompt"]
+    assert "@k for image k" in refuse(*ask, f"What is at {region}?")
+
+
+def test_predict_refuses_a_save_before_it_loads_anything(refuse, images, tmp_path):
+    ask = ["tools/predict.py", "--ckpt", "unused", "--prompt", PROMPT, "--image", images[0], "--save"]
+    assert "--save" in refuse(*ask, tmp_path / "o.xyz")
+    (tmp_path / "file").write_text("")
+    assert "File exists" in refuse(*ask, tmp_path / "file" / "o.png")
+    assert "--save" in refuse(*ask, tmp_path)
+
+
+def test_predict_lays_transparent_pixels_on_the_letterbox_colour(tmp_path):
+    tool = runpy.run_path(str(ROOT / "tools/predict.py"))
+    pixels = np.full((2, 3, 4), 200, np.uint8)
+    pixels[0, :, 3], pixels[1, 0, 3] = 0, 255
+    cv2.imwrite(str(tmp_path / "clear.png"), pixels)
+    read = tool["read_image"](tmp_path / "clear.png").astype(int)
+    assert (read[0] == PAD_COLOUR).all()
+    assert (read[1, 0] == 200).all()
+    assert (abs(read[1, 1] - (200 * 200 + 55 * np.array(PAD_COLOUR)) / 255) <= 1).all()
 
 
 def test_a_missing_image_in_a_shard_is_counted_and_too_many_stop_the_run(refuse, mini_root, tmp_path, tiny_words):

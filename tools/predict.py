@@ -2,10 +2,9 @@
 
     python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--save overlay.png]
 
-Regions in the prompt are written in pixels of the image: `{box:x0,y0,x1,y1}` or `{point:x,y}`, with `@k` for image k
-(`{point:40,60@2}`). The answer is printed as text and as JSON, each region with its `confidence`; `presence` is how
-probable any region was against "no target" (`vistallm.evaluate.confidence`). The overlay shows masks, boxes and points
-of the answer, the images side by side.
+Regions in the prompt are written in pixels of the stored image: `{box:x0,y0,x1,y1}` or `{point:x,y}`, with `@k` for
+image k (`{point:40,60@2}`). The answer is printed as text and as JSON, each region with its `confidence`; `presence` is
+the probability of any region against "no target" (`vistallm.evaluate.confidence`). The overlay shows the regions.
 """
 
 from __future__ import annotations
@@ -18,97 +17,104 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
+from PIL import Image
 
-from vistallm.data.datamodule import build_sequencer
-from vistallm.evaluate.confidence import set_confidence
-from vistallm.evaluate.generate import Answerer
-from vistallm.evaluate.grammar import Rule
-from vistallm.model.checkpoint import load_run
-from vistallm.regions.codec import RegionParseError
+from vistallm.coinit.images import decode_pixels
+from vistallm.config import PAD_COLOUR
 from vistallm.regions.overlay import draw_regions
-from vistallm.schema import ImageInfo, Parsed, Region, Sample
-from vistallm.train.run import quiet
+from vistallm.schema import ImageInfo, Region, Sample
 
-_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")
-_GIVEN = re.compile(r"\{(box|point):([-\d.,\s]+)(?:@(\d+))?\}")
+_GIVEN = re.compile(r"\{(box|point):([^{}@]*)(?:@(\d+))?\}")
 
 
-def read_images(paths: list[str]) -> list[np.ndarray]:
-    """Read images as (H, W, 3) uint8 RGB; raises ValueError for a missing or unreadable file."""
-    if not paths:
-        raise ValueError("--image: expected at least one image, got none")
-    images = []
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"--image {path}: no such file")
-        image = cv2.imread(path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-        if image is None:
-            raise ValueError(f"--image {path}: not an image that OpenCV can read")
-        images.append(image)
-    return images
+def read_image(path: Path) -> np.ndarray:
+    """The stored pixels of a whole image, (H, W, 3) uint8 RGB, transparent ones on the letterbox colour."""
+    pixels = decode_pixels(path.read_bytes(), f"--image {path}")
+    with Image.open(path) as image:
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha is None:
+        return pixels
+    opacity = np.asarray(alpha)[..., None] / 255
+    return np.rint(opacity * pixels + (1 - opacity) * PAD_COLOUR).astype(np.uint8)
 
 
 def make_sample(images: list[np.ndarray], prompt: str) -> Sample:
     """Turn a prompt and its images into a sample; regions of the prompt become region placeholders."""
     regions: list[Region] = []
 
-    def write(match: re.Match[str]) -> str:
-        words, image = match[2].split(","), int(match[3] or 1) - 1
-        numbers = len(words) == (4 if match[1] == "box" else 2) and all(_NUMBER.fullmatch(w.strip()) for w in words)
-        if not numbers or not 0 <= image < len(images):
-            raise ValueError(f"--prompt {match[0]}: expected {{box:x0,y0,x1,y1}} or {{point:x,y}}, with @k for image k")
-        values = tuple(float(word) for word in words)
-        regions.append(Region.from_json({"image": image, "kind": match[1], "object": len(regions), match[1]: values}))
+    def placeholder(match: re.Match[str]) -> str:
+        kind, image = match[1], int(match[3] or 1) - 1
+        expected = (
+            f"--prompt {match[0]}: expected {{box:x0,y0,x1,y1}} or {{point:x,y}} inside the image, @k for image k"
+        )
+        try:
+            corners = np.array(match[2].split(","), float).reshape(2 if kind == "box" else 1, 2)
+        except ValueError as error:
+            raise ValueError(expected) from error
+        size = images[image].shape[1::-1] if 0 <= image < len(images) else (0, 0)
+        if not ((corners >= 0) & (corners <= size)).all() or (np.diff(corners, axis=0) <= 0).any():
+            raise ValueError(f"{expected}; image {image + 1} has {size[0]}x{size[1]} pixels")
+        values = corners.ravel().tolist()
+        regions.append(Region.from_json({"image": image, "kind": kind, "object": len(regions), kind: values}))
         return f"{{regions:{len(regions) - 1}}}"
 
-    text = _GIVEN.sub(write, prompt)
+    text = _GIVEN.sub(placeholder, prompt)
     infos = [ImageInfo(f"{i}.png", image.shape[1], image.shape[0]) for i, image in enumerate(images)]
     return Sample("prompt", "vqa", "user", infos, instruction=text, regions=regions, pixels=images)
 
 
-def overlay(images: list[np.ndarray], parsed: Parsed | None) -> np.ndarray:
-    """Draw the answer's regions on images (H, W, 3) uint8 RGB, scaled to one height >= 240 pixels, side by side."""
-    height = max(240, *(image.shape[0] for image in images))
-    panels: list[np.ndarray] = []
-    for index, image in enumerate(images):
-        regions = [] if parsed is None else [r for r in parsed.regions if r.image == index]
-        panels += [draw_regions(image, regions, height / image.shape[0]), np.full((height, 8, 3), 255, np.uint8)]
-    return np.concatenate(panels[:-1], axis=1)
+def answer(ckpt: str, sample: Sample) -> list[Region]:
+    """Print a model's answer and its regions, each with its confidence; ValueError where unreadable."""
+    import torch  # here: a wrong word on the command line is then refused at once
+
+    from vistallm.data.datamodule import build_sequencer
+    from vistallm.evaluate.confidence import set_confidence
+    from vistallm.evaluate.generate import Answerer
+    from vistallm.evaluate.grammar import Rule
+    from vistallm.model.checkpoint import load_run
+    from vistallm.train.run import quiet
+
+    quiet()
+    model, config, _ = load_run(ckpt)
+    builder = build_sequencer(config, model.vocabulary)
+    sequence = builder.build_prompt(sample)
+    answerer = Answerer(model.to("cuda" if torch.cuda.is_available() else "cpu"), config)
+    reply = answerer.answer([sequence], [Rule(images=len(sample.images))])[0]
+    print(reply.text)
+    parsed = builder.codec.decode(reply.text, sequence.letterboxes)
+    set_confidence(parsed, reply.regions, reply.presence)
+    print(json.dumps(parsed.to_json()))
+    return parsed.regions
 
 
 def main(argv: list[str]) -> None:
-    """Print the answer and its regions, each with its confidence, as JSON; save the overlay."""
+    """Check the arguments, answer, save the overlay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
-    parser.add_argument("--image", nargs="*", default=[], help="one or several images")
+    parser.add_argument("--image", nargs="+", type=Path, required=True, help="one or several images")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--save", type=Path, help="write the overlay here")
+    parser.add_argument("--save", type=Path, help="write the overlay here; the folder is made")
     arguments = parser.parse_args(argv)
-    quiet()
-    sample = make_sample(read_images(arguments.image), arguments.prompt)
-    model, config, _ = load_run(arguments.ckpt)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    builder = build_sequencer(config, model.vocabulary)
-    sequence = builder.build_prompt(sample)
-    answer = Answerer(model, config).answer([sequence], [Rule(images=len(sample.images))])[0]
-    print(answer.text)
-    parsed = None
-    try:
-        parsed = builder.codec.decode(answer.text, sequence.letterboxes)
-        set_confidence(parsed, answer.regions, answer.presence)
-        print(json.dumps(parsed.to_json()))
-    except RegionParseError as error:
-        print(f"the regions of this answer can't be read: {error}", file=sys.stderr)
-    if arguments.save:
-        picture, name = overlay(sample.pixels or [], parsed)[:, :, ::-1], str(arguments.save)
-        if not cv2.haveImageWriter(name) or not cv2.imwrite(name, picture):
-            raise ValueError(f"--save {arguments.save}: could not write; use a .png or .jpg name in an existing folder")
-        print(f"overlay: {arguments.save}")
+    images, save = [read_image(path) for path in arguments.image], arguments.save
+    sample = make_sample(images, arguments.prompt)
+    if save:
+        if not cv2.haveImageWriter(str(save)) or save.is_dir():
+            raise ValueError(f"--save {save}: expected the name of a .png or .jpg file")
+        save.parent.mkdir(parents=True, exist_ok=True)
+    regions = answer(arguments.ckpt, sample)
+    if save:
+        height = max(240, *(image.shape[0] for image in images))
+        strip, panels = np.full((height, 8, 3), 255, np.uint8), list[np.ndarray]()
+        for index, image in enumerate(images):
+            here = [region for region in regions if region.image == index]
+            panels += [draw_regions(image, here, height / image.shape[0]), strip]
+        if not cv2.imwrite(str(save), np.concatenate(panels[:-1], axis=1)[:, :, ::-1]):
+            raise ValueError(f"--save {save}: could not be written")
+        print(f"overlay: {save}")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"predict.py: {error}")

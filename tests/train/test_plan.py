@@ -90,6 +90,8 @@ def test_a_made_batch_fills_the_workload(tiny_model):
     [
         (["model=vicuna-7b", "gpus=8", "strategy=fsdp"], 0, "GiB of 80: fits"),
         (["model=vicuna-7b", "gpus=1", "gpu=rtx4090-24g"], 1, "does not fit: data.batch_size=4"),
+        (["model=mini", "gpu=h100", "gpus=1"], 0, "1 x h100-80g"),
+        (["gpu=a100"], None, "gpu=a100: expected one of a100-40g, a100-80g"),
         (["gpu=tpu"], None, "gpu=tpu: expected one of a100-40g"),
         (["gpus=many"], None, "gpus=many: expected gpus=<int>"),
     ],
