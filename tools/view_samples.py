@@ -216,7 +216,9 @@ def choose(
             break
     if ids:
         chosen = {sample.id: sample for kept in by_task.values() for sample in kept}
-        return [chosen[key] for key in ids if key in chosen]
+        if missing := [name for name in ids if name not in chosen]:
+            raise ValueError(f"--ids: expected samples of {folder}, got {missing[0]!r}, which is not in it")
+        return [chosen[name] for name in ids]
     turns = [kept[i] for i in range(number) for kept in by_task.values() if i < len(kept)]
     return sorted(turns[:number], key=lambda sample: list(by_task).index(sample.task))
 

@@ -77,6 +77,12 @@ class BuildReport:
     done: int = 0
     shards: int = 0
 
+    def add(self, record: dict[str, Any]) -> None:
+        """Count a shard by its row and rejects."""
+        self.samples += record["row"]["samples"]
+        self.size += record["row"]["bytes"]
+        self.rejects.update(reason for reason, _ in record["rejects"])
+
 
 def build(name: str, load: Load, source_options: SourceOptions, options: BuildOptions) -> BuildReport:
     """Build one split of a source, or go on with it; prints progress to stderr.
@@ -107,18 +113,16 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
     todo = [number for number in numbers if not slices.is_done(number)]
     for number in todo:  # no other part writes these shards
         slices.remove_unfinished(f"{number:06d}")
-    total, samples, size = len(units) // options.part[1], 0, 0
-    done = len(units) * (len(numbers) - len(todo)) // max(len(numbers), 1)
+    report = BuildReport(shards=len(starts))
+    for number in sorted(set(numbers) - set(todo)):
+        report.add(slices.record(number))
+    total, done = len(units) // options.part[1], len(units) * (len(numbers) - len(todo)) // max(len(numbers), 1)
     with tqdm(total=total, initial=done, unit="unit", desc=split, dynamic_ncols=True) as bar:
         for record in run_forked(slices.write, todo, options.workers):
-            samples, size = samples + record["row"]["samples"], size + record["row"]["bytes"]
-            bar.set_postfix(samples=samples, MB=size >> 20, refresh=False)
+            report.add(record)
+            bar.set_postfix(samples=report.samples, MB=report.size >> 20, refresh=False)
             bar.update(min(step, bar.total - bar.n))
-    report = BuildReport(shards=len(slices.starts), done=sum(map(slices.is_done, range(len(slices.starts)))))
-    for record in map(slices.record, numbers):
-        report.samples += record["row"]["samples"]
-        report.size += record["row"]["bytes"]
-        report.rejects.update(reason for reason, _ in record["rejects"])
+    report.done = sum(map(slices.is_done, range(len(starts))))
     if report.done == report.shards:
         with (out / ROWS / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two parts or splits may get here at once
@@ -165,7 +169,8 @@ def _order(source: Source, seed: int | None, step: int, workers: int | None) -> 
             images.append(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
         return [begin, *images]
 
-    slices = sorted(run_forked(first_images, range(0, len(source), 1000), workers))
+    begins = range(0, len(source), 1000)
+    slices = sorted(tqdm(run_forked(first_images, begins, workers), "order", len(begins), leave=False, delay=2))
     images = np.array([image for _, *images in slices for image in images], np.uint64)
     _, first, group = np.unique(images, return_index=True, return_inverse=True)
     rank = np.arange(len(source))

@@ -25,15 +25,7 @@ from vistallm.coinit.sources.base import is_training, sample_images
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import ImageInfo, Region, Sample
-from vistallm.tasks import (
-    TASKS,
-    RegionSlot,
-    earlier_rounds,
-    find_region,
-    split_placeholders,
-    write_answer,
-    write_instruction,
-)
+from vistallm.tasks import TASKS, earlier_rounds, find_region, split_placeholders, write_answer, write_instruction
 
 FIRST = 5  # faults of each kind that are kept with their text
 WARNINGS = ("lost-character", "exif-orientation")  # kinds that leave a set usable
@@ -259,8 +251,9 @@ class SampleChecker:
     def _text_faults(self, sample: Sample) -> Iterator[Fault]:
         """The evaluation template must fill, placeholders name objects that have regions, and the answer read back."""
         try:
-            rounds = [dict(zip(("instruction", "answer"), pair, strict=True)) for pair in earlier_rounds(sample)]
-            texts = [(f"earlier {name}", text) for pair in rounds for name, text in pair.items()]
+            texts = []
+            for instruction, answer in earlier_rounds(sample):
+                texts += [("earlier instruction", instruction), ("earlier answer", answer)]
             texts.append(("instruction", write_instruction(sample, template=0)))
             if not sample.meta.get("unlabelled"):
                 texts.append(("answer", write_answer(sample)))
@@ -289,7 +282,7 @@ class SampleChecker:
         letterboxes = [Letterbox(info.width, info.height, max(info.width, info.height)) for info in sample.images]
         pieces, written = [], []
         for piece in split_placeholders(text):
-            if isinstance(piece, RegionSlot):
+            if not isinstance(piece, str):
                 regions = [find_region(sample, number, piece.kind) for number in piece.objects]
                 regions.sort(key=lambda region: region.image)
                 written += [region.image for region in regions]
