@@ -198,7 +198,7 @@ def test_five_kills_and_a_finished_build_give_the_same_bytes(lines, tmp_path):
     assert 0 < done[0] < done[-1] <= 50
     finished = subprocess.run([*words, "--out", str(out), "--workers", "2"], check=True, capture_output=True, text=True)
     assert "400 samples" in finished.stdout
-    assert "unit/s" in finished.stderr
+    assert "samples=400" in finished.stderr
     assert contents(out) == contents(tmp_path / "whole")
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from vistallm.coinit.build import read_ids
-from vistallm.coinit.check import FIRST, SampleChecker, broken_text, check, evaluation_images
+from vistallm.coinit.check import FIRST, broken_text, check, evaluation_images, sample_faults
 from vistallm.coinit.shards import read_index, write_index, write_shard
 from vistallm.mini.build import MiniRecipe, build_mini, make_sample
+from vistallm.regions.codec import RegionCodec
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
 
@@ -233,13 +234,13 @@ def change_marker(sample, files):
         (change_point, "region", "is not inside"),
         (change_task, "task", "unknown task"),
         (change_size, "image-size", "its record says"),
-        (change_bytes, "image", "does not decode"),
+        (change_bytes, "image", "do not decode"),
         (change_targets, "placeholder", "names object 7"),
         (change_kind, "placeholder", "names object 0 as point"),
         (change_fields, "text", "needs field 'expr'"),
         (change_text, "empty-text", "answer is empty"),
         (change_slot, "placeholder", "expected {regions:0,2}"),
-        (change_round, "placeholder", "the earlier answer: a placeholder names object 9"),
+        (change_round, "placeholder", "the earlier answer has a wrong placeholder: a placeholder names object 9"),
         (change_letters, "mojibake", "read the source's texts as UTF-8"),
         (change_ids, "image-ids", "expected a list of 1 image ids"),
         (change_marker, "parse-back", "the answer"),
@@ -247,10 +248,10 @@ def change_marker(sample, files):
 )
 def test_checker_sees_each_fault(pair, change, kind, message):
     sample, files = pair[0], [data for data, _ in pair[1]]
-    checker = SampleChecker()
-    assert list(checker.faults(sample, files)) == []
+    codec = RegionCodec(mask_sampler="uniform")
+    assert list(sample_faults(sample, files, codec)) == []
     change(sample, files)
-    assert any(k == kind and message in text for k, text in checker.faults(sample, files))
+    assert any(k == kind and message in text for k, text in sample_faults(sample, files, codec))
 
 
 def test_a_character_that_was_lost_before_is_a_warning(tmp_path):
@@ -267,9 +268,20 @@ def test_a_character_that_was_lost_before_is_a_warning(tmp_path):
 def test_a_sample_without_labels_needs_no_answer(pair):
     sample, files = pair[0], [data for data, _ in pair[1]]
     sample.task, sample.fields, sample.meta["unlabelled"] = "vqa", {"question": "What is it?"}, True
-    assert list(SampleChecker().faults(sample, files)) == []
+    assert list(sample_faults(sample, files, RegionCodec())) == []
     sample.meta["unlabelled"] = False
-    assert [kind for kind, _ in SampleChecker().faults(sample, files)] == ["text"]
+    assert [kind for kind, _ in sample_faults(sample, files, RegionCodec())] == ["text"]
+
+
+def test_ids_that_come_again_are_named_by_their_places(tmp_path):
+    pairs = [make_sample(MiniRecipe(), "val", "res", serial) for serial in (1, 2, 3, 2)]
+    write(tmp_path, "test", pairs[:2])
+    write(tmp_path, "val", pairs[2:])
+    assert check([tmp_path], workers=2).faults == {
+        "duplicate-id": [
+            f"{tmp_path}/val-000000.tar, sample 1: the same id is that of {tmp_path}/test-000000.tar, sample 1"
+        ]
+    }
 
 
 @pytest.mark.parametrize("text", ["cafÃ©", "itâ€™s", "\ufffd", "na\x85me", "Ã¼ber"])

@@ -5,21 +5,25 @@ Shards are checked by all cores, one shard at a time each; what is kept per samp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from vistallm.coinit.build import is_normalised, run_forked
-from vistallm.coinit.images import decode_pixels, exif_orientation
+from vistallm.coinit.build import is_normalised, run_forked, text_number
+from vistallm.coinit.images import decode_pixels
 from vistallm.coinit.shards import read_index, read_raw, read_shard
 from vistallm.coinit.sources.base import is_training, sample_images
 from vistallm.regions.codec import RegionCodec, RegionParseError
@@ -32,6 +36,7 @@ WARNINGS = ("lost-character", "exif-orientation")  # kinds that leave a set usab
 Fault = tuple[str, str]  # kind, a short kebab-case word, and what is wrong where
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _FOREIGN = re.compile(r"[^\x00-\x7f]{2,}")
+_ROUND = ("instruction", "answer")
 
 
 @dataclass
@@ -63,7 +68,7 @@ class _CheckedShard:
     split: str
     tasks: Counter[str] = field(default_factory=Counter)
     report: CheckReport = field(default_factory=CheckReport)
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    ids: list[int] = field(default_factory=list)  # 64 bits of each sample's
     images: set[str] = field(default_factory=set)
     files: set[int] = field(default_factory=set)  # hashes of image bytes: forked workers share Python's hash seed
     nameless: int = 0  # samples without image ids
@@ -90,7 +95,7 @@ def check(
                 report.add("unlisted-shard", f"{path}: not in index.json")
         listed += [(root / name, row) for name, row in rows.items()]
     running = run_forked(_check_shard, listed, workers)
-    shards = sorted(tqdm(running, total=len(listed), unit="shard", desc="check"), key=lambda shard: shard.path)
+    shards = list(tqdm(running, total=len(listed), unit="shard", desc="check"))
     for shard in shards:
         for kind, texts in shard.report.faults.items():
             for text in texts:
@@ -128,50 +133,36 @@ def _check_shard(listed: tuple[Path, dict[str, Any]]) -> _CheckedShard:
     size = path.stat().st_size
     if size != row["bytes"] or digest != row["sha256"]:
         report.add("bytes", f"bytes differ from the index ({size} bytes, {row['bytes']} listed); build the shard again")
-    checker, ids = SampleChecker(), []
+    # The answer must be readable whatever the sampler, so the cheapest one writes it.
+    codec = RegionCodec(mask_sampler="uniform", cache_size=256)
     try:
         for sample, images in read_shard(path):
             shard.tasks[sample.task] += 1
-            ids.append(id_digest(sample.id))
+            shard.ids.append(text_number(sample.id))
             shard.images |= sample_images(sample)
             shard.files.update(map(hash, images))
             shard.nameless += not sample.meta.get("image_ids")
-            for kind, text in checker.faults(sample, images):
+            for kind, text in sample_faults(sample, images, codec):
                 report.add(kind, f"sample {sample.id}: {text}")
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        OSError,
-        tarfile.TarError,
-    ) as error:  # a record with other types, too
+    except (ValueError, TypeError, AttributeError, OSError, tarfile.TarError) as error:  # other types in a record, too
         report.add("record", f"{error!r}; the rest of the shard was not checked")
-    shard.ids = np.array(ids, np.uint64)
     if shard.tasks != Counter(row["tasks"]) or shard.tasks.total() != row["samples"]:
         report.add("count", f"holds {dict(sorted(shard.tasks.items()))}, the index says {row['tasks']}")
     return shard
 
 
-def id_digest(name: str) -> int:
-    """A sample id as 64 bits: two of ten million ids share one with a chance of 3 in a million."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
 def _find_duplicates(shards: list[_CheckedShard], report: CheckReport) -> None:
-    """Ids that occur twice anywhere; the shards that hold them are read again for the names."""
-    values, counts = np.unique(np.concatenate([shard.ids for shard in shards]), return_counts=True)
-    twice = values[counts > 1]
-    if not len(twice):
-        return
-    report.totals["duplicate-id"] += int((counts - 1).sum())
-    seen: dict[str, Path] = {}
-    for shard in shards:
-        if len(report.faults.get("duplicate-id", ())) < FIRST and np.isin(shard.ids, twice[:FIRST]).any():
-            for name in (str(raw.record["id"]) for raw in read_raw(shard.path, images=False) if raw.record):
-                if np.isin(np.uint64(id_digest(name)), twice[:FIRST]):
-                    if name in seen:
-                        report.add("duplicate-id", f"{shard.path}: sample {name}: the same id is in {seen[name]}", 0)
-                    seen[name] = shard.path
+    """Ids that occur twice anywhere, by the places of their samples."""
+    ids = np.concatenate([np.array(shard.ids, np.uint64) for shard in shards])
+    ends = np.cumsum([len(shard.ids) for shard in shards])
+    order = np.argsort(ids, kind="stable")
+
+    def place(index: int) -> str:
+        number = int(np.searchsorted(ends, index, "right"))
+        return f"{shards[number].path}, sample {index - ends[number] + len(shards[number].ids)}"
+
+    for i in np.flatnonzero(np.diff(ids[order]) == 0).tolist():
+        report.add("duplicate-id", f"{place(order[i + 1])}: the same id is that of {place(order[i])}")
 
 
 def _find_leaks(shards: list[_CheckedShard], exclude: frozenset[str], report: CheckReport) -> None:
@@ -197,100 +188,86 @@ def broken_text(text: str) -> str | None:
     if broken := _BROKEN.search(text):
         return broken[0]
     for piece in _FOREIGN.findall(text):
-        try:
+        with contextlib.suppress(UnicodeError):
             if piece.encode("cp1252").decode("utf-8") != piece:
                 return piece
-        except UnicodeError:
-            continue
     return None
 
 
-class SampleChecker:
-    """Checks samples one by one; images and answers that come again are looked at once."""
+@lru_cache(16)
+def _image_faults(data: bytes, info: tuple[str, int, int]) -> list[Fault]:
+    """Faults of an encoded image beside its (file, width, height) in the record."""
+    file, *size = info
+    try:
+        height, width = decode_pixels(data, file).shape[:2]
+    except ValueError as error:
+        return [("image", str(error))]
+    with Image.open(io.BytesIO(data)) as header:
+        orientation = header.getexif().get(0x0112, 1)
+    faults = []
+    if orientation != 1:
+        faults.append(("exif-orientation", f"image {file} has orientation {orientation}; its stored pixels are used"))
+    if [width, height] != size:
+        faults.append(("image-size", f"image {file} is {width} x {height}, its record says {size[0]} x {size[1]}"))
+    return faults
 
-    def __init__(self) -> None:
-        # The answer must be readable whatever the sampler, so the cheapest one writes it.
-        self.codec = RegionCodec(mask_sampler="uniform", cache_size=256)
-        self._images: dict[bytes, tuple[tuple[int, ...] | None, int]] = {}
 
-    def faults(self, sample: Sample, images: list[bytes]) -> Iterator[Fault]:
-        """Faults of a sample: task, image sizes, regions inside their image, texts, and an answer that reads back."""
-        if sample.task not in TASKS:
-            yield "task", f"unknown task {sample.task!r}; known: {', '.join(TASKS)}"
-            return
-        ids = sample.meta.get("image_ids")
-        if ids is not None and (not isinstance(ids, list) or len(ids) != len(images)):
-            yield "image-ids", f"expected a list of {len(images)} image ids, got {ids}"
-        for info, data in zip(sample.images, images, strict=True):
-            shape, orientation = self._inspect(data)
-            if orientation != 1:
-                yield "exif-orientation", f"image {info.file} has orientation {orientation}; its stored pixels are used"
-            if shape is None:
-                yield "image", f"image {info.file} does not decode"
-            elif shape != (info.height, info.width):
-                got = f"{shape[1]} x {shape[0]}"
-                yield "image-size", f"image {info.file} is {got}, its record says {info.width} x {info.height}"
-        faults = [(region.object, _region_fault(region, sample.images[region.image])) for region in sample.regions]
-        for number, fault in faults:
-            if fault:
-                yield "region", f"region of object {number}: {fault}"
-        if not any(fault for _, fault in faults):
-            yield from self._text_faults(sample)
+def sample_faults(sample: Sample, images: list[bytes], codec: RegionCodec) -> Iterator[Fault]:
+    """Faults of a sample: task, image sizes, regions inside their image, texts, and an answer that reads back."""
+    if sample.task not in TASKS:
+        yield "task", f"unknown task {sample.task!r}; known: {', '.join(TASKS)}"
+        return
+    ids = sample.meta.get("image_ids")
+    if ids is not None and (not isinstance(ids, list) or len(ids) != len(images)):
+        yield "image-ids", f"expected a list of {len(images)} image ids, got {ids}"
+    for info, data in zip(sample.images, images, strict=True):
+        yield from _image_faults(data, (info.file, info.width, info.height))
+    faults = [(region.object, _region_fault(region, sample.images[region.image])) for region in sample.regions]
+    if any(fault for _, fault in faults):
+        yield from (("region", f"region of object {number}: {fault}") for number, fault in faults if fault)
+        return
+    try:
+        pairs = [
+            (f"earlier {name}", text)
+            for pair in earlier_rounds(sample)
+            for name, text in zip(_ROUND, pair, strict=True)
+        ]
+        pairs.append(("instruction", write_instruction(sample, template=0)))
+        if not sample.meta.get("unlabelled"):
+            pairs.append(("answer", write_answer(sample)))
+    except ValueError as error:
+        yield "text", str(error)
+    else:
+        for name, text in pairs:
+            yield from ((kind, f"the {name} {fault}") for kind, fault in _text_faults(name, text, sample, codec))
 
-    def _inspect(self, data: bytes) -> tuple[tuple[int, ...] | None, int]:
-        """(height, width) of an image, None when it does not decode, and its EXIF orientation; keeps the last ones."""
-        if data not in self._images:
-            if len(self._images) >= 16:
-                self._images.pop(next(iter(self._images)))
-            try:
-                self._images[data] = decode_pixels(data, "image").shape[:2], exif_orientation(data)
-            except ValueError:
-                self._images[data] = None, 1
-        return self._images[data]
 
-    def _text_faults(self, sample: Sample) -> Iterator[Fault]:
-        """The evaluation template must fill, placeholders name objects that have regions, and the answer read back."""
-        try:
-            texts = []
-            for instruction, answer in earlier_rounds(sample):
-                texts += [("earlier instruction", instruction), ("earlier answer", answer)]
-            texts.append(("instruction", write_instruction(sample, template=0)))
-            if not sample.meta.get("unlabelled"):
-                texts.append(("answer", write_answer(sample)))
-        except ValueError as error:
-            yield "text", str(error)
-            return
-        for name, text in texts:
-            if not text.strip():
-                yield "empty-text", f"the {name} is empty"
-            broken = broken_text(text)
-            if broken == "\ufffd":
-                yield "lost-character", f"the {name} has {broken!r} for a character that its source's file lacks"
-            elif broken:
-                yield "mojibake", f"the {name} holds {broken!r}; read the source's texts as UTF-8"
-            try:
-                written, read = self._write_and_read(text, sample, name.endswith("answer"))
-                if written != read:
-                    yield "parse-back", f"the {name} has {len(written)} regions, {len(read)} are read back"
-            except RegionParseError as error:
-                yield "parse-back", f"the {name}: {error}"
-            except ValueError as error:
-                yield "placeholder", f"the {name}: {error}"
-
-    def _write_and_read(self, text: str, sample: Sample, is_answer: bool) -> tuple[list[int], list[int]]:
-        """The image of each region of a text, written as when streaming; and as read back, where that is an answer."""
-        letterboxes = [Letterbox(info.width, info.height, max(info.width, info.height)) for info in sample.images]
-        pieces, written = [], []
+def _text_faults(name: str, text: str, sample: Sample, codec: RegionCodec) -> Iterator[Fault]:
+    """Placeholders name objects that have regions, and an answer's regions read back as written when streaming."""
+    if not text.strip():
+        yield "empty-text", "is empty"
+    if (broken := broken_text(text)) == "\ufffd":
+        yield "lost-character", f"has {broken!r} for a character that its source's file lacks"
+    elif broken:
+        yield "mojibake", f"holds {broken!r}; read the source's texts as UTF-8"
+    letterboxes = [Letterbox(info.width, info.height, max(info.width, info.height)) for info in sample.images]
+    pieces, written = [], []  # of the text; the image of each region in it
+    try:
         for piece in split_placeholders(text):
             if not isinstance(piece, str):
                 regions = [find_region(sample, number, piece.kind) for number in piece.objects]
                 regions.sort(key=lambda region: region.image)
                 written += [region.image for region in regions]
-                piece = self.codec.encode(regions, letterboxes, piece.kind or regions[0].kind)
+                piece = codec.encode(regions, letterboxes, piece.kind or regions[0].kind)
             pieces.append(piece)
-        if not written or not is_answer:
-            return written, written
-        return written, [region.image for region in self.codec.decode("".join(pieces), letterboxes).regions]
+        if written and name.endswith("answer"):
+            read = [region.image for region in codec.decode("".join(pieces), letterboxes).regions]
+            if written != read:
+                yield "parse-back", f"has {len(written)} regions, {len(read)} are read back"
+    except RegionParseError as error:
+        yield "parse-back", f"can't be read: {error}"
+    except ValueError as error:
+        yield "placeholder", f"has a wrong placeholder: {error}"
 
 
 def _region_fault(region: Region, image: ImageInfo) -> str | None:
