@@ -1,11 +1,15 @@
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from vistallm.config import load_config
-from vistallm.train.plan import GIB, Workload, made_batch, make_plan
+from vistallm.train.optim import keep_frozen_in_eval
+from vistallm.train.plan import GIB, Workload, build_parts, made_batch, make_plan
 
 ROOT = Path(__file__).parents[2]
 WORK = Workload(samples=2, images=2, tokens=48, supervised=16, instruction=8)
@@ -52,9 +56,69 @@ def test_sharding_and_checkpointing_lower_memory():
     plain, sharded = make_plan(mini(), WORK, 4), make_plan(mini("strategy=fsdp"), WORK, 4)
     for key in ("weights", "gradients", "optimizer"):
         assert sharded.memory[key] == pytest.approx(plain.memory[key] / 4)
-    saving = make_plan(mini("train.activation_checkpointing=true"), WORK)
+    few = replace(WORK, supervised=2)  # logits over Vicuna's rows are kept in any case, and outweigh mini's layers
+    saving = make_plan(mini("train.activation_checkpointing=true"), few)
+    plain = make_plan(mini(), few)
     assert saving.memory["activations"] < 0.6 * plain.memory["activations"]
     assert saving.operations > saving.model_operations == plain.model_operations == plain.operations
+
+
+def storages(tensors):
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def saved_bytes(run, module):
+    """Bytes of the tensors that autograd keeps for the backward pass of `run`, weights left out."""
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = run()
+    weights = storages(module.parameters())
+    return sum(size for key, size in storages(kept).items() if key not in weights), output
+
+
+@pytest.mark.parametrize("words", [("train.decoder=frozen",), (), ("train.decoder=lora", "model.decoder.lora_rank=2")])
+def test_activations_are_those_of_a_real_decoder(words):
+    """As training runs it: frozen parts in evaluation mode, layers checkpointed; layer inputs and one layer's worth."""
+    config = mini(*words, "train.activation_checkpointing=true")
+    work = replace(WORK, samples=8, tokens=96)
+    part = by_name(make_plan(config, work))["decoder"]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        encoder, tokenizer, decoder = build_parts(config)
+    finally:
+        torch.set_default_dtype(default)
+    llama = decoder.get_base_model() if config.train.decoder == "lora" else decoder
+    parts = SimpleNamespace(encoder=encoder, tokenizer=tokenizer, decoder=decoder)
+    inputs = torch.zeros(work.samples, work.tokens, config.model.decoder.hidden_size, dtype=torch.bfloat16)
+    inputs.requires_grad_()
+
+    def run():
+        hidden = llama.model(inputs_embeds=inputs).last_hidden_state[:, : work.supervised].flatten(0, 1)
+        logits = decoder.get_output_embeddings()(hidden).float()
+        return torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+
+    whole, _ = saved_bytes(run, decoder)
+    assert part.activations(False) == pytest.approx(whole, rel=0.15)
+
+    decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    decoder.train()
+    keep_frozen_in_eval(parts)
+    calls = []
+
+    def before(norm, args):
+        calls.append(args[0].untyped_storage().nbytes())
+
+    for layer in llama.model.layers:
+        layer.input_layernorm.register_forward_pre_hook(before)  # hooks of the layer itself are not called again
+    outside, output = saved_bytes(run, decoder)
+    assert len(calls) == len(llama.model.layers)
+    inputs_of_layers = sum(calls)  # bytes
+    output.backward()
+    assert len(calls) == 2 * len(llama.model.layers), "each layer is computed once more"
+    measured = outside + inputs_of_layers + (whole - outside) / len(llama.model.layers)
+    assert part.activations(True) == pytest.approx(measured, rel=0.15)
+    assert outside < 0.6 * whole, "nothing inside of a layer is kept"
 
 
 def test_vicuna_7b_has_its_published_size():

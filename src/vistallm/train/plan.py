@@ -1,29 +1,28 @@
 """A configuration -> what a run costs: parameters, arithmetic and memory by part, without weights and without a GPU.
 
-The three parts are built as shapes alone (PyTorch's fake tensors) and run forward and backward once: operations are
-those that PyTorch's FlopCounterMode counts (matrix products, convolutions, attention; a product of m x k by k x n is
-2mkn), activations are the tensors that autograd saves. So frozen parts, LoRA and checkpointing cost what they cost.
+The three parts are built as shapes alone (PyTorch's fake tensors) and run forward and backward: operations are those
+that Lightning's measure_flops counts (matrix products, convolutions, attention; a product of m x k by k x n is 2mkn),
+activations are the tensors that autograd saves. So frozen parts, LoRA and checkpointing cost what they cost.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import IMAGE_TOKENS
 from vistallm.model.encoder import ImageEncoder
-from vistallm.model.language_model import add_lora
+from vistallm.model.language_model import add_lora, llama_config
 from vistallm.model.qformer import Tokenizer, build_tokenizer
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.codec import RegionCodec
@@ -98,8 +97,8 @@ class Part:
 
     state: "trained", "lora" or "frozen"; parameters, trainable; unit: parameters of its largest layer (what FSDP
     gathers at once); outside: those of no layer (gathered for the whole step); layers; forward, backward: operations
-    of one micro-batch; saved: bytes of activations that autograd keeps; kept: bytes that it keeps under activation
-    checkpointing (the layers' inputs).
+    of one micro-batch; saved, saved_outside: bytes of activations that autograd keeps, in all and outside of layers;
+    kept: bytes of the layers' inputs, all that checkpointing keeps of them.
     """
 
     name: str
@@ -112,11 +111,14 @@ class Part:
     forward: float
     backward: float
     saved: float
+    saved_outside: float
     kept: float
 
     def activations(self, checkpointing: bool) -> float:
-        """Peak bytes: all that is saved, or the layers' inputs and one layer's worth that is being recomputed."""
-        return self.kept + self.saved / self.layers if checkpointing and self.backward else self.saved
+        """Peak bytes: all that is saved, or the layers' inputs and what one layer saves while it is recomputed."""
+        if not checkpointing or not self.backward or self.name == "encoder":  # its layers are not checkpointed
+            return self.saved
+        return self.kept + self.saved_outside + (self.saved - self.saved_outside) / self.layers
 
 
 @dataclass
@@ -139,8 +141,8 @@ class Plan:
     @property
     def operations(self) -> float:
         """All operations: checkpointing repeats the forward pass of the parts that gradients pass through."""
-        repeated = sum(part.forward for part in self.parts if part.backward) if self.checkpointing else 0.0
-        return self.model_operations + repeated
+        repeated = (part.forward for part in self.parts if part.backward and part.name != "encoder")
+        return self.model_operations + (sum(repeated) if self.checkpointing else 0.0)
 
 
 def make_plan(config: Config, work: Workload, gpus: int = 1) -> Plan:
@@ -152,11 +154,11 @@ def make_plan(config: Config, work: Workload, gpus: int = 1) -> Plan:
     try:
         torch.set_default_dtype(torch.bfloat16)
         with torch.device("meta"):
-            modules = _modules(config)
+            modules = build_parts(config)
         with FakeTensorMode():
             for module in modules:
                 _make_fake(module)
-            parts = _parts(config, work, *modules)
+            parts = _measure_parts(config, work, *modules)
     finally:
         torch.set_default_dtype(default)
     plan = Plan(parts, config.train.activation_checkpointing)
@@ -164,16 +166,18 @@ def make_plan(config: Config, work: Workload, gpus: int = 1) -> Plan:
     return plan
 
 
-def _modules(config: Config) -> tuple[ImageEncoder, Tokenizer, Any]:
-    """The three parts with their trainable sets, to be built on the meta device."""
-    model, train = copy.deepcopy(config.model), config.train
-    model.encoder.weights = None
-    encoder = ImageEncoder(model.encoder)
-    words = len(RegionCodec(coords=config.coords, num_bins=config.num_bins).tokens)
-    instruction_rows, rows = BERT_ROWS + words, VICUNA_ROWS + len(IMAGE_TOKENS) + words
-    width = model.decoder.hidden_size
-    tokenizer = build_tokenizer(model.tokenizer, instruction_rows, encoder.patches, encoder.width, width)
-    decoder = _decoder(config, VICUNA_ROWS, rows)
+def build_parts(config: Config) -> tuple[ImageEncoder, Tokenizer, Any]:
+    """Build encoder, tokenizer and decoder with random weights and their trainable sets, on the current device."""
+    model, train = config.model, config.train
+    encoder = ImageEncoder(replace(model.encoder, weights=None))
+    words, width = len(RegionCodec(coords=config.coords, num_bins=config.num_bins).tokens), model.decoder.hidden_size
+    tokenizer = build_tokenizer(model.tokenizer, BERT_ROWS + words, encoder.patches, encoder.width, width)
+    rows = VICUNA_ROWS + len(IMAGE_TOKENS) + words
+    decoder: Any = AutoModelForCausalLM.from_config(llama_config(model.decoder, rows), attn_implementation="sdpa")
+    if train.decoder == "lora":
+        decoder = add_lora(decoder, model.decoder, list(range(VICUNA_ROWS, rows)))
+    else:
+        decoder.requires_grad_(train.decoder == "full")
     return encoder.requires_grad_(train.encoder), tokenizer.requires_grad_(train.tokenizer), decoder
 
 
@@ -190,7 +194,9 @@ def _make_fake(module: nn.Module) -> None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _parts(config: Config, work: Workload, encoder: ImageEncoder, tokenizer: Tokenizer, decoder: Any) -> list[Part]:
+def _measure_parts(
+    config: Config, work: Workload, encoder: ImageEncoder, tokenizer: Tokenizer, decoder: Any
+) -> list[Part]:
     """Run each part alone, its inputs with a gradient where one has to pass to an earlier part."""
     train = config.train
     images = torch.zeros(work.images, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
@@ -200,63 +206,53 @@ def _parts(config: Config, work: Workload, encoder: ImageEncoder, tokenizer: Tok
     earlier = train.encoder or train.tokenizer
     inputs = torch.zeros(work.samples, work.tokens, config.model.decoder.hidden_size, requires_grad=earlier)
     llama = decoder.get_base_model() if train.decoder == "lora" else decoder
-    layers, written = tokenizer.layers, work.samples * work.tokens
-    read = work.images * (config.model.tokenizer.queries + work.instruction)
+    written, read = work.samples * work.tokens, work.images * (config.model.tokenizer.queries + work.instruction)
+
+    def answer() -> Tensor:  # as VistaLLM.forward: the LM head on supervised positions alone
+        hidden = llama.model(inputs_embeds=inputs).last_hidden_state[:, : work.supervised].flatten(0, 1)
+        logits = decoder.get_output_embeddings()(hidden).float()
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+
     return [
-        _measure("encoder", encoder, encoder.blocks, lambda: encoder(images), work.images * encoder.patches),
-        _measure("tokenizer", tokenizer, layers, lambda: tokenizer(patch_tokens, ids, mask), read),
-        _measure("decoder", decoder, llama.model.layers, lambda: _answer_loss(decoder, llama, inputs, work), written),
+        measure("encoder", encoder, encoder.blocks, lambda: encoder(images), work.images * encoder.patches),
+        measure("tokenizer", tokenizer, tokenizer.layers, lambda: tokenizer(patch_tokens, ids, mask), read),
+        measure("decoder", decoder, llama.model.layers, answer, written),
     ]
 
 
-def _decoder(config: Config, old_rows: int, rows: int) -> Any:
-    shape = config.model.decoder
-    llama = LlamaConfig(
-        vocab_size=rows,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate_size,
-        tie_word_embeddings=shape.tie_embeddings,
-    )
-    llama._attn_implementation = "sdpa"
-    decoder: Any = LlamaForCausalLM(llama)
-    if config.train.decoder == "lora":
-        return add_lora(decoder, shape, list(range(old_rows, rows)))
-    return decoder.requires_grad_(config.train.decoder == "full")
-
-
-def _answer_loss(decoder: Any, llama: Any, inputs: Tensor, work: Workload) -> Tensor:
-    """The decoder as VistaLLM.forward runs it: the LM head on supervised positions alone."""
-    hidden = llama.model(inputs_embeds=inputs).last_hidden_state[:, : work.supervised].flatten(0, 1)
-    logits = decoder.get_output_embeddings()(hidden).float()
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-
-
-def _measure(
+def measure(
     name: str, module: nn.Module, layers: Iterable[nn.Module], run: Callable[[], Tensor], positions: int
 ) -> Part:
-    """Run a part forward and, where anything needs a gradient, backward; count operations and saved bytes."""
+    """Run a part forward and, where anything needs a gradient, backward; count operations and saved bytes.
+
+    positions: of the input of each layer, whose width is that of its first norm.
+    """
     layers = list(layers) or [module]
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    saved: dict[int, int] = {}
+    saved: dict[int, tuple[int, bool]] = {}  # storage -> bytes, whether inside of a layer
+    inside = False
+
+    def enter(value: bool) -> None:
+        nonlocal inside
+        inside = value
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
+            saved.setdefault(storage._cdata, (storage.nbytes(), inside))
         return tensor
 
-    with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = run()
-    backward = FlopCounterMode(display=False)
-    if output.requires_grad:
-        with backward:
-            output.sum().backward()
+    hooks = [layer.register_forward_pre_hook(lambda *_: enter(True)) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: enter(False)) for layer in layers]
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward = measure_flops(module, run)
+    for hook in hooks:
+        hook.remove()
+    backward = measure_flops(module, run, torch.sum) - forward if saved else 0
     trainable = [p for p in module.parameters() if p.requires_grad]
     state = "frozen" if not trainable else "trained" if len(trainable) == len(list(module.parameters())) else "lora"
     sizes = [_count(layer.parameters()) for layer in layers]
-    width = next(p.shape[0] for p in layers[0].parameters() if p.ndim == 1)  # of its first norm
+    width = next(p.shape[0] for p in layers[0].parameters() if p.ndim == 1)
     return Part(
         name=name,
         state=state,
@@ -265,9 +261,10 @@ def _measure(
         unit=max(sizes),
         outside=_count(module.parameters()) - sum(sizes),
         layers=len(layers),
-        forward=forward.get_total_flops(),
-        backward=backward.get_total_flops() if output.requires_grad else 0,
-        saved=float(sum(saved.values())),
+        forward=forward,
+        backward=backward,
+        saved=sum(size for size, _ in saved.values()),
+        saved_outside=sum(size for size, in_layer in saved.values() if not in_layer),
         kept=2.0 * positions * width * len(layers),
     )
 
