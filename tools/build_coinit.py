@@ -1,6 +1,7 @@
 """Build instruction shards from a source dataset, check them, or list the images of evaluation splits.
 
 python tools/build_coinit.py SOURCE --root DIR [--images DIR] --split S --out DATA/SOURCE [--exclude IDS] [--part i/n]
+python tools/build_coinit.py SOURCE --help
 python tools/build_coinit.py mini --out DIR [--seed N] [--train N --val N --test N] [--workers N]
 python tools/build_coinit.py check DIR [DIR ...] [--exclude IDS]
 python tools/build_coinit.py eval-images DIR [DIR ...] --out IDS
@@ -18,14 +19,16 @@ from pathlib import Path
 from vistallm.coinit.build import BuildOptions, build, read_ids
 from vistallm.coinit.check import check, evaluation_images
 from vistallm.coinit.shards import read_index
-from vistallm.coinit.sources import SOURCES
+from vistallm.coinit.sources import SOURCES, describe_source
 from vistallm.coinit.sources.base import SourceOptions
 from vistallm.mini.build import MiniRecipe, ensure_mini
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = sys.argv[1:] if argv is None else argv
+    text = describe_source(words[0]) if words and words[0] in SOURCES else __doc__
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help=f"{', '.join(SOURCES)}, mini; or check, eval-images")
     parser.add_argument("folders", nargs="*", type=Path, help="check, eval-images: folders of shards")
     parser.add_argument("--out", type=Path, help="folder to write shards into (eval-images: file)")
@@ -44,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in vars(MiniRecipe()).items():
         if name != "samples_per_shard":
             parser.add_argument(f"--{name}", type=int, default=default, help=f"mini: {name} (default {default})")
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,11 @@
-"""Sources of instruction data, one module per dataset family, and the table of them all."""
+"""Sources of instruction data, one module per dataset family, the table of them all, and what each one needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+
+import yaml
 
 from vistallm.coinit.sources import genome, refer, text
 from vistallm.coinit.sources.attcoseg import load_attcoseg
@@ -36,3 +39,13 @@ SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "coseg": load_coseg,
     "attcoseg": load_attcoseg,
 }
+
+
+_ROWS = "tasks", "page", "files", "size", "licence", "settings", "command", "counts"
+
+
+def describe_source(name: str) -> str:
+    """What a source needs and gives, a line each, from sources.yaml."""
+    entry = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8"))[name]
+    entry["command"] = f"python tools/build_coinit.py {name} {entry['command']}"
+    return "\n".join([name, *(f"  {row:<10}{entry[row]}" for row in _ROWS)])
