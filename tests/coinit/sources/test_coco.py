@@ -1,11 +1,17 @@
 """One's own COCO-style file: the samples of boxes, polygons, run lengths and crowds, absent names, box conventions."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vistallm.regions.masks import rle_to_mask
+
+GUIDE = (Path(__file__).parents[3] / "docs" / "custom_data.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    python (.*(?:data|runs)/photos.*)$", GUIDE, re.MULTILINE)
 
 CATEGORIES = [{"id": 3, "name": "dog"}, {"id": 1, "name": "traffic_light"}, {"id": 7, "name": "boat"}]
 
@@ -126,6 +132,26 @@ def test_one_file_for_training_and_test(tmp_path, picture):
     assert not ids[0] & ids[1]
     assert len(ids[0] | ids[1]) == 200
     assert 25 <= len(ids[1]) <= 55
+
+
+def test_the_commands_of_the_guide(tmp_path, picture, command):
+    from vistallm.coinit.shards import read_index
+    from vistallm.config import load_config
+
+    def change(data):
+        data["images"] = [{"id": i, "file_name": f"{i}.jpg", "width": 64, "height": 48} for i in range(40)]
+        data["annotations"] = [row | {"id": i, "image_id": i} for i in range(40) for row in annotations()[:1]]
+
+    write(tmp_path / "photos", picture, change)
+    (tmp_path / "photos" / "train.json").rename(tmp_path / "photos" / "annotations.json")
+    lines = [shlex.split(re.sub(r"\b(data/)?photos(?=[ .]|$)", rf"{tmp_path}/\1photos", line)) for line in COMMANDS]
+    train, _, fit, test, check, evaluate = lines
+    assert [command(*words[1:], "--workers", 1) for words in (train, test, check)] == [0, 0, 0]
+    counts = read_index(tmp_path / "data" / "photos")["tasks"]
+    assert counts["train"] == {"rec": 36, "res": 36, "grec": 72, "gres": 72}
+    assert counts["test"] == {"rec": 4, "res": 4, "grec": 8, "gres": 8}
+    assert load_config(fit[1:]).data.root == f"{tmp_path}/data/photos"
+    assert evaluate[0] == "eval.py"
 
 
 def boxes(turn):

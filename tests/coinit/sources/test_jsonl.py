@@ -15,7 +15,7 @@ from vistallm.regions.masks import rle_to_mask
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "custom"
 GUIDE = (ROOT / "docs" / "custom_data.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    python (.*)$", GUIDE, re.MULTILINE)
+COMMANDS = re.findall(r"^    python (.*data/custom.*)$", GUIDE, re.MULTILINE)
 
 
 def write(root, picture):
