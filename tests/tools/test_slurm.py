@@ -24,9 +24,10 @@ while [ -e "$STANDIN/requeue" ]; do rm "$STANDIN/requeue"; bash "$@"; code=$?; d
 exit $code
 """
 SRUN = """#!/usr/bin/env python3
-# srun --kill-on-bad-exit=1 COMMAND...: the tasks. Each start takes the next word of SIGNALS and, once metrics.csv has
-# two rows more, sends it to every process of both tasks as SLURM does (KILL: to one task, as the kernel when memory
-# is out). A task that fails ends the other. The exit code is the largest; 128 + signal for a task that was killed.
+# srun --kill-on-bad-exit=1 COMMAND...: the tasks. Each start takes the next word of SIGNALS and, once the files of ROWS
+# have two lines more, sends it to every process of both tasks as SLURM does (KILL: to one task, as the kernel when memory
+# is out; BATCH: USR1 to the batch script). A task that fails, or SIGTERM to srun, ends the others. The exit code is the
+# largest; 128 + signal for a task that was killed.
 import os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -35,15 +36,19 @@ tasks = []
 for rank in range(int(os.environ["SLURM_NTASKS"])):
     environment = os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
     tasks.append(subprocess.Popen(sys.argv[2:], env=environment, start_new_session=True))
-todo, rows = Path(os.environ["STANDIN"], "signals"), Path(os.environ["ROWS"])
+todo = Path(os.environ["STANDIN"], "signals")
 signals = todo.read_text().split() if todo.exists() else os.environ.get("SIGNALS", "").split()
 todo.write_text(" ".join(signals[1:]))
-count = lambda: len(rows.read_text().splitlines()) if rows.exists() else 1
+count = lambda: max(1, sum(file.read_text().count("\\n") for file in Path("/").glob(os.environ["ROWS"][1:])))
 wanted = count() + 2
+signal.signal(signal.SIGTERM, lambda *_: [os.killpg(task.pid, signal.SIGKILL) for task in tasks])
 while any(task.poll() is None for task in tasks):
     if signals and count() >= wanted:
-        for task in tasks[signals[0] == "KILL":]:
-            os.killpg(task.pid, getattr(signal, "SIG" + signals[0]))
+        if signals[0] == "BATCH":
+            os.kill(os.getppid(), signal.SIGUSR1)
+        else:
+            for task in tasks[signals[0] == "KILL":]:
+                os.killpg(task.pid, getattr(signal, "SIG" + signals[0]))
         signals = []
     if any(task.poll() for task in tasks):
         for task in tasks:
@@ -128,6 +133,24 @@ def test_ablations_requeue_and_go_on(cluster, tiny_words, mini_root, tmp_path):
     ).stdout.splitlines()
     assert lines[0].startswith("array=$(sbatch --parsable --array=0-1 tools/slurm/ablations.sbatch coords --seeds 1 ")
     assert lines[1].startswith("sbatch --dependency=afterany:$array tools/slurm/ablations.sbatch coords --seeds 1 ")
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_on_after_its_time_limit_and_after_a_kill(cluster, mini_root, tmp_path):
+    words = ["ckpt=assets/mini", f"data.root={mini_root}", "trainer.accelerator=cpu", "decode.batch_size=1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = cluster("eval.sbatch", *words, f"run_dir={whole}", TASKS="1", ROWS=str(whole / "parts/*"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    settings = {"ROWS": str(broken / "parts/*"), "SIGNALS": "BATCH KILL"}
+    (tmp_path / "signals").unlink()
+    done = cluster("eval.sbatch", *words, f"run_dir={broken}", **settings)
+    assert done.returncode == 137, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("goes back into the queue") == 1
+    assert len(list((broken / "parts").iterdir())) == 4, "two tasks, started twice"
+    done = cluster("eval.sbatch", *words, f"run_dir={broken}", **settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "tools/slurm").glob("*.sbatch")), ids=lambda path: path.stem)
