@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vistallm.evaluate.parse import read_answer
-from vistallm.metrics.overlap import box_of
+from vistallm.metrics.regions import box_of
 from vistallm.metrics.words import READERS
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox

@@ -137,7 +137,7 @@ def test_same_input_same_page(predictions, tmp_path, metrics_csv):
 def test_published_row_stands_beside_a_real_benchmark_only(predictions, tmp_path):
     chosen = [p for p in predictions if p.task == "res"]
     assert "Published" not in write(tmp_path / "a.html", chosen)[0]
-    row = B.PaperRow("VistaLLM-13B", "project page", {"miou": 77.2})
+    row = {"model": "VistaLLM-13B", "source": "project page", "scores": {"miou": 77.2}}
     real = B.Benchmark("refcoco_val_res", "res", "coinit", "val", "refcoco", "mask", "miou", paper=(row,))
     for prediction in chosen:
         prediction.benchmark = real.name
@@ -151,7 +151,7 @@ def test_published_rows_of_all_systems_stand_in_a_table_of_their_own(predictions
     chosen = [p for p in predictions if p.task == "res"]
     rows = [("VistaLLM-7B", {"miou": 74.5}), ("LISA", {"ciou": 74.1}), ("<b>odd", {"ciou": 1.0, "unknown": 2.0})]
     mine = BENCHMARKS["mini_res"]
-    paper = tuple(B.PaperRow(model, "a source", scores) for model, scores in rows)
+    paper = tuple({"model": model, "source": "a source", "scores": scores} for model, scores in rows)
     real = dataclasses.replace(mine, name="refcoco_val_res", paper=paper)
     for prediction in chosen:
         prediction.benchmark = real.name

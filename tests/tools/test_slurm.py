@@ -25,9 +25,9 @@ exit $code
 """
 SRUN = """#!/usr/bin/env python3
 # srun --kill-on-bad-exit=1 COMMAND...: the tasks. Each start takes the next word of SIGNALS and, once the files of ROWS
-# have two lines more, sends it to every process of both tasks as SLURM does (KILL: to one task, as the kernel when memory
-# is out; BATCH: USR1 to the batch script). A task that fails, or SIGTERM to srun, ends the others. The exit code is the
-# largest; 128 + signal for a task that was killed.
+# have two lines more, sends it to every process of both tasks as SLURM does (KILL: to one task, as the kernel when
+# memory is out; BATCH: USR1 to the batch script). A task that fails, or SIGTERM to srun, ends the others. The exit code
+# is the largest; 128 + signal for a task that was killed.
 import os, signal, subprocess, sys, time
 from pathlib import Path
 

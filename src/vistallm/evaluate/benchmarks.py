@@ -1,6 +1,6 @@
 """Predictions -> scores: benchmarks as entries of configs/benchmarks.yaml, scored from the predictions list alone.
 
-`score` needs no model, image or shard, so anyone can recompute a table from predictions.jsonl.
+`score` needs no model, image or shard, so anyone can recompute a table from predictions.jsonl; processes share it.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 from pycocotools import mask as coco_mask
+from torch import distributed as dist
 
 from vistallm.evaluate.export import EXPORTS
 from vistallm.evaluate.predictions import Faults, by_benchmark
-from vistallm.evaluate.processes import exchange_device, from_all, share
 from vistallm.metrics import METRICS, NamedScores, SampleScores
-from vistallm.metrics.overlap import target_regions
-from vistallm.metrics.scores import GROUPS, HELD_OUT, KEY, SCORE, digest, labelled
+from vistallm.metrics.regions import target_regions
+from vistallm.metrics.scores import GROUPS, labelled
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import Prediction
@@ -32,19 +31,12 @@ from vistallm.tasks import find_task
 
 BENCHMARKS_FILE = Path(__file__).resolve().parents[3] / "configs" / "benchmarks.yaml"
 SCORES_VERSION = 1
+SPLITS = {"seen": False, "held_out": True}
 CEILING_SAMPLES = 1000  # targets put through the codec for a ceiling, evenly taken: writing a mask costs milliseconds
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class PaperRow:
-    """A published row: `scores` are in the table's own unit (per cent) under our score names."""
-
-    model: str
-    source: str
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Benchmark:
     """One test set and how it is scored.
 
@@ -52,27 +44,38 @@ class Benchmark:
         name: the key in benchmarks.yaml, and `Prediction.benchmark`.
         task: name in the task table; its first template is the prompt, its kind says how answers are read.
         data: the data config it belongs to ("mini" or "coinit"); shards: their folder, relative to data.root.
-        metric: a key of `METRICS`; null in the file = the task's.
-        headline: the score that stands for it; null in the file = the metric's.
+        metric: a key of `METRICS`, by default the task's.
+        headline: the score that stands for it, by default the metric's.
         average: "ref_id" or "class": the metric's means are also averaged over the groups that share this meta value.
         export: submission file, a key of `EXPORTS`, or None.
-        paper: published rows, for a real benchmark only.
+        paper: published rows: {"model", "source", "scores": in the table's own unit (per cent), by our names}.
     """
 
     name: str
     task: str
     data: str
     split: str
-    shards: str
-    metric: str
-    headline: str
+    shards: str = "."
+    metric: str = ""
+    headline: str = ""
     average: str | None = None
     export: str | None = None
-    paper: tuple[PaperRow, ...] = ()
+    paper: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        self.metric = self.metric or find_task(self.task).metric
+        choices = {"metric": METRICS, "average": (*GROUPS, None), "export": (*EXPORTS, None)}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {getattr(self, key)!r}")
+        self.headline = self.headline or METRICS[self.metric].headline or METRICS[self.metric].names[0]
 
     def new_metric(self) -> SampleScores:
-        """Return the metric that scores it, without any sample."""
-        return METRICS[self.metric](self.average).to(exchange_device())
+        """Return the metric that scores it, without any sample, on the device that processes exchange tensors on."""
+        nccl = dist.is_initialized() and "nccl" in dist.get_backend()
+        metric = METRICS[self.metric](self.average).to("cuda" if nccl else "cpu")
+        metric.update([])  # a process without any sample has to take part
+        return metric
 
 
 @dataclass
@@ -80,14 +83,13 @@ class BenchmarkScores:
     """Scores of one benchmark.
 
     Attributes:
-        headline: the name in `scores` that stands for the benchmark.
         n: samples; unreadable: share of them whose answer could not be read; failures: their number by reason.
-        unlabelled: samples whose answer the dataset keeps to itself; they are exported and in no score.
         scores: name -> share in [0, 1], None where no sample counts.
         splits: "seen" and "held_out" (attribute combinations absent from training) -> {"n", "scores"}.
+        ceiling: the same scores for (at most 1,000 of) the target masks put through the codec, None without masks.
+        unlabelled: samples whose answer the dataset keeps to itself; they are exported and in no score.
         cut: samples whose answer ended because decode.max_new_tokens was reached.
         faults: predictions that could not be read or scored; above 0 the benchmark is incomplete.
-        ceiling: the same scores for (at most 1,000 of) the target masks put through the codec, None without masks.
     """
 
     name: str
@@ -100,7 +102,7 @@ class BenchmarkScores:
     scores: NamedScores
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     ceiling: NamedScores | None = None
-    paper: list[dict[str, Any]] = field(default_factory=list)
+    paper: list[Mapping[str, Any]] = field(default_factory=list)
     unlabelled: int = 0
     cut: int = 0
     faults: int = 0
@@ -111,56 +113,55 @@ Scores = dict[str, BenchmarkScores]
 
 def load_benchmarks(path: Path = BENCHMARKS_FILE) -> dict[str, Benchmark]:
     """Read benchmarks.yaml; raises ValueError naming the entry and the key that is wrong, all at once."""
-    entries = cast(dict[str, dict[str, Any]], OmegaConf.to_container(OmegaConf.load(path)))
-    found, problems = {}, []
-    for name, entry in entries.items():
+    benchmarks, problems = {}, []
+    for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         try:
-            found[name] = _read_entry(name, entry)
-        except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{path.name}, {name}: {'missing key ' if isinstance(error, KeyError) else ''}{error}")
+            benchmarks[name] = Benchmark(name, **entry)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path.name}, {name}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
-    return found
-
-
-def _read_entry(name: str, entry: dict[str, Any]) -> Benchmark:
-    known = {f.name for f in dataclasses.fields(Benchmark)} - {"name"}
-    if unknown := set(entry) - known:
-        raise ValueError(f"unknown key(s) {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    entry["metric"] = entry.get("metric") or find_task(entry["task"]).metric
-    choices = {"metric": METRICS, "average": (*GROUPS, None), "export": (*EXPORTS, None)}
-    for key, allowed in choices.items():
-        if entry.get(key) not in allowed:
-            raise ValueError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {entry.get(key)!r}")
-    metric = METRICS[entry["metric"]]
-    entry["headline"] = entry.get("headline") or metric.headline or metric.names[0]
-    rows = tuple(PaperRow(**row) for row in entry.pop("paper", ()))
-    return Benchmark(name, **{"shards": ".", **entry}, paper=rows)
+    return benchmarks
 
 
 def select_benchmarks(
     benchmarks: Mapping[str, Benchmark], names: Iterable[str] | None, data: str
 ) -> dict[str, Benchmark]:
     """Return the named benchmarks, or all of a data config; ValueError names the nearest for an unknown name."""
-    if names is None:
-        return {name: benchmark for name, benchmark in benchmarks.items() if benchmark.data == data}
-    names, problems = list(names), []
-    for name in names:
-        if name not in benchmarks:
-            near = "".join(f"; nearest: {other}" for other in difflib.get_close_matches(name, benchmarks, 1))
-            problems.append(f"benchmark {name!r}: no such entry in benchmarks.yaml{near}")
-    if problems:
-        raise ValueError("\n".join(problems))
+    names = [name for name, one in benchmarks.items() if one.data == data] if names is None else list(names)
+    if unknown := [name for name in names if name not in benchmarks]:
+        near = {name: ", ".join(difflib.get_close_matches(name, benchmarks, 1)) or "none" for name in unknown}
+        lines = [f"benchmark {name!r}: not in benchmarks.yaml; nearest: {other}" for name, other in near.items()]
+        raise ValueError("\n".join(lines))
     return {name: benchmarks[name] for name in names}
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's share of items that every process has."""
+    rank, size = rank_and_size()
+    return items[rank::size]
+
+
+def from_all(value: T) -> list[T]:
+    """Return the values of all processes, by rank."""
+    values = [value] * rank_and_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def score(
-    predictions: list[Prediction],
+    predictions: Sequence[Prediction],
     benchmarks: Mapping[str, Benchmark],
     codec: RegionCodec | None = None,
     faults: Faults | None = None,
 ) -> Scores:
-    """Score predictions of any benchmarks, in any order, and fill `Prediction.score` of each.
+    """Score predictions of any benchmarks, in any order, and fill `Prediction.score` of each (None: in no score).
 
     Every process calls it with all predictions, measures a share of them, and returns all scores.
 
@@ -168,11 +169,11 @@ def score(
         predictions: of any benchmarks.
         benchmarks: by name; scores come in their order, those without predictions are left out.
         codec: with the run's settings; gives the mask ceilings, which are left out without it.
-        faults: predictions and benchmarks that can't be scored are added to it, and the rest is scored; without it, the
-            first fault is raised.
+        faults: predictions and benchmarks that can't be scored are added to it, and the rest is scored.
 
     Raises:
-        ValueError: for an unknown benchmark, an id that occurs twice in one, or a missing or malformed target.
+        ValueError: without `faults`, for an unknown benchmark, an id that occurs twice in one, or a missing or
+            malformed target.
     """
     groups, scores, found = by_benchmark(predictions), {}, Faults() if faults is None else faults
     for name in [*(name for name in benchmarks if name in groups), *sorted(set(groups) - set(benchmarks))]:
@@ -185,7 +186,7 @@ def score(
         if one.n:
             scores[name] = one
     if faults is None and found.found:
-        raise ValueError("\n".join(chain(*found.found.values())))
+        raise ValueError("\n".join(fault for some in found.found.values() for fault in some))
     return scores
 
 
@@ -194,28 +195,29 @@ def _score_one(
 ) -> BenchmarkScores:
     name, metric, by_id = benchmark.name, benchmark.new_metric(), dict[str, Prediction]()
     for one in predictions:
+        one.score = None
         if one.id in by_id:
             faults.add(name, f"prediction {one.id} occurs more than once")
         by_id.setdefault(one.id, one)
-    metric.update([])
     wrong: dict[str, str] = {}
     for key in share(list(by_id)):
         try:
             metric.update([by_id[key]])
         except ValueError as error:
             wrong[key] = str(error)
-    for key, fault in sorted(chain(*(found.items() for found in from_all(wrong)))):
+    for key, fault in sorted(pair for some in from_all(wrong) for pair in some.items()):
         faults.add(name, fault, key)
         del by_id[key]
     with metric.sync_context():
-        rows = metric.table()
-    own = dict(zip(rows[:, KEY], rows[:, SCORE], strict=True))
+        rows = metric.rows()
+    own = {row["id"]: row["score"] for row in rows}
     scored = [by_id[key] for key in sorted(by_id)]
     known = labelled(scored)
     for one in known:
-        one.score = round(float(own[digest(one.id)]), 6) if one.parsed is not None else 0.0
+        value, weight = own[one.id]
+        one.score = round(value / weight, 6) if one.parsed is not None else 0.0
     failures = Counter(one.failure or "unknown" for one in scored if one.parsed is None)
-    splits = {split: rows[rows[:, HELD_OUT] == held_out] for split, held_out in (("seen", 0), ("held_out", 1))}
+    splits = {split: [row for row in rows if row["held_out"] == held] for split, held in SPLITS.items()}
     return BenchmarkScores(
         name=name,
         task=benchmark.task,
@@ -226,10 +228,10 @@ def _score_one(
         failures=dict(failures.most_common()),
         scores=metric.summarise(rows),
         splits={split: {"n": len(part), "scores": metric.summarise(part)} for split, part in splits.items()}
-        if all(map(len, splits.values()))
+        if all(splits.values())
         else {},
         ceiling=mask_ceiling(known, benchmark, codec) if codec and metric.masks and known else None,
-        paper=[dataclasses.asdict(row) for row in benchmark.paper],
+        paper=list(benchmark.paper),
         unlabelled=len(scored) - len(known),
         cut=sum(one.cut for one in scored),
         faults=len(faults.found.get(name, [])),
@@ -243,7 +245,7 @@ def mask_ceiling(predictions: Sequence[Prediction], benchmark: Benchmark, codec:
     for prediction in share([predictions[i] for i in chosen]):
         sizes = [(int(image["width"]), int(image["height"])) for image in prediction.images]
         letterboxes = [Letterbox(width, height, max(width, height)) for width, height in sizes]
-        regions = [region for region in target_regions(prediction) if coco_mask.area(region.rle) > 0]
+        regions = [region for region in target_regions(prediction, optional=True) if coco_mask.area(region.rle) > 0]
         parsed = codec.decode(codec.encode(regions, letterboxes, "mask"), letterboxes, "mask")
         perfect.append(dataclasses.replace(prediction, parsed=parsed, failure=None))
     metric = benchmark.new_metric()

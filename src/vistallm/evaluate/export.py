@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistallm.metrics.overlap import boxes_of, fact, image_masks
+from vistallm.metrics.regions import boxes_of, image_masks
+from vistallm.metrics.scores import fact
 from vistallm.metrics.words import read_words
 from vistallm.schema import Prediction, Region
 

@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from vistallm.evaluate.predictions import by_benchmark
-from vistallm.metrics.overlap import image_masks, target_regions
+from vistallm.metrics.regions import image_masks
 from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.masks import rle_to_mask
 from vistallm.schema import Prediction, Region
@@ -76,7 +76,7 @@ def short_text(text: str, limit: int = 220) -> Markup:
 
 def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -> list[Picture]:
     """Draw one answer on its images, each (H, W, 3) uint8 RGB; None: on plain canvases."""
-    target = target_regions(prediction)
+    target = [Region.from_json(record) for record in prediction.target.get("regions", [])]
     given = [Region.from_json(record) for record in prediction.target.get("given", [])]
     given += [Region(0, "box", box=tuple(box)) for box in prediction.target.get("candidates", [])]
     answer = prediction.parsed.regions if prediction.parsed else []

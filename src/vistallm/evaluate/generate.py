@@ -26,7 +26,7 @@ from vistallm.evaluate.confidence import TokenLog, set_confidence
 from vistallm.evaluate.grammar import MAX_OBJECTS, RegionGrammar, Rule, rule_of
 from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.token_table import TokenTable
-from vistallm.metrics.overlap import box_of
+from vistallm.metrics.regions import box_of
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import IGNORE_INDEX, Prediction, Sample
 from vistallm.tasks import find_task

@@ -129,7 +129,7 @@ def _columns(one: BenchmarkScores) -> dict[str, str]:
     return dict(zip(COLUMNS, (*own, paper, samples, f"{100 * one.unreadable:.1f}%"), strict=True))
 
 
-def _published(one: BenchmarkScores) -> tuple[BenchmarkScores, list[str], list[float | None], list[dict[str, Any]]]:
+def _published(one: BenchmarkScores) -> tuple[BenchmarkScores, list[str], list[float | None], list[Mapping[str, Any]]]:
     """A benchmark, the scores that any published row gives, our ceilings of these if any, and the rows."""
     names = [name for name in one.scores if any(name in row["scores"] for row in one.paper)]
     ceilings = [_values(one, name)[1] for name in names]

@@ -27,11 +27,19 @@ from vistallm.coinit.shards import read_index
 from vistallm.config import Config, apply_overrides, config_from_file, load_config, save_config
 from vistallm.data.datamodule import MINI_ROOT, build_codec, data_root, reject_log
 from vistallm.evaluate import generate as gen
-from vistallm.evaluate.benchmarks import Benchmark, Scores, load_benchmarks, score, select_benchmarks, write_scores
+from vistallm.evaluate.benchmarks import (
+    Benchmark,
+    Scores,
+    from_all,
+    load_benchmarks,
+    rank_and_size,
+    score,
+    select_benchmarks,
+    write_scores,
+)
 from vistallm.evaluate.export import write_exports
 from vistallm.evaluate.gallery import shown
 from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
-from vistallm.evaluate.processes import from_all, rank_and_size
 from vistallm.evaluate.report import write_report
 from vistallm.model.checkpoint import find_checkpoint, load_run
 from vistallm.model.vistallm import VistaLLM
@@ -339,8 +347,6 @@ def validate(
     config = dataclasses.replace(config, decode=decode)
     answerer, (rank, size) = gen.Answerer(model, config, sharded), rank_and_size()
     metrics = {name: one.new_metric() for name, one in chosen.items()}
-    for metric in metrics.values():
-        metric.update([])
     rejects, modes = reject_log(config), [(module, module.training) for module in model.modules()]
     failed: dict[str, str] = {}
     units = list(read_all(root, chosen.values(), config, failed, batches=1))

@@ -7,39 +7,39 @@ from pathlib import Path
 
 import yaml
 
-from vistallm.metrics import region_scores, word_scores
+from vistallm.metrics import captions, regions, words
 from vistallm.metrics.scores import GROUPS, NamedScores, SampleScores
 
 __all__ = ["METRICS", "SCORE_NAMES", "NamedScores", "SampleScores"]
 
 METRICS: dict[str, type[SampleScores]] = {  # by the name that the task table and benchmarks.yaml use
-    "mask": region_scores.MaskScores,
-    "masks": region_scores.GeneralizedMaskScores,
-    "coseg": region_scores.CosegmentationScores,
-    "box": region_scores.BoxScores,
-    "boxes": region_scores.BoxSetScores,
-    "phrase": region_scores.PhraseScores,
-    "candidates": region_scores.CandidateScores,
-    "vqa": word_scores.VqaAccuracy,
-    "exact": word_scores.AnswerAccuracy,
-    "asked": word_scores.AskedAccuracy,
-    "truth": word_scores.StatementScores,
-    "yesno": word_scores.YesNoScores,
-    "choice": word_scores.ChoiceScores,
-    "letter": word_scores.LetterAccuracy,
-    "caption": word_scores.CaptionScores,
-    "coco_caption": word_scores.PublicCaptionScores,
+    "mask": regions.MaskScores,
+    "masks": regions.GeneralizedMaskScores,
+    "coseg": regions.CosegmentationScores,
+    "box": regions.BoxScores,
+    "boxes": regions.BoxSetScores,
+    "phrase": regions.PhraseScores,
+    "candidates": regions.CandidateScores,
+    "vqa": words.VqaAccuracy,
+    "exact": words.AnswerAccuracy,
+    "asked": words.AskedAccuracy,
+    "truth": words.StatementScores,
+    "yesno": words.YesNoScores,
+    "choice": words.ChoiceScores,
+    "letter": words.LetterAccuracy,
+    "caption": captions.CaptionScores,
+    "coco_caption": captions.PublicCaptionScores,
 }
 # scores on their own, under their usual names
-CumulativeIoU = partial(region_scores.GeneralizedMaskScores, names=("ciou",))
-MeanSampleIoU = partial(region_scores.GeneralizedMaskScores, names=("miou",))
-GeneralizedIoU = partial(region_scores.GeneralizedMaskScores, names=("giou",))
-PrecisionAtIoU = partial(region_scores.GeneralizedMaskScores, names=("pr50",))
-NoTargetAccuracy = partial(region_scores.GeneralizedMaskScores, names=("n_acc",))
-TargetAccuracy = partial(region_scores.GeneralizedMaskScores, names=("t_acc",))
-BoxAccuracy = partial(region_scores.BoxScores, names=("p_at_50",))
-GeneralizedBoxPrecision = partial(region_scores.BoxSetScores, names=("f1_precision",))
-AnswerAccuracy = word_scores.AnswerAccuracy
+CumulativeIoU = partial(regions.GeneralizedMaskScores, names=("ciou",))
+MeanSampleIoU = partial(regions.GeneralizedMaskScores, names=("miou",))
+GeneralizedIoU = partial(regions.GeneralizedMaskScores, names=("giou",))
+PrecisionAtIoU = partial(regions.GeneralizedMaskScores, names=("pr50",))
+NoTargetAccuracy = partial(regions.GeneralizedMaskScores, names=("n_acc",))
+TargetAccuracy = partial(regions.GeneralizedMaskScores, names=("t_acc",))
+BoxAccuracy = partial(regions.BoxScores, names=("p_at_50",))
+GeneralizedBoxPrecision = partial(regions.BoxSetScores, names=("f1_precision",))
+AnswerAccuracy = words.AnswerAccuracy
 
 _SINGLE: dict[str, str] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 SCORE_NAMES = _SINGLE | {  # in words

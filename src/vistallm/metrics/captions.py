@@ -1,4 +1,4 @@
-"""Pure scores on captions: generated texts and their references in, one score per caption out.
+"""Scores of captions: generated texts and their references in, one score per caption out.
 
 CIDEr is pycocoevalcap's `Cider` (CIDEr-D). The public caption evaluation splits texts into words with Stanford's Penn
 Treebank tokeniser, a Java program; `caption_tokens` writes its rules down for English captions, so that CIDEr needs no
@@ -15,13 +15,17 @@ from importlib import resources
 import numpy as np
 from pycocoevalcap.cider.cider import Cider
 
+from vistallm.metrics.scores import Row, SampleScores, Sums
+from vistallm.schema import Prediction
+
 _WORD = re.compile(
     r"(?:[a-z]\.){2,}|\b(?:mr|mrs|ms|dr|st|jr|sr|etc|vs)\.|\d+(?:[.,:]\d+)+|o'clock\b|[a-z]+(?=n't\b)|n't\b"
     r"|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-/]\w+)*|[$%&#@*/+=]|[()\[\]{}]"
 )
 _JOINED = re.compile(r"\b(can|gon|wan|got|gim|lem)(not|na|ta|me)\b")  # "cannot" is two words of the treebank
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-Tokens = dict[int, list[str]]
+Captions = Sequence[str | None]
+References = Sequence[Sequence[str]]
 
 
 def caption_tokens(text: str) -> str:
@@ -34,37 +38,36 @@ def caption_tokens(text: str) -> str:
     return " ".join(_BRACKETS.get(word, word) for word in words)
 
 
-def _cider(
-    captions: Sequence[str | None], references: Sequence[Sequence[str]], split: Callable[[list], list]
+def _split_groups(groups: References) -> list[list[str]]:
+    return [[caption_tokens(text) for text in group] for group in groups]
+
+
+def _split_groups_by_java(groups: References) -> list[list[str]]:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    tokens = PTBTokenizer().tokenize({i: [{"caption": text} for text in group] for i, group in enumerate(groups)})
+    return [tokens[i] for i in range(len(groups))]
+
+
+def cider_scores(
+    captions: Captions, references: References, split: Callable[[References], list[list[str]]] = _split_groups
 ) -> np.ndarray:
-    if not captions:
-        return np.zeros(0)
-    answers = dict(enumerate(split([[caption or ""] for caption in captions])))
-    return np.asarray(Cider().compute_score(dict(enumerate(split(list(references)))), answers)[1], float)
-
-
-def cider_scores(captions: Sequence[str | None], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Return (N,) float64 CIDEr-D of N captions (1.0 is printed as 100); the mean is the corpus score.
 
     Word weights come from the references of these N samples together, so with one sample every weight is 0.
     """
-    return _cider(captions, references, lambda groups: [[caption_tokens(text) for text in group] for group in groups])
+    if not captions:
+        return np.zeros(0)
+    answers = dict(enumerate(split([[caption or ""] for caption in captions])))
+    return np.asarray(Cider().compute_score(dict(enumerate(split(references))), answers)[1], float)
 
 
-def cider_scores_ptb(captions: Sequence[str | None], references: Sequence[Sequence[str]]) -> np.ndarray | None:
+def cider_scores_ptb(captions: Captions, references: References) -> np.ndarray | None:
     """As `cider_scores`, with the public Java tokeniser; None where there is no Java."""
-    if not captions or shutil.which("java") is None:
-        return None
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    def split(groups: list) -> list:
-        tokens = PTBTokenizer().tokenize({i: [{"caption": text} for text in group] for i, group in enumerate(groups)})
-        return [tokens[i] for i in range(len(groups))]
-
-    return _cider(captions, references, split)
+    return cider_scores(captions, references, _split_groups_by_java) if captions and shutil.which("java") else None
 
 
-def spice_scores(captions: Sequence[str | None], references: Sequence[Sequence[str]]) -> np.ndarray | None:
+def spice_scores(captions: Captions, references: References) -> np.ndarray | None:
     """Return (N,) float64 SPICE F-scores by pycocoevalcap, or None where it can't run.
 
     It needs Java 8 and Stanford CoreNLP 3.6.0, which pycocoevalcap downloads into its own `spice/lib`
@@ -80,8 +83,45 @@ def spice_scores(captions: Sequence[str | None], references: Sequence[Sequence[s
     return np.nan_to_num(np.array([row["All"]["f"] for row in rows], float))
 
 
-SCORERS: dict[str, Callable[..., np.ndarray | None]] = {
+SCORERS: dict[str, Callable[[Captions, References], np.ndarray | None]] = {
     "cider": cider_scores,
     "cider_ptb": cider_scores_ptb,
     "spice": spice_scores,
 }
+
+
+class CaptionScores(SampleScores):
+    """Captions: CIDEr and exact matches. CIDEr's word weights come from the references of all samples together."""
+
+    names: tuple[str, ...] = ("cider", "exact")
+
+    def _texts(self, prediction: Prediction) -> tuple[str | None, list[str]]:
+        references = prediction.target.get("answers") or [str(prediction.target.get("answer") or "")]
+        if not all(isinstance(text, str) and text.strip() for text in references):
+            raise ValueError(f"its target has no caption to compare with, got {references!r}")
+        return prediction.parsed.answer if prediction.parsed else None, list(references)
+
+    def _measure(self, prediction: Prediction) -> Sums:
+        answer, references = self._texts(prediction)
+        return {"exact": (answer is not None and caption_tokens(answer) in map(caption_tokens, references), 1)}
+
+    def _row(self, prediction: Prediction) -> Row:
+        return super()._row(prediction) | {"texts": self._texts(prediction)}
+
+    def rows(self) -> list[Row]:
+        """As in the base class, with the scores that need all captions."""
+        rows = super().rows()
+        answers, references = [row["texts"][0] for row in rows], [row["texts"][1] for row in rows]
+        for name in (name for name in self.names if name != "exact"):
+            values = SCORERS[name](answers, references)
+            for number, row in enumerate(rows):
+                row[name] = (0.0, 0.0) if values is None else (float(values[number]), 1.0)
+        for row in rows:  # a caption as good as its reference scores 10 in CIDEr-D
+            row["score"] = (min(1.0, row["cider"][0] / 10), 1.0)
+        return rows
+
+
+class PublicCaptionScores(CaptionScores):
+    """COCO captions: CIDEr also with the public tokeniser, and SPICE; without Java they are None."""
+
+    names = ("cider", "exact", "cider_ptb", "spice")

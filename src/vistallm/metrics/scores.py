@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from vistallm.metrics.overlap import fact
 from vistallm.schema import Prediction
 
 NamedScores = dict[str, float | None]
 Sums = dict[str, tuple[float, float]]
 """What one sample adds to the two sums of each score; "score" is the sample's own score in [0, 1]."""
+Row = dict[str, Any]
+"""One sample: its "id", "held_out" and "group" (None: not known), and its `Sums`, as JSON lists of two floats."""
 # meta key that samples can be grouped by -> suffix of the averaged scores' names, and their words
 GROUPS = {"ref_id": ("instance", "mean per instance"), "class": ("class", "mean per class")}
-KEY, HELD_OUT, GROUP, SCORE, FIRST = range(5)  # columns of a row; from FIRST on, the two sums of each score
 
 
 class SampleScores(Metric):
     """Named scores of one kind of task in [0, 1] (CIDEr: 1.0 is printed as 100), ratios of two sums over the samples.
 
-    The state is one float64 row per sample, concatenated over processes. Sums are correctly rounded (`math.fsum`), so
-    scores are equal to the last bit for any order of samples, any batches and any number of processes. An unreadable
-    answer is wrong by every score; a sample whose answer the dataset keeps to itself ("unlabelled") is in none.
+    The state is one row per sample (a line of JSON, in bytes), concatenated over processes. Sums are correctly rounded
+    (`math.fsum`), so scores are equal to the last bit for any order of samples, any batches and any number of
+    processes. An unreadable answer is wrong by every score; a sample whose answer the dataset keeps to itself
+    ("unlabelled") is in none.
 
     Attributes:
         names: the scores.
@@ -44,21 +44,16 @@ class SampleScores(Metric):
     means: tuple[str, ...] = ()
     masks = False
     group_key = ""
-    rows: list[torch.Tensor]
+    lines: list[torch.Tensor]
 
     def __init__(self, average: str | None = None, names: tuple[str, ...] | None = None) -> None:
-        """Start without a sample.
-
-        Args:
-            average: a key of `GROUPS`: the means are also averaged over the samples that share this meta value.
-            names: compute only these of the scores.
-        """
+        """Start without a sample; `average`: a key of `GROUPS` to average means over; `names`: only these scores."""
         super().__init__()
         self.average, self.names = average, names or self.names
-        self.add_state("rows", [], dist_reduce_fx="cat")
+        self.add_state("lines", [], dist_reduce_fx="cat")
 
     def _measure(self, prediction: Prediction) -> Sums:
-        """What one sample adds; raises ValueError naming a prediction whose target is missing or malformed."""
+        """What one sample adds; raises ValueError for a target that is missing or malformed."""
         raise NotImplementedError
 
     def update(self, predictions: Sequence[Prediction]) -> None:
@@ -67,43 +62,45 @@ class SampleScores(Metric):
         Raises:
             ValueError: a target is missing, or an answer or target is malformed; nothing is added then.
         """
-        rows = [self._row(prediction) for prediction in labelled(predictions)]
-        table = torch.tensor(rows, dtype=torch.float64, device=self.device)
-        self.rows.append(table.reshape(len(rows), FIRST + 2 * len(self.names)))
+        text = "".join(json.dumps(self._row(prediction)) + "\n" for prediction in labelled(predictions))
+        self.lines.append(torch.tensor(bytearray(text.encode()), dtype=torch.uint8, device=self.device))
 
-    def _row(self, prediction: Prediction) -> list[float]:
+    def _row(self, prediction: Prediction) -> Row:
         try:
             sums = self._measure(prediction)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"prediction {prediction.id}: malformed answer or target ({error!r})") from error
-        held_out, (score, weight) = fact(prediction, "held_out"), sums["score"]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            why = error if isinstance(error, ValueError) else f"malformed answer or target ({error!r})"
+            raise ValueError(f"prediction {prediction.id}: {why}") from error
         group = fact(prediction, self.average or self.group_key, None if self.average else prediction.id)
-        facts = (digest(prediction.id), math.nan if held_out is None else held_out, digest(group), score / weight)
-        return [float(value) for value in chain(facts, *(sums[name] for name in self.names))]
+        facts = {"id": prediction.id, "held_out": fact(prediction, "held_out"), "group": group}
+        return facts | {name: (float(a), float(b)) for name, (a, b) in sums.items()}
 
-    def table(self) -> np.ndarray:
-        """Return the rows, (N, FIRST + 2 x scores) float64; of all processes inside of `sync_context()`."""
-        # `rows` is a tensor where torchmetrics has joined processes
-        return torch.cat([self.rows] if isinstance(self.rows, torch.Tensor) else self.rows).cpu().numpy()
+    def rows(self) -> list[Row]:
+        """Return the rows of all samples; those of all processes inside of `sync_context()`."""
+        return [json.loads(line) for line in bytes(dim_zero_cat(self.lines).cpu().numpy()).splitlines()]
 
-    def summarise(self, rows: np.ndarray | None = None) -> NamedScores:
-        """Return the named scores of any of the rows (default: of none), None where nothing counts."""
-        rows = np.zeros((0, FIRST + 2 * len(self.names))) if rows is None else rows
+    def summarise(self, rows: Sequence[Row]) -> NamedScores:
+        """Return the named scores of any of the rows, None where nothing counts."""
         scores = self._ratios(rows)
         if self.average is None:
             return scores
-        known = not np.isnan(rows[:, GROUP]).any()  # without a group for each there is no mean over groups
+        known = all(row["group"] is not None for row in rows)  # without a group for each there is no mean over groups
         parts = [self._ratios(part) for part in groups_of(rows)] if known else []
         suffix = GROUPS[self.average][0]
         return scores | {f"{name}_{suffix}": mean(part[name] for part in parts) for name in self.means}
 
-    def _ratios(self, rows: np.ndarray) -> NamedScores:
-        sums = [math.fsum(column) for column in rows.T[FIRST:]]
-        return {name: a / b if b else None for name, a, b in zip(self.names, sums[0::2], sums[1::2], strict=True)}
+    def _ratios(self, rows: Sequence[Row]) -> NamedScores:
+        sums = {name: [math.fsum(row[name][i] for row in rows) for i in (0, 1)] for name in self.names}
+        return {name: a / b if b else None for name, (a, b) in sums.items()}
 
     def compute(self) -> NamedScores:
         """Return the named scores of all samples."""
-        return self.summarise(self.table())
+        return self.summarise(self.rows())
+
+
+def fact(prediction: Prediction, name: str, default: Any = None) -> Any:
+    """Return what the target says beside regions and answer ("held_out", "group", "mode", "class"), or `default`."""
+    return prediction.target.get(name, (prediction.target.get("meta") or {}).get(name, default))
 
 
 def labelled(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -111,17 +108,12 @@ def labelled(predictions: Iterable[Prediction]) -> list[Prediction]:
     return [prediction for prediction in predictions if not fact(prediction, "unlabelled", False)]
 
 
-def groups_of(rows: np.ndarray) -> list[np.ndarray]:
+def groups_of(rows: Iterable[Row]) -> list[list[Row]]:
     """Split rows by their group."""
-    rows = rows[np.argsort(rows[:, GROUP], kind="stable")]
-    return [part for part in np.split(rows, np.flatnonzero(np.diff(rows[:, GROUP])) + 1) if len(part)]
-
-
-def digest(value: Any) -> float:
-    """Return 52 bits of a text's hash, equal on every process and exact in float64; NaN of None."""
-    if value is None:
-        return math.nan
-    return float(int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest()) >> 12)
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return list(groups.values())
 
 
 def mean(values: Iterable[float | None]) -> float | None:

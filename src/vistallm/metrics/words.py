@@ -1,4 +1,4 @@
-"""Pure scores on answers in words: normalised strings in, per-sample scores or named ratios out.
+"""Scores of answers in words: questions, choices, yes or no, statements; and how such answers are read.
 
 VQAv2: the public evaluation (GT-Vision-Lab/VQA, vqaEval.py). POPE: RUCAIBox/POPE evaluate.py. NLVR2: lil-lab metrics.
 VCR: r2c eval_q2ar.py.
@@ -12,6 +12,9 @@ from importlib import resources
 
 import numpy as np
 
+from vistallm.metrics.scores import NamedScores, Row, SampleScores, Sums, fact, groups_of, mean
+from vistallm.schema import Prediction
+
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 _DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
@@ -21,24 +24,20 @@ _CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _WORDS for i, mark i
 _CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
-def _strip_punctuation(text: str) -> str:
-    number_comma = re.search(r"\d,\d", text) is not None
-    stripped = text
-    for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        stripped = stripped.replace(mark, "" if beside_space or number_comma else " ")
-    # The public code passes re.UNICODE (= 32) as `count`: at most 32 full stops go. Kept, to agree with it exactly.
-    return re.sub(r"\.(?!\d)", "", stripped, count=32)
-
-
 def normalise_vqa(text: str) -> str:
     """Return an answer in VQAv2's normal form: no punctuation or articles, number words as digits, contractions.
 
     >>> normalise_vqa("The two dogs, dont they?")
     "2 dogs don't they"
     """
-    text = _strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
-    words = [_DIGITS.get(word, word) for word in text.lower().split()]
+    text = stripped = text.replace("\n", " ").replace("\t", " ").strip()
+    number_comma = re.search(r"\d,\d", text) is not None
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        stripped = stripped.replace(mark, "" if beside_space or number_comma else " ")
+    # The public code passes re.UNICODE (= 32) as `count`: at most 32 full stops go. Kept, to agree with it exactly.
+    stripped = re.sub(r"\.(?!\d)", "", stripped, count=32)
+    words = [_DIGITS.get(word, word) for word in stripped.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
@@ -58,51 +57,152 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     return float(np.minimum(1, (matches.sum() - matches) / 3).mean())
 
 
-Read = tuple[str | None, str | None]
-"""What was read and None, or None and the reason it could not be read."""
-
-_LETTER = re.compile(r"\(\s*([A-Z])\s*\)|\b([A-Z])\b")
-
-
-def _read_all(text: str) -> Read:
-    return (text, None) if text else (None, "empty")
-
-
-def _read_short(text: str) -> Read:
+def _short(text: str) -> str:
     """Cut "... the answer is X." down to X; a text without those words is the answer itself."""
     start = text.lower().rfind("answer is")
     short = text[start + len("answer is") :] if start >= 0 else text
-    return _read_all(short.strip(" :").removesuffix(".").strip())
+    return short.strip(" :").removesuffix(".").strip()
 
 
-def _read_choice(text: str) -> Read:
-    match = _LETTER.search(_read_short(text)[0] or "")
-    return (match[1] or match[2], None) if match else (None, "no-choice")
+def _letter(text: str) -> str | None:
+    match = re.search(r"\(\s*([A-Z])\s*\)|\b([A-Z])\b", _short(text))
+    return (match[1] or match[2]) if match else None
 
 
-def _read_yes_no(text: str) -> Read:
+def _yes_or_no(text: str) -> str | None:
     """POPE's own reading ("not" means no, first sentence only), but a text with neither word is no silent "yes"."""
-    said = set(re.findall(r"[a-z]+", text.split(".")[0].lower()))
-    if said & {"no", "not"}:
-        return "no", None
-    return ("yes", None) if "yes" in said else (None, "no-yes-or-no")
+    words = set(re.findall(r"[a-z]+", text.split(".")[0].lower()))
+    return "no" if words & {"no", "not"} else "yes" if "yes" in words else None
 
 
-def _read_truth(text: str) -> Read:
-    said = {word.capitalize() for word in re.findall(r"[a-z]+", text.lower())} & {"True", "False"}
-    return (said.pop(), None) if len(said) == 1 else (None, "no-true-or-false")
+def _true_or_false(text: str) -> str | None:
+    words = {word.capitalize() for word in re.findall(r"[a-z]+", text.lower())} & {"True", "False"}
+    return words.pop() if len(words) == 1 else None
 
 
-READERS: dict[str, Callable[[str], Read]] = {
-    "caption": _read_all,
-    "vqa": _read_short,
-    "exact": _read_short,
-    "choice": _read_choice,
-    "yesno": _read_yes_no,
-    "truth": _read_truth,
+READERS: dict[str, tuple[Callable[[str], str | None], str]] = {  # the reader, and why it finds no answer
+    "caption": (str, "empty"),
+    "vqa": (_short, "empty"),
+    "exact": (_short, "empty"),
+    "choice": (_letter, "no-choice"),
+    "yesno": (_yes_or_no, "no-yes-or-no"),
+    "truth": (_true_or_false, "no-true-or-false"),
 }
 
 
-def read_words(text: str, family: str) -> Read:
-    """Read an answer in words (a generated one, or a target's) by the reader of a text family."""
-    return READERS[family](text.strip())
+def read_words(text: str, family: str) -> tuple[str | None, str | None]:
+    """Read an answer in words (a generated one, or a target's): it and None, or None and why it can't be read."""
+    read, reason = READERS[family]
+    answer = read(text.strip())
+    return (answer, None) if answer else (None, reason)
+
+
+class AnswerAccuracy(SampleScores):
+    """Share of the answers that equal their reference, which is read as answers are; upper and lower case are one."""
+
+    names: tuple[str, ...] = ("accuracy",)
+    reader = "exact"  # a key of `READERS`
+
+    def _texts(self, prediction: Prediction) -> tuple[str | None, str]:
+        """Return the answer, None where it could not be read, and the reference."""
+        reference, reason = read_words(str(prediction.target.get("answer") or ""), self.reader)
+        if reference is None:
+            raise ValueError(f"its target's answer can't be read as {self.reader}: {reason}")
+        return prediction.parsed.answer if prediction.parsed else None, reference
+
+    def _measure(self, prediction: Prediction) -> Sums:
+        answer, reference = self._texts(prediction)
+        right = answer is not None and answer.casefold() == reference.casefold()
+        return dict.fromkeys(("score", "accuracy"), (right, 1)) | self._parts(prediction, right)
+
+    def _parts(self, prediction: Prediction, right: bool) -> Sums:
+        """What the sample adds to the scores that count only some samples."""
+        return {}
+
+
+class LetterAccuracy(AnswerAccuracy):
+    """Share of the choices that are right."""
+
+    reader = "choice"
+
+
+class AskedAccuracy(AnswerAccuracy):
+    """LookTwice by what its question names: the object ("these bears"), its super class, or nothing ("these")."""
+
+    names = ("accuracy", "accuracy_general", "accuracy_super", "accuracy_object")
+
+    def _parts(self, prediction: Prediction, right: bool) -> Sums:
+        asks = f"accuracy_{fact(prediction, 'asks', 'general')}"
+        return {name: (right and name == asks, name == asks) for name in self.names[1:]}
+
+
+class StatementScores(AnswerAccuracy):
+    """NLVR2: accuracy, and consistency: share of the statements that are right on all of their image pairs."""
+
+    names = ("accuracy", "consistency")
+    reader, group_key = "truth", "group"
+
+    def _parts(self, prediction: Prediction, right: bool) -> Sums:
+        return {"consistency": (0, 0)}
+
+    def _ratios(self, rows: Sequence[Row]) -> NamedScores:
+        consistent = [float(all(row["accuracy"][0] for row in group)) for group in groups_of(rows)]
+        return super()._ratios(rows) | {"consistency": mean(consistent)}
+
+
+class ChoiceScores(AnswerAccuracy):
+    """VCR: Q>A, QA>R, and Q>AR: share of the questions with both choices that have both right.
+
+    A sample's `mode` says which choice it asks for, "q_a" or "qa_r", its `group` the question that both belong to.
+    """
+
+    names, headline = ("q_a", "qa_r", "q_ar"), "q_ar"
+    reader, group_key = "choice", "group"
+
+    def _parts(self, prediction: Prediction, right: bool) -> Sums:
+        mode = fact(prediction, "mode", "q_a")
+        return {name: (right and name == mode, name == mode) for name in self.names}
+
+    def _ratios(self, rows: Sequence[Row]) -> NamedScores:
+        pairs = [group for group in groups_of(rows) if any(row["q_a"][1] for row in group)]
+        pairs = [group for group in pairs if any(row["qa_r"][1] for row in group)]
+        right = [float(all(row["score"][0] for row in pair)) for pair in pairs]
+        return super()._ratios(rows) | {"q_ar": mean(right)}
+
+
+class YesNoScores(AnswerAccuracy):
+    """POPE: accuracy, precision, recall and F1 of "yes", share of "yes"; an unreadable answer is the wrong one."""
+
+    names, headline = ("accuracy", "precision", "recall", "f1", "yes_share"), "f1"
+    reader = "yesno"
+
+    def _measure(self, prediction: Prediction) -> Sums:
+        answer, reference = self._texts(prediction)
+        truth = reference == "yes"
+        counted = not truth if answer is None else answer == "yes"
+        hit = counted and truth
+        return {
+            **dict.fromkeys(("score", "accuracy"), (counted == truth, 1)),
+            "precision": (hit, counted),
+            "recall": (hit, truth),
+            "f1": (2 * hit, counted + truth),
+            "yes_share": (answer == "yes", 1),
+        }
+
+
+class VqaAccuracy(SampleScores):
+    """VQAv2's soft accuracy; one reference stands for ten annotators who agree."""
+
+    names = ("accuracy",)
+
+    def _measure(self, prediction: Prediction) -> Sums:
+        references = prediction.target.get("answers") or []
+        single = read_words(str(prediction.target.get("answer") or ""), "vqa")[0]
+        if not references and single is None:
+            raise ValueError("its target has neither `answers` nor an `answer`")
+        value = 0.0
+        if prediction.parsed is not None:
+            answer = prediction.parsed.answer
+            same = normalise_vqa(answer) == normalise_vqa(single or "")
+            value = vqa_accuracy(answer, references) if references else float(same)
+        return dict.fromkeys(("score", "accuracy"), (value, 1.0))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from vistallm.metrics import overlap as F
+from vistallm.metrics import regions as F
+from vistallm.schema import Prediction, Region
 
 
 def rle(mask):
@@ -28,10 +29,14 @@ def test_counts_equal_drawn_masks_and_survive_large_ones():
 
 def test_union_of_masks_is_the_pixelwise_or():
     masks = np.random.default_rng(3).random((3, 40, 64)) < 0.2
-    assert (coco_mask.decode(F.union_rle([rle(m) for m in masks], 40, 64)) == masks.any(0)).all()
-    assert not coco_mask.decode(F.union_rle([], 4, 6)).any()
-    with pytest.raises(ValueError, match="mask size"):
-        F.union_rle([F.union_rle([], 5, 5)], 4, 4)
+    regions = [Region(number > 2, "mask", rle=rle(mask)) for number, mask in enumerate([*masks, np.zeros((5, 6))])]
+    sizes = [{"width": 64, "height": 40}, {"width": 6, "height": 5}, {"width": 6, "height": 4}]
+    drawn = F.image_masks(regions, Prediction("a", "b", "t", "", "", None, None, sizes, {}))
+    assert (coco_mask.decode(drawn[0]) == masks.any(0)).all()
+    assert [coco_mask.decode(one).shape for one in drawn] == [(40, 64), (5, 6), (4, 6)]
+    assert not any(coco_mask.decode(one).any() for one in drawn[1:])
+    with pytest.raises(ValueError, match="image 1: mask size"):
+        F.image_masks(regions, Prediction("a", "b", "t", "", "", None, None, sizes[::2], {}))
 
 
 def grid_area(box, other, side=12):
@@ -94,6 +99,6 @@ def test_chosen_candidate_takes_the_nearest_for_boxes_and_points():
     candidates = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [0, 0, 30, 30]])
     assert F.chosen_candidate([1, 1, 9, 9], candidates) == 0
     assert F.chosen_candidate([33, 0, 36, 4], candidates[:2]) == 1
-    assert F.chosen_candidate([25, 5], candidates[:2]) == 1
-    assert F.chosen_candidate([6, 6], candidates) == 0  # inside two candidates: the nearer centre
-    assert F.chosen_candidate([18, 20], candidates) == 2
+    assert F.chosen_candidate([25, 5, 25, 5], candidates[:2]) == 1
+    assert F.chosen_candidate([6, 6, 6, 6], candidates) == 0  # inside two candidates: the nearer centre
+    assert F.chosen_candidate([18, 20, 18, 20], candidates) == 2
