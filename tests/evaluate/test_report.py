@@ -136,14 +136,14 @@ def test_same_input_same_page(predictions, tmp_path, metrics_csv):
 
 def test_published_row_stands_beside_a_real_benchmark_only(predictions, tmp_path):
     chosen = [p for p in predictions if p.task == "res"]
-    assert "Published" not in write(tmp_path / "a.html", chosen)[0]
+    assert "VistaLLM-13B" not in write(tmp_path / "a.html", chosen)[0]
     row = {"model": "VistaLLM-13B", "source": "project page", "scores": {"miou": 77.2}}
     real = B.Benchmark("refcoco_val_res", "res", "coinit", "val", "refcoco", "mask", "miou", paper=(row,))
     for prediction in chosen:
         prediction.benchmark = real.name
     write_report(tmp_path / "b.html", B.score(chosen, {real.name: real}), chosen)
     page = (tmp_path / "b.html").read_text()
-    assert "77.2 (VistaLLM-13B)" in page
+    assert "<td>VistaLLM-13B<small>project page</small></td>\n<td>77.2</td>" in page
     assert "refcoco_val_res" in page
 
 
@@ -173,6 +173,7 @@ def test_speed_confidence_and_outcomes(predictions, tmp_path):
     for number, prediction in enumerate(chosen):
         regions = prediction.parsed.regions
         set_confidence(prediction.parsed, [0.2 + number / 50] * len(regions), 0.9 if regions else 0.2)
+    rec = [0.2 + number / 50 for number, p in enumerate(chosen) if p.task == "rec"]  # confidences of right answers
     missed = next(p for p in chosen if p.task == "gres" and p.parsed.regions)
     missed.parsed.regions = []
     run = {"samples per second": 12.34, "seconds per image": 0.0512, "device": "CPU, 2 threads"}
@@ -182,8 +183,8 @@ def test_speed_confidence_and_outcomes(predictions, tmp_path):
         "<dd>12.3</dd>",
         "<dd>0.0512</dd>",
         "Rejection, GRES",
-        "REC, ECE",
-        "target not seen 10%",
+        f"REC, ECE {100 * (1 - np.mean(rec)):.0f}%",
+        "target missed 10%",
         ">Confidence<",
     ):
         assert text in page, text

@@ -92,14 +92,14 @@ def answer_confidence(prediction: Prediction) -> float | None:
 
 
 class Calibration(NamedTuple):
-    """Bins of equal width over the confidence, empty ones left out: (k,) mean confidence, share right, samples.
+    """Bins of equal width over the confidence, empty ones left out: (k,) mean confidence, share right, answers.
 
-    ece: the expected calibration error (Guo et al. 2017): mean of |confidence - share right|, weighted by samples.
+    ece: the expected calibration error (Guo et al. 2017): mean of |confidence - share right|, weighted by answers.
     """
 
     confidence: np.ndarray
     right: np.ndarray
-    samples: np.ndarray
+    answers: np.ndarray
     ece: float
 
 
@@ -111,21 +111,10 @@ def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 
     """
     sure, hit = np.asarray(confidence, float), np.asarray(right, float)
     number = np.minimum((sure * bins).astype(int), bins - 1)
-    samples = np.bincount(number, minlength=bins)
-    used = samples > 0
-    mean, share = (np.bincount(number, values, bins)[used] / samples[used] for values in (sure, hit))
-    ece = float((np.abs(mean - share) * samples[used]).sum() / samples.sum())
-    return Calibration(mean, share, samples[used], ece)
-
-
-def calibrate(predictions: Sequence[Prediction], metric: str) -> Calibration | None:
-    """Calibration of one benchmark's scored predictions; None for a metric without regions or without confidences."""
-    if metric not in RIGHT_FROM:
-        return None
-    known = [(sure, p.score or 0.0) for p in predictions if (sure := answer_confidence(p)) is not None]
-    return (
-        calibration([sure for sure, _ in known], [score >= RIGHT_FROM[metric] for _, score in known]) if known else None
-    )
+    answers = np.bincount(number, minlength=bins)
+    used = answers > 0
+    mean, share = (np.bincount(number, values, bins)[used] / answers[used] for values in (sure, hit))
+    return Calibration(mean, share, answers[used], float((np.abs(mean - share) * answers[used]).sum() / len(sure)))
 
 
 def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
@@ -138,21 +127,25 @@ def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.nda
     """
     answers = [p.parsed for p in predictions]
     empty = np.array([bool(p.target.get("empty")) for p in predictions])
-    if all(one is None or one.presence is None for one in answers) or len(set(empty.tolist())) < 2:
+    if all(one is None or one.presence is None for one in answers) or empty.all() or not empty.any():
         return None
-    read = np.array([one is not None for one in answers])
     none = np.array([one is not None and not one.regions for one in answers])
-    presence = np.array([1.0 if one is None or one.presence is None else one.presence for one in answers])
-    sure = np.array([answer_confidence(p) or 0.0 for p in predictions])
+    given = np.array([one is not None and bool(one.regions) for one in answers])
     score = np.array([p.score or 0.0 for p in predictions])
-    given = np.flatnonzero(read & ~none)
+
+    def key(index: int) -> tuple[float, float]:
+        one = answers[index]
+        presence = 1.0 if one is None or one.presence is None else one.presence
+        return presence, answer_confidence(predictions[index]) or 0.0
+
+    order = sorted(np.flatnonzero(given), key=key)
     rank = np.full(len(predictions), len(predictions))
-    rank[given[np.lexsort((sure[given], presence[given]))]] = np.arange(len(given))
+    rank[order] = np.arange(len(order))
     shares = np.linspace(0, 1, 101)
-    rejected = read & (none | (rank < np.rint(shares * len(given))[:, None]))
+    rejected = none | (rank < np.rint(shares * len(order))[:, None])
     lines = {
         "N-acc": rejected[:, empty].mean(1),
-        "T-acc": (read & ~rejected)[:, ~empty].mean(1),
+        "T-acc": (given & ~rejected)[:, ~empty].mean(1),
         "score": np.where(rejected & ~none, empty, score).mean(1),
     }
     return {name: (shares, line) for name, line in lines.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,13 @@ def _score(regions: Sequence[Region]) -> float:
     return min((1.0 if region.confidence is None else region.confidence for region in regions), default=0.0)
 
 
-def _xywh(prediction: Prediction) -> list[list[float]]:
+def _boxes(prediction: Prediction) -> list[list[float]]:
+    """The answer's boxes as x, y, width, height."""
     boxes = boxes_of(_regions(prediction))
     return [[round(float(v), 3) for v in (x0, y0, x1 - x0, y1 - y0)] for x0, y0, x1, y1 in boxes]
 
 
-def _segmentation(prediction: Prediction) -> dict[str, Any]:
+def _mask(prediction: Prediction) -> dict[str, Any]:
     """The answer's regions in the first image as one RLE with text counts, as JSON needs them."""
     rle = image_masks(_regions(prediction), prediction)[0]
     counts = rle["counts"]
@@ -79,24 +80,19 @@ def _json(records: Any) -> str:
     return json.dumps(records, ensure_ascii=False) + "\n"
 
 
-def _coco(results: Iterable[tuple[Prediction, Sequence[Region], dict[str, Any]]]) -> str:
-    return _json(
-        [
-            {"image_id": _image_id(p), "category_id": 1, **shape, "score": _score(regions), "expression": p.id}
-            for p, regions, shape in results
-        ]
-    )
-
-
-def _coco_masks(predictions: Predictions) -> str:
-    """One result per expression, its regions joined; an answer without a region has none."""
-    return _coco((p, regions, {"segmentation": _segmentation(p)}) for p in predictions if (regions := _regions(p)))
-
-
-def _coco_boxes(predictions: Predictions) -> str:
-    """One result per region."""
-    results = ((p, zip(_regions(p), _xywh(p), strict=True)) for p in predictions)
-    return _coco((p, [region], {"bbox": box}) for p, boxes in results for region, box in boxes)
+def _coco(predictions: Predictions, masks: bool) -> str:
+    """COCO results: one per expression with its regions joined (masks), or one per region (boxes)."""
+    results = []
+    for p in predictions:
+        regions = _regions(p)
+        if masks:
+            shapes = [(regions, {"segmentation": _mask(p)})] if regions else []
+        else:
+            shapes = [([region], {"bbox": box}) for region, box in zip(regions, _boxes(p), strict=True)]
+        for own, shape in shapes:
+            ids = {"image_id": _image_id(p), "category_id": 1}
+            results.append(ids | shape | {"score": _score(own), "expression": p.id})
+    return _json(results)
 
 
 def _grefcoco(predictions: Predictions) -> str:
@@ -105,7 +101,7 @@ def _grefcoco(predictions: Predictions) -> str:
         regions = _regions(p)
         ids = {key: _needed(p, key) for key in ("ref_id", "sent_id")} | {"image_id": _image_id(p)}
         masks = any(region.kind == "mask" for region in regions)
-        shape = {"segmentation": _segmentation(p)} if masks else {"boxes": _xywh(p)}
+        shape = {"segmentation": _mask(p)} if masks else {"boxes": _boxes(p)}
         records.append(ids | {"no_target": p.parsed is not None and not regions, "score": _score(regions)} | shape)
     return _json(records)
 
@@ -136,8 +132,8 @@ def _vcr(predictions: Predictions) -> str:
 
 
 EXPORTS: dict[str, tuple[str, Callable[[Predictions], str]]] = {
-    "coco_masks": (".json", _coco_masks),
-    "coco_boxes": (".json", _coco_boxes),
+    "coco_masks": (".json", lambda ps: _coco(ps, masks=True)),
+    "coco_boxes": (".json", lambda ps: _coco(ps, masks=False)),
     "grefcoco": (".json", _grefcoco),
     "captions": (".json", lambda ps: _json([{"image_id": _image_id(p), "caption": _answer(p)} for p in ps])),
     "vqav2": (

@@ -16,7 +16,6 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from vistallm.evaluate.predictions import by_benchmark
-from vistallm.metrics.regions import image_masks
 from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.masks import rle_to_mask
 from vistallm.schema import Prediction, Region
@@ -66,7 +65,7 @@ def short_text(text: str, limit: int = 220) -> Markup:
 
     def group(match: re.Match[str]) -> str:
         bins, kind = match[0].count("<bin_"), _KINDS[match[1]]
-        detail = f", {bins // 2} points" if kind == "mask" and bins else ", none" if not bins else ""
+        detail = f", {bins // 2} points" if kind == "mask" and bins else "" if bins else ", none"
         return f"\x00[{kind}{detail}]\x01"
 
     text = _BINS.sub(" <bins…>", _GROUP.sub(group, text)).strip()
@@ -80,42 +79,33 @@ def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -
     given = [Region.from_json(record) for record in prediction.target.get("given", [])]
     given += [Region(0, "box", box=tuple(box)) for box in prediction.target.get("candidates", [])]
     answer = prediction.parsed.regions if prediction.parsed else []
-    masks = image_masks([region for region in target if region.kind == "mask"], prediction)
     pictures = []
     for index, size in enumerate(prediction.images):
         width, height = int(size["width"]), int(size["height"])
         layers = [
             Markup("").join(_shape(region, max(width, height) / 45) for region in regions if region.image == index)
-            for regions in (given, answer, [region for region in target if region.kind != "mask"])
+            for regions in (given, answer, target)
         ]
-        if any(region.kind == "mask" and region.image == index for region in target):
-            layers[2] += _outline(rle_to_mask(masks[index]))  # one outline of all objects
         pictures.append(Picture(width, height, None if images is None else _data_uri(images[index]), *layers))
     return pictures
 
 
 def _shape(region: Region, radius: float) -> Markup:
     """A region as SVG; `radius` of a point, in pixels of the image."""
-    if region.kind == "mask" and region.polygons is not None:
-        return _path(region.polygons)
-    if region.kind == "mask" and region.rle is not None:
-        return _outline(rle_to_mask(region.rle))
+    if region.kind == "mask":
+        rings = region.polygons
+        if region.rle is not None:  # half a pixel of slack removes the stair steps, which no reader needs
+            outlines = outline_rings(as_mask(rle_to_mask(region.rle)), holes=True)
+            rings = [cv2.approxPolyDP(ring.astype(np.float32), 0.8, True).reshape(-1, 2) for ring in outlines]
+        parts = (
+            "M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in ring.tolist()) + "Z" for ring in rings or () if len(ring)
+        )
+        return Markup(f'<path d="{"".join(parts)}"/>')
     if region.box is not None:
         x0, y0, x1, y1 = region.box
         return Markup(f'<rect x="{x0:g}" y="{y0:g}" width="{max(0, x1 - x0):g}" height="{max(0, y1 - y0):g}"/>')
     x, y = region.point or (0, 0)
     return Markup(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}"/>')
-
-
-def _outline(mask: np.ndarray) -> Markup:
-    # Half a pixel of slack removes the stair steps, which no reader needs.
-    rings = outline_rings(as_mask(mask), holes=True)
-    return _path([cv2.approxPolyDP(ring.astype(np.float32), 0.8, True).reshape(-1, 2) for ring in rings])
-
-
-def _path(rings: Sequence[np.ndarray]) -> Markup:
-    parts = ("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in ring.tolist()) + "Z" for ring in rings if len(ring))
-    return Markup(f'<path d="{"".join(parts)}"/>')
 
 
 def _data_uri(image: np.ndarray) -> str:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-import matplotlib.figure
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 SOFT = "#6a7280"
 LINES = ("#2f5bd7", "#d9480f", "#0b8a6a", "#8a3ffc", "#b58105", "#c2255c", "#1098ad", "#5c677d")
-MAX_LINES = len(LINES)  # of one plot: more can't be told apart
+STYLE = Path(__file__).with_suffix(".mplstyle")
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, both (n,) float64
 
-STYLE = Path(__file__).with_suffix(".mplstyle")
 
-
-class Figure(NamedTuple):
+class Plot(NamedTuple):
     """A plot of the report; `note` is a sentence under its caption."""
 
     caption: str
@@ -35,8 +33,7 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    names = rows[0] if rows else {}
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
 
 
 def curve(columns: Mapping[str, np.ndarray], name: str, points: int = 120) -> Curve | None:
@@ -59,48 +56,34 @@ def line_plots(
     log_y: bool = False,
     square: bool = False,
     diagonal: bool = False,
-) -> list[Figure]:
-    """Draw named curves, at most `MAX_LINES` a figure; no figure without a curve.
+) -> list[Plot]:
+    """Draw named curves, one plot for every `len(LINES)` of them, more can't be told apart; none without a curve.
 
-    `square`: both axes run from 0 to 1; `diagonal`: points, beside the line y = x.
+    `square`: both axes run from 0 to 1; `diagonal`: dots of the curves' points, beside the line y = x.
     """
-    figures = []
-    for start in range(0, len(curves), MAX_LINES):
-        part = dict(list(curves.items())[start : start + MAX_LINES])
+    plots, names = [], list(curves)
+    for start in range(0, len(names), len(LINES)):
         with matplotlib.rc_context(fname=STYLE):
-            figure = matplotlib.figure.Figure(figsize=(4.4, 2.9), layout="constrained")
-            axes = figure.add_subplot()
+            figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+            axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
             if diagonal:
                 axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
-            marker = "o" if diagonal else None
-            for colour, (name, (x, y)) in zip(LINES, part.items(), strict=False):
-                axes.plot(x, y, color=colour, linewidth=1.6, label=name, marker=marker, markersize=3.5)
-            axes.set_xlabel(x_label)
-            axes.set_ylabel(y_label)
-            if log_y and all((y > 0).all() for _, y in part.values()):
+            for colour, name in zip(LINES, names[start : start + len(LINES)], strict=False):
+                dots = "o" if diagonal else "o-" if len(curves[name][0]) < 20 else "-"
+                axes.plot(*curves[name], dots, color=colour, linewidth=1.6, label=name, markersize=3.5)
+            if log_y and all((y > 0).all() for _, y in curves.values()):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
             if square:
                 axes.set(xlim=(0, 1), ylim=(0, 1.02))
-            if len(part) > 1 or diagonal:
+            if len(names) > 1 or diagonal:
                 axes.legend(fontsize=8, handlelength=1.4)
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         svg = buffer.getvalue()
-        figures.append(Figure(caption, Markup(svg[svg.index("<svg") :]), note))
-    return figures
-
-
-def sparkline(values: np.ndarray, width: int = 120, height: int = 30) -> Markup:
-    """Draw (n,) values as one small line without axes; its floor is 0."""
-    x = np.linspace(1, width - 1, len(values))
-    y = height - 2 - (height - 4) * values / max(float(values.max()), 1e-12)
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return Markup(
-        f'<svg class="spark" viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">'
-        f'<polyline points="{points}"/></svg>'
-    )
+        plots.append(Plot(caption, Markup(svg[svg.index("<svg") :]), note))
+    return plots
 
 
 def precision_curve(scores: Sequence[float]) -> Curve:
@@ -110,11 +93,7 @@ def precision_curve(scores: Sequence[float]) -> Curve:
 
 
 def draw_arms(
-    path: Path,
-    arms: Mapping[str, tuple[Sequence[float], float, float, float]],
-    best: str,
-    axis: str | None,
-    metric: str,
+    path: Path, arms: Mapping[str, tuple[Sequence[float], float, float, float]], best: str, axis: str, label: str
 ) -> None:
     """Write an ablation's plot as `path`.png and `path`.svg: seeds as dots, mean and 95% interval.
 
@@ -122,13 +101,13 @@ def draw_arms(
         path: of the files, without suffix.
         arms: name -> (score of each seed, mean, half the interval, ceiling), in [0, 1], NaN where there is none.
         best: the arm in blue.
-        axis: what the arms' names count, as a logarithmic axis; None: names in a row.
-        metric: label of the scores.
+        axis: what the arms' names count, as a logarithmic axis; "": names in a row.
+        label: of the scores.
     """
-    places = np.array([float(name) if axis else number for number, name in enumerate(arms)], float)
+    places = [float(name) if axis else number for number, name in enumerate(arms)]
     with matplotlib.rc_context(fname=STYLE):
-        figure = matplotlib.figure.Figure(figsize=(5.2, 3.0), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        axes = figure.add_subplot(xlabel=axis, ylabel=label)
         if axis:
             axes.plot(places, [100 * mean for _, mean, *_ in arms.values()], color=LINES[0], linewidth=1.4)
             axes.set_xscale("log")
@@ -140,7 +119,6 @@ def draw_arms(
         # Ceilings as words: scores of small budgets lie far below them, and one scale for both hides what differs.
         ceilings = [f"\nceiling {100 * top:.1f}" if np.isfinite(top) else "" for *_, top in arms.values()]
         axes.set_xticks(places, [name + text for name, text in zip(arms, ceilings, strict=True)], fontsize=8)
-        axes.set(xlabel=axis or "", ylabel=f"{metric.replace('.', ' ')} x 100")
         axes.margins(x=0.15)
         figure.savefig(path.with_suffix(".png"), dpi=160)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

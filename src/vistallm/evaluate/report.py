@@ -16,9 +16,9 @@ import numpy as np
 import yaml
 
 from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
-from vistallm.evaluate.confidence import RIGHT_FROM, answer_confidence, calibrate, rejection_curve
+from vistallm.evaluate.confidence import RIGHT_FROM, answer_confidence, calibration, rejection_curve
 from vistallm.evaluate.gallery import draw_pictures, pick, short_text
-from vistallm.evaluate.plots import Curve, Figure, curve, line_plots, precision_curve, read_columns, sparkline
+from vistallm.evaluate.plots import Curve, Plot, curve, line_plots, precision_curve, read_columns
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.metrics import METRICS, SCORE_NAMES
 from vistallm.schema import Prediction
@@ -26,8 +26,8 @@ from vistallm.tasks import TASKS
 
 WORDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 TITLES, OUTCOMES = WORDS["titles"], WORDS["outcomes"]
-COLUMNS = ("Ceiling", "Known pairs", "New pairs", "Published", "Samples", "Unreadable")
 TILES = ("samples per second", "tokens per second", "seconds per image", "seconds of generation")
+FEW = 5  # a bin of fewer answers is not drawn
 Benchmarks = list[tuple[BenchmarkScores, str, list[Prediction]]]  # scores, short name, and what was scored
 
 
@@ -57,46 +57,49 @@ def write_report(
     # Masks first: overlays are what a reader comes for.
     kinds = ("mask", "box", "point", "text")
     order = sorted(scores.values(), key=lambda one: kinds.index(TASKS[one.task].kind))
-    groups, images, run = by_benchmark(predictions), images or {}, run or {}
+    groups, images = by_benchmark(predictions), images or {}
     titles = {one.name: TITLES.get(one.task, one.task) if one.name.startswith("mini_") else one.name for one in order}
     # the abbreviation at the end of a title, "RES", where there is one
     short = {name: words.rpartition("(")[2].rstrip(")") for name, words in titles.items()}
     benchmarks = [(one, short[one.name], groups[one.name]) for one in order]
-    columns = {one.name: _columns(one) for one in order}
-    chosen = [(group, one) for name in titles for group, one in pick(groups[name])]
-    page = _template().render(
+    chosen = [(one, group) for name in titles for group, one in pick(groups[name])]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vistallm", "evaluate"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": _percent, "brief": _brief, "short_text": short_text}
+    rows = {one.name: _values(one, one.headline) for one in order}
+    columns = enumerate(("Ceiling", "Seen pairs", "Held-out pairs"), 1)
+    named = [(one, [name for name in one.scores if any(name in row["scores"] for row in one.paper)]) for one in order]
+    page = environment.get_template("report.html").render(
         title=title,
         order=order,
         titles=titles,
         short=short,
         score_names=SCORE_NAMES,
         values=_values,
-        samples=sum(one.n for one in order),
         unreadable=sum(sum(one.failures.values()) for one in order),
-        columns=columns,
-        labels=[label for label in COLUMNS if any(row[label] for row in columns.values())],
-        published=[_published(one) for one in order if any(set(one.scores) & set(row["scores"]) for row in one.paper)],
-        cards=[(one, group, draw_pictures(one, images.get(one.id)), answer_confidence(one)) for group, one in chosen],
+        columns={label: i for i, label in columns if any(row[i] is not None for row in rows.values())},
+        published=[
+            (one, names, sorted(one.paper, key=lambda row: not row["model"].startswith("VistaLLM")))
+            for one, names in named
+            if names
+        ],
+        cards=[(one, group, draw_pictures(one, images.get(one.id)), answer_confidence(one)) for one, group in chosen],
         outcome_words=OUTCOMES,
-        outcomes=[(one, *_outcomes(group, one.metric)) for one, _, group in benchmarks],
+        outcomes=[(one, Counter(outcome(each, one.metric) for each in group)) for one, _, group in benchmarks],
         precision=_precision(benchmarks),
         failures=_failures(benchmarks),
         confidence=_confidence(benchmarks),
         training=[_training(label, found) for label, file in (history or {}).items() if (found := read_columns(file))],
-        run=run,
-        tiles=[name for name in TILES if name in run],
+        run=run or {},
+        tiles=[name for name in TILES if name in (run or {})],
         config=config,
     )
     path.write_text(page, encoding="utf-8")
-
-
-def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("vistallm", "evaluate")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"percent": _percent, "brief": _brief, "short_text": short_text}
-    return environment.get_template("report.html")
 
 
 def _percent(value: float | None) -> str:
@@ -110,31 +113,9 @@ def _brief(value: Any) -> str:
 
 
 def _values(one: BenchmarkScores, name: str) -> list[float | None]:
-    """A score's result, its mask ceiling, and the results on known and on new pairs."""
+    """A score's result, its mask ceiling, and the results on seen and on held-out pairs."""
     parts = (one.splits.get(split, {"scores": {}})["scores"] for split in ("seen", "held_out"))
     return [one.scores[name], *(scores.get(name) for scores in (one.ceiling or {}, *parts))]
-
-
-def _is_followed(row: Mapping[str, Any]) -> bool:
-    """Whether a published row is of the system that this code follows."""
-    return str(row["model"]).startswith("VistaLLM")
-
-
-def _columns(one: BenchmarkScores) -> dict[str, str]:
-    """The cells of `COLUMNS`; a column that no benchmark fills is left out of the page."""
-    _, *own = map(_percent, _values(one, one.headline))
-    rows = [row for row in one.paper if _is_followed(row) and one.headline in row["scores"]]
-    paper = "; ".join(f"{row['scores'][one.headline]:.1f} ({row['model']})" for row in rows)
-    samples = f"{one.n:,}" + (f" ({one.faults:,} left out)" if one.faults else "")
-    return dict(zip(COLUMNS, (*own, paper, samples, f"{100 * one.unreadable:.1f}%"), strict=True))
-
-
-def _published(one: BenchmarkScores) -> tuple[BenchmarkScores, list[str], list[float | None], list[Mapping[str, Any]]]:
-    """A benchmark, the scores that any published row gives, our ceilings of these if any, and the rows."""
-    names = [name for name in one.scores if any(name in row["scores"] for row in one.paper)]
-    ceilings = [_values(one, name)[1] for name in names]
-    rows = sorted(one.paper, key=lambda row: not _is_followed(row))
-    return one, names, ceilings if any(value is not None for value in ceilings) else [], rows
 
 
 def outcome(prediction: Prediction, metric: str) -> str:
@@ -151,14 +132,7 @@ def outcome(prediction: Prediction, metric: str) -> str:
     return "inexact" if prediction.score else "elsewhere"
 
 
-def _outcomes(predictions: Sequence[Prediction], metric: str) -> tuple[Counter[str], str | None]:
-    """How often each outcome occurs, and the most common failure, None without any."""
-    counts = Counter(outcome(prediction, metric) for prediction in predictions)
-    failed = [key for key in OUTCOMES if counts[key] and key != "right"]
-    return counts, max(failed, key=lambda key: counts[key], default=None)
-
-
-def _precision(benchmarks: Benchmarks) -> list[Figure]:
+def _precision(benchmarks: Benchmarks) -> list[Plot]:
     """Pr@ as a curve over all thresholds, of the mask tasks; samples without a target have no IoU and are left out."""
     curves = {}
     for one, name, group in benchmarks:
@@ -168,54 +142,45 @@ def _precision(benchmarks: Benchmarks) -> list[Figure]:
     return line_plots("Precision at every IoU threshold", curves, "IoU threshold", "share at or above", square=True)
 
 
-def _failures(benchmarks: Benchmarks) -> list[tuple[str, int, str]]:
-    """Unreadable answers: (reason, how many, from which benchmarks), most first."""
+def _failures(benchmarks: Benchmarks) -> list[tuple[str, dict[str, int]]]:
+    """Unreadable answers: (reason, benchmark -> how many), most frequent reason first."""
     reasons: dict[str, dict[str, int]] = {}
     for one, name, _ in benchmarks:
         for reason, number in one.failures.items():
             reasons.setdefault(reason, {})[name] = number
-    rows = [
-        (reason, sum(tasks.values()), ", ".join(f"{task} {number}" for task, number in tasks.items()))
-        for reason, tasks in reasons.items()
-    ]
-    return sorted(rows, key=lambda row: -row[1])
+    return sorted(reasons.items(), key=lambda row: -sum(row[1].values()))
 
 
-def _confidence(benchmarks: Benchmarks) -> list[Figure]:
+def _confidence(benchmarks: Benchmarks) -> list[Plot]:
     """Reliability of the confidences with its ECE, and rejection where samples may have no target."""
     curves: dict[str, Curve] = {}
     rejections = []
     for one, name, group in benchmarks:
-        if (bins := calibrate(group, one.metric)) is not None:
-            curves[f"{name}, ECE {100 * bins.ece:.0f}%"] = (bins.confidence, bins.right)
+        known = [(sure, p.score or 0.0) for p in group if (sure := answer_confidence(p)) is not None]
+        if known and one.metric in RIGHT_FROM:
+            bins = calibration([sure for sure, _ in known], [score >= RIGHT_FROM[one.metric] for _, score in known])
+            drawn = bins.answers >= FEW
+            curves[f"{name}, ECE {100 * bins.ece:.0f}%"] = (bins.confidence[drawn], bins.right[drawn])
         if (lines := rejection_curve(group)) is not None:
-            x_label = "share of regions taken back, least present first"
-            note = "At 0 the answers as given; further right, more are emptied."
+            x_label = "share of answers rejected, lowest presence first"
+            note = "At 0: the answers as given. To the right, more answers count as “no target”."
             rejections += line_plots(f"Rejection, {name}", lines, x_label, "share", note, square=True)
-    note = "Right: IoU of at least 0.5, every box, or the right candidate."
+    note = f"A dot is a bin of at least {FEW} answers. Right: IoU of at least 0.5, every box, or the right candidate."
     axes = ("mean confidence", "share right")
     return line_plots("Reliability", curves, *axes, note, square=True, diagonal=True) + rejections
 
 
 def _training(label: str, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """How one run of training went: its pace, its plots, and (task, last loss, curve) for every task."""
+    """How one run of training went: its pace, its plots, and (task, curve of its loss) for every task."""
 
     def curves(names: Mapping[str, str]) -> dict[str, Curve]:
         return {words: line for name, words in names.items() if (line := curve(columns, name)) is not None}
 
-    losses = curves({"loss": "training", "val_loss": "validation"})
-    plots = line_plots("Loss", losses, "step", "loss per token", log_y=True)
+    plots = line_plots("Loss", curves({"loss": "training", "val_loss": "validation"}), "step", "loss", log_y=True)
     plots += line_plots("Learning rate", curves({"lr": "learning rate"}), "step", "learning rate")
     scores = {name: name.removeprefix("val/") for name in columns if name.startswith("val/")}
-    plots += line_plots("Validation scores", curves(scores), "step", "score")
+    plots += line_plots("Validation scores", curves(scores), "step", "score, share")
     tasks = {name[5:]: line for name in columns if name.startswith("loss/") and (line := curve(columns, name, 40))}
-    sparks = [(name, losses[-1], sparkline(losses)) for name, (_, losses) in tasks.items()]
-    return {"label": label, "pace": _pace(columns), "plots": plots, "task_losses": sparks}
-
-
-def _pace(columns: Mapping[str, np.ndarray]) -> str:
-    seconds, samples = (float(np.nansum(columns.get(name, np.zeros(1)))) for name in ("seconds", "samples"))
-    if not seconds:
-        return ""
-    rate = f", {samples:,.0f} samples, {samples / seconds:,.0f} samples per second" if samples else ""
-    return f"{int(np.nanmax(columns['step'])):,} steps in {seconds / 60:,.1f} minutes{rate}."
+    pace = {name: float(np.nansum(columns.get(name, np.zeros(1)))) for name in ("seconds", "samples")}
+    steps = float(np.nanmax(columns["step"]))
+    return {"label": label, "steps": steps, **pace, "plots": plots, "losses": {k: y for k, (_, y) in tasks.items()}}
