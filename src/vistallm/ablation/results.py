@@ -124,7 +124,8 @@ def write_results(results: list[AblationScores], out: Path, command: str) -> Non
             rows = [[ablation.name, arm.name, run.seed, ablation.metric, *run[1:]] for arm in arms for run in arm.runs]
             writer.writerows(rows)
             columns = {arm.name: ([r.score for r in arm.runs], *arm.mean("score"), arm.ceiling[0]) for arm in arms}
-            draw_arms(out / "plots" / ablation.name, columns, ablation.better, ablation.axis, ablation.metric)
+            label = f"{ablation.metric.replace('.', ' ')} x 100"
+            draw_arms(out / "plots" / ablation.name, columns, ablation.better, ablation.axis or "", label)
     templates = Environment(loader=PackageLoader("vistallm.ablation", "."), trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"spread": spread, "amount": amount}
     for name in ("results.md", "results.html"):

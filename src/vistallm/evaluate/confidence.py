@@ -138,7 +138,7 @@ def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.nda
         presence = 1.0 if one is None or one.presence is None else one.presence
         return presence, answer_confidence(predictions[index]) or 0.0
 
-    order = sorted(np.flatnonzero(given), key=key)
+    order = sorted(np.flatnonzero(given).tolist(), key=key)
     rank = np.full(len(predictions), len(predictions))
     rank[order] = np.arange(len(order))
     shares = np.linspace(0, 1, 101)

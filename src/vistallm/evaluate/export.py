@@ -84,11 +84,11 @@ def _coco(predictions: Predictions, masks: bool) -> str:
     """COCO results: one per expression with its regions joined (masks), or one per region (boxes)."""
     results = []
     for p in predictions:
-        regions = _regions(p)
-        if masks:
-            shapes = [(regions, {"segmentation": _mask(p)})] if regions else []
-        else:
+        regions, shapes = _regions(p), list[tuple[list[Region], dict[str, Any]]]()
+        if not masks:
             shapes = [([region], {"bbox": box}) for region, box in zip(regions, _boxes(p), strict=True)]
+        elif regions:
+            shapes = [(regions, {"segmentation": _mask(p)})]
         for own, shape in shapes:
             ids = {"image_id": _image_id(p), "category_id": 1}
             results.append(ids | shape | {"score": _score(own), "expression": p.id})
