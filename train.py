@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 
 from vistallm.config import load_config
+from vistallm.evaluate.run import validator
 from vistallm.train.callbacks import PREEMPTED, Preempted
 from vistallm.train.run import train
 
 if __name__ == "__main__":
     try:
-        train(load_config(sys.argv[1:]))
+        train(load_config(sys.argv[1:]), validator)
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     except Preempted as stop:

@@ -135,7 +135,16 @@ class CheckpointConfig:
 
     every_n_steps: int = 1000
     keep: int = 2
+    best: str | None = None  # score of val.benchmarks (val/res_ciou) or val_loss: its best stays as best.ckpt
     sharded: bool = False  # strategy=fsdp: a folder to which each process writes its part; false = one file
+
+
+@dataclass
+class ValConfig:
+    """Answers that are generated and scored at each validation pass (trainer.val_check_interval=MICRO-BATCHES)."""
+
+    benchmarks: list[str] = field(default_factory=list)  # of benchmarks.yaml; empty = loss and accuracy alone
+    samples: int = 300  # of all of them together, the first ones of their val splits
 
 
 @dataclass
@@ -183,6 +192,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    val: ValConfig = field(default_factory=ValConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     log: LogConfig = field(default_factory=LogConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # Lightning Trainer arguments
@@ -222,6 +232,7 @@ LEAST = {  # the smallest value of a number
     "train.bin_sigma": 0,
     "checkpoint.every_n_steps": 1,
     "checkpoint.keep": 1,
+    "val.samples": 1,
     "decode.max_new_tokens": 1,
     "decode.batch_size": 1,
     "log.every_n_seconds": 0,

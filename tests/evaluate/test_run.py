@@ -157,7 +157,7 @@ def _validate(rank, port, size, folder, root, config, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
     model = R.load_run(str(folder), config)[0]
-    torch.save(R.validate(model, config, root, ["mini_res", "mini_gres"], 4), f"{out}-{rank}")
+    torch.save(R.validator(config, root)(model), f"{out}-{rank}")
     dist.destroy_process_group()
 
 
@@ -165,9 +165,9 @@ def _validate(rank, port, size, folder, root, config, out):
 def test_validation_scores_are_those_of_the_val_split_on_any_number_of_processes(
     folder, tmp_path, tiny_config, mini_root
 ):
-    config = tiny_config(*WORDS, f"run_dir={tmp_path}")
+    config = tiny_config(*WORDS, f"run_dir={tmp_path}", "val.benchmarks=[mini_res,mini_gres]", "val.samples=4")
     model = R.load_run(str(folder), config)[0].train()
-    scores = R.validate(model, config, mini_root, ["mini_res", "mini_gres"], 4)
+    scores = R.validator(config, mini_root)(model)
     assert model.training
     chosen = {name: dataclasses.replace(load_benchmarks()[name], split="val") for name in ("mini_res", "mini_gres")}
     model.eval()

@@ -7,6 +7,7 @@ is not answered again. When all are there they are joined in the order of the da
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -321,30 +322,30 @@ def histories(ckpt: str | None) -> dict[str, Path]:
     return found
 
 
-def validate(
-    model: VistaLLM, config: Config, root: Path, benchmarks: Sequence[str], samples: int, sharded: bool = False
-) -> dict[str, float]:
-    """Generate answers of a fixed subset and return their scores, for use during training.
+def validator(config: Config, root: Path) -> Callable[[VistaLLM], dict[str, float]]:
+    """Return a function that generates answers on `val.benchmarks` and scores them, for use during training.
 
-    Every process calls it and gets the same scores; each answers its own share. The samples come from the `val` split
-    where the shards have one (a checkpoint must not be chosen on test data), else from the benchmark's own.
-
-    Args:
-        model: in any mode, which is kept.
-        config: of the run.
-        root: data folder.
-        benchmarks: names in benchmarks.yaml.
-        samples: number of samples over all benchmarks, the first ones of each.
-        sharded: the model's weights are shared out (FSDP), so all processes must generate in step; `generate` must be
-            registered as a forward method (`torch.distributed.fsdp.register_fsdp_forward_method`).
+    Every process calls it and gets the same scores; each answers its own share of the first `val.samples` samples. They
+    come from the `val` split where the shards have one (a checkpoint must not be chosen on test data), else from the
+    benchmark's own. The model keeps its mode. Under strategy=fsdp all processes generate in step, and `generate` must
+    be a forward method (`torch.distributed.fsdp.register_fsdp_forward_method`).
 
     Returns:
-        {"val/<task>_<score>": share in [0, 1]}; with the benchmark's name where two of them have one task.
+        model -> {"val/<task>_<score>": share in [0, 1]}; with the benchmark's name where two of them have one task.
+
+    Raises:
+        ValueError: a benchmark is unknown, or `root` has no data of it.
     """
-    chosen = select_benchmarks(load_benchmarks(), benchmarks, config.data.name)
-    chosen = {name: _on_val(root, one) for name, one in chosen.items()}
-    decode = dataclasses.replace(config.decode, limit=math.ceil(samples / len(chosen)))
-    config = dataclasses.replace(config, decode=decode)
+    known = select_benchmarks(load_benchmarks(), config.val.benchmarks, config.data.name)
+    chosen = {name: _on_val(root, one) for name, one in known.items()}
+    if absent := [f"{name}: {why}" for name, one in chosen.items() if (why := missing(root, one))]:
+        raise ValueError("val.benchmarks: " + "; ".join(absent))
+    decode = dataclasses.replace(config.decode, limit=math.ceil(config.val.samples / len(chosen)))
+    return functools.partial(_validate, dataclasses.replace(config, decode=decode), root, chosen)
+
+
+def _validate(config: Config, root: Path, chosen: Mapping[str, Benchmark], model: VistaLLM) -> dict[str, float]:
+    sharded = config.strategy == "fsdp"
     answerer, (rank, size) = gen.Answerer(model, config, sharded), rank_and_size()
     metrics = {name: one.new_metric() for name, one in chosen.items()}
     rejects, modes = reject_log(config), [(module, module.training) for module in model.modules()]

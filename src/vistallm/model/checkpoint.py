@@ -57,7 +57,7 @@ def find_checkpoint(path: str) -> tuple[Path, Path]:
         return given, given / MANIFEST
     if not given.exists():
         raise ValueError(f"ckpt={path}: expected a run folder or a checkpoint file, found nothing there")
-    if given.is_file() or _STEP.search(given.name):
+    if given.is_file() or given.suffix == ".ckpt":
         return given.parent.parent, given
     newest = newest_checkpoint(given)
     if newest is None:

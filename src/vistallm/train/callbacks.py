@@ -7,6 +7,7 @@ import csv
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
+from vistallm.model.vistallm import VistaLLM
 from vistallm.tasks import TASKS
 from vistallm.train.module import VistaModule
 
@@ -29,6 +31,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 class Preempted(Exception):
     """Training stopped at a signal after writing its checkpoint; it is to be started again."""
+
+
+class AnswerScores(Callback):
+    """Scores generated answers at each validation pass, by the function that `evaluate.run.validator` makes."""
+
+    def __init__(self, score: Callable[[VistaLLM], dict[str, float]]) -> None:
+        self.score = score
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log `val/...`; every process has the same scores."""
+        assert isinstance(pl_module, VistaModule)
+        pl_module.log_dict(self.score(pl_module.model), logger=False)  # MetricsFile hands them to the loggers
 
 
 class MetricsFile(Callback):
@@ -50,6 +64,7 @@ class MetricsFile(Callback):
         self._closed: dict[str, Any] | None = None  # the step whose report is still to be read
         self._step = self._start = 0
         self._waiting: list[dict[str, Any]] = []
+        self._columns = list(COLUMNS)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the rows up to the step that the run resumes from, then start the clock of the first step."""
@@ -58,13 +73,9 @@ class MetricsFile(Callback):
         if trainer.is_global_zero:
             rows = read_metrics(self.path)
             kept = [row for row in rows if int(row["step"]) <= self._step]
-            if len(kept) < len(rows) or (rows and list(rows[0]) != COLUMNS):
-                rewritten = self.path.with_suffix(".tmp")
-                with rewritten.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    writer.writeheader()
-                    writer.writerows(kept)
-                rewritten.replace(self.path)  # whole or not at all: a kill here must not lose the curve
+            self._columns += [column for column in rows[0] if column not in COLUMNS] if rows else []
+            if len(kept) < len(rows) or (rows and list(rows[0]) != self._columns):
+                self._rewrite(kept)
         self._clock = self._began = self._printed = time.perf_counter()
 
     def on_train_batch_start(
@@ -96,7 +107,7 @@ class MetricsFile(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the scores of a validation pass as a row of the current step."""
         self._write_closed(trainer, pl_module)
-        values = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
+        values = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith(("val_", "val/"))}
         self._write(trainer, {"step": trainer.global_step, **values})
         self._clock = time.perf_counter()
 
@@ -123,13 +134,26 @@ class MetricsFile(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        """Write the file again, whole or not at all: a kill here must not lose the curve."""
+        rewritten = self.path.with_suffix(".tmp")
+        with rewritten.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        rewritten.replace(self.path)
+
     def _append(self, row: dict[str, Any]) -> None:
         """Append a row; on a full disk it waits in memory for the next one, and training goes on."""
         self._waiting.append(row)
         end = self.path.stat().st_size if self.path.exists() else 0
         try:
+            if added := [column for column in row if column not in self._columns]:  # scores of val.benchmarks
+                self._columns += added
+                self._rewrite(read_metrics(self.path))
+                end = self.path.stat().st_size
             with self.path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
+                writer = csv.DictWriter(file, self._columns)
                 if end == 0:
                     writer.writeheader()
                 writer.writerows(self._waiting)
@@ -149,7 +173,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         rows = list(reader)
     # Columns may have been added since (a task, a fact): missing ones are empty, unknown ones are another program's.
-    if reader.fieldnames and not set(reader.fieldnames) <= set(COLUMNS):
+    if any(name not in COLUMNS and not name.startswith("val/") for name in reader.fieldnames or ()):
         raise ValueError(f"{path}: columns of another version; move the run folder away or choose another run_dir=")
     return rows
 
@@ -176,6 +200,12 @@ class Checkpoints(ModelCheckpoint):
         path = Path(self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)}))
         if not path.exists():
             trainer.save_checkpoint(path)
+
+
+def keep_best(folder: Path, monitor: str) -> ModelCheckpoint:
+    """Return the callback that keeps the weights with the best `monitor` of all validation passes as best.ckpt."""
+    mode = "min" if monitor == "val_loss" else "max"
+    return ModelCheckpoint(folder, "best", monitor, mode=mode, enable_version_counter=False)
 
 
 class StopAtSignal(Callback):

@@ -10,7 +10,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,28 @@ from vistallm.model.build import build_empty, build_model, wrap_with_lora
 from vistallm.model.checkpoint import find_checkpoint, is_whole, load_weights, newest_checkpoint
 from vistallm.model.language_model import check_sizes
 from vistallm.model.vistallm import VistaLLM
-from vistallm.train.callbacks import Checkpoints, MetricsFile, Preempted, StageBar, StopAtSignal
+from vistallm.train.callbacks import (
+    AnswerScores,
+    Checkpoints,
+    MetricsFile,
+    Preempted,
+    StageBar,
+    StopAtSignal,
+    keep_best,
+)
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
 from vistallm.train.plan import EFFICIENCY, GPUS, Workload, make_plan
 from vistallm.train.strategy import build_strategy, check_layout, compile_layers, resolve_precision
 
 OTHER_RUN = "of a run with other model.* or train.*; resume with its settings, or start a new run_dir= with ckpt="
+Score = Callable[[VistaLLM], dict[str, float]]
+Validator = Callable[[Config, Path], Score]
 OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_root_dir", "gradient_clip_val", "plugins")
 
 
-def train(config: Config) -> Path:
-    """Run one stage and return its run folder.
+def train(config: Config, validator: Validator | None = None) -> Path:
+    """Run one stage and return its run folder; `validator` scores answers while it trains (val.benchmarks).
 
     Raises:
         ValueError: anything is wrong in config, data or checkpoint, or another process trains in the run folder.
@@ -52,13 +62,14 @@ def train(config: Config) -> Path:
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     root, run_dir = training_root(config), Path(str(config.run_dir))
+    score = validator(config, Path(root)) if validator and config.val.benchmarks else None
     with one_run(run_dir):
         resume = resume_path(config)
         module, data = build(config, root)
         if config.dry_run:  # before the trainer: the layout asked for need not be this machine's
             dry_run(config, data, module.steps)
             return run_dir
-        trainer = build_trainer(config, run_dir)
+        trainer = build_trainer(config, run_dir, score)
         if trainer.is_global_zero:
             save_config(config, run_dir / "config.yaml")
             module.model.vocabulary.save(run_dir / "vocabulary")
@@ -98,6 +109,8 @@ def fit(trainer: L.Trainer, module: VistaModule, data: CoinItDataModule, resume:
     """Train; raises one line as ValueError for what users can mend."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer.* or checkpoint.best: {error}") from error
     except (ValueError, RuntimeError) as error:
         text = str(error).strip()
         if resume is not None and ("loading state_dict" in text or "parameter group" in text):
@@ -145,6 +158,11 @@ def check_settings(config: Config) -> None:
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; the nearest is trainer.{near}")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("log.wandb=true: the package wandb is not installed; pip install wandb, or log.wandb=false")
+    best = config.checkpoint.best
+    if (best or config.val.benchmarks) and "val_check_interval" not in config.trainer:
+        raise ValueError("val.benchmarks, checkpoint.best: expected trainer.val_check_interval=N, too, got none")
+    if best and best.startswith("val/") and not config.val.benchmarks:
+        raise ValueError(f"checkpoint.best={best}: expected val.benchmarks=[...] that give this score, got none")
     check_layout(config)
 
 
@@ -241,7 +259,7 @@ def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path],
     return model
 
 
-def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
+def build_trainer(config: Config, run_dir: Path, score: Score | None = None) -> L.Trainer:
     """Build the Lightning Trainer: endless stream, steps from the config, checkpoints in the run folder."""
     arguments: dict[str, Any] = {
         "precision": resolve_precision(config),
@@ -254,11 +272,13 @@ def build_trainer(config: Config, run_dir: Path) -> L.Trainer:
     if config.strategy == "single":
         arguments["devices"] = 1
     arguments |= config.trainer  # `build` has put max_steps there
-    bar = arguments["enable_progress_bar"]
+    bar, best = arguments["enable_progress_bar"], config.checkpoint.best
     callbacks: list[Callback] = [
+        *([AnswerScores(score)] if score else []),
         MetricsFile(run_dir / "metrics.csv", None if bar else config.log.every_n_seconds),
         StopAtSignal(),
         Checkpoints(run_dir / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep),
+        *([keep_best(run_dir / "checkpoints", best)] if best else []),
     ]
     loggers: list[Logger] = []
     if config.log.tensorboard:

@@ -14,7 +14,13 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vistallm.config import Config
@@ -125,6 +131,7 @@ def shard(model: VistaLLM, mesh: Any, config: Config) -> None:
             with torch.no_grad():
                 received = distribute_tensor(sent.to(mesh.device_type), mesh, target.placements)
                 target.to_local().copy_(received.to_local())
+    register_fsdp_forward_method(model, "generate")
     for buffer in model.buffers():  # also those that are no part of the state
         buffer.data = buffer.data.to(mesh.device_type)
         dist.broadcast(buffer, 0)
