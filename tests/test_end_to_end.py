@@ -139,7 +139,7 @@ def test_predict_saves_an_overlay(stage_two, images, runs):
 
 
 def test_an_exported_run_is_small_and_starts_another(stage_one, runs, images, tiny_words, mini_root):
-    done = call("tools/export.py", stage_one[0], runs / "exported")
+    done = call("tools/export.py", "--ckpt", stage_one[0], "--out", runs / "exported")
     assert done.returncode == 0, done.stderr
     file = runs / "exported" / "model.safetensors"
     assert file.stat().st_size < (stage_one[0] / "checkpoints" / "step-000003.ckpt").stat().st_size / 2
@@ -202,10 +202,10 @@ def test_checkpoints(refuse, tmp_path, stage_one, tiny_words, mini_root):
     assert "another model" in refuse("eval.py", f"ckpt={stage_one[0]}", "model.decoder.layers=1", f"run_dir={tmp_path}")
     assert "found nothing there" in refuse("eval.py", f"ckpt={tmp_path / 'gone'}")
     assert "got neither" in refuse("eval.py")
-    assert "found nothing there" in refuse("tools/export.py", tmp_path / "gone", tmp_path / "out")
+    assert "found nothing there" in refuse("tools/export.py", "--ckpt", tmp_path / "gone", "--out", tmp_path / "out")
     older = shutil.copytree(stage_one[0], tmp_path / "older")
     (older / "config.yaml").write_text((older / "config.yaml").read_text().replace("bin_sigma:", "bin_width:"))
-    for command in (("eval.py", f"ckpt={older}"), ("tools/export.py", older, tmp_path / "out")):
+    for command in (("eval.py", f"ckpt={older}"), ("tools/export.py", "--ckpt", older, "--out", tmp_path / "out")):
         assert "of another version? Change there: unknown key 'train.bin_width'" in refuse(*command)
     assert "expected strategy=fsdp, got auto" in refuse("train.py", *words, "train.cpu_offload=true")
 

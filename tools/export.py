@@ -1,10 +1,9 @@
 """Write a run as a folder that describes itself: what `ckpt=`, eval.py and predict.py load.
 
-    python tools/export.py RUN OUT [--dtype bfloat16|float32] [--keep-lora] [--language-model]
+    python tools/export.py --ckpt RUN --out DIR [--dtype bfloat16|float32] [--keep-lora] [--language-model]
 
-OUT holds manifest.json (versions, hashes, largest logit differences), config.yaml, vocabulary/, decoder/ and the
-weights in safetensors. LoRA is merged in float32 before the cast; OUT/adapter is the adapter as plain peft loads it.
---keep-lora does not merge; --language-model adds the language model alone as a plain transformers folder.
+DIR holds manifest.json (versions, hashes, largest logit differences), config.yaml, vocabulary/, decoder/ and the
+weights in safetensors. LoRA is merged in float32 before the cast; DIR/adapter is the adapter as plain peft loads it.
 """
 
 from __future__ import annotations
@@ -29,30 +28,23 @@ def probe_logits(model: VistaLLM) -> Tensor:
     return model.decoder(inputs_embeds=model.input_embeddings(batch)).logits.float()
 
 
-def export(
-    run: str, out: Path, dtype: torch.dtype, merge: bool = True, language_model: bool = False
-) -> dict[str, float]:
-    """Write the newest checkpoint of `run` to the new folder `out`; the largest logit difference by cause.
-
-    Raises:
-        ValueError: `out` exists already, or the run can't be loaded.
-    """
+def export(ckpt: str, out: Path, dtype: torch.dtype, merge: bool = True, language_model: bool = False) -> dict:
+    """Write the newest checkpoint of a run to the new folder `out`; return the largest logit difference by cause."""
     if out.exists():
-        raise ValueError(f"{out}: exists already; expected the name of a new folder")
-    model, config, checkpoint = load_run(run, dtype=torch.float32)
-    before, differences = probe_logits(model), dict[str, float]()
+        raise ValueError(f"--out {out}: exists already; expected the name of a new folder")
+    model, config, checkpoint = load_run(ckpt, dtype=torch.float32)
+    original, lora = probe_logits(model), config.train.decoder == "lora"
     out.mkdir(parents=True)
-    lora = config.train.decoder == "lora"
     if lora:
         model.decoder.save_pretrained(out / "adapter")
     if lora and merge:
         model.decoder = model.decoder.merge_and_unload()
         config.train.decoder = "full"
     merged = probe_logits(model)
-    differences["merge"] = (merged - before).abs().max().item()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
-    differences["dtype"] = (probe_logits(model) - merged).abs().max().item()
+    rounded = (probe_logits(model) - merged).abs().max().item()
+    differences = {"merge": (merged - original).abs().max().item(), "dtype": rounded}
     if language_model:
         plain = model.base_decoder().to(dtype)
         plain.save_pretrained(out / "language_model")
@@ -64,24 +56,19 @@ def export(
     return differences
 
 
-def main(argv: list[str]) -> None:
-    """Export, load the result again, and say how far its logits are from the run's."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder or checkpoint file")
-    parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--keep-lora", action="store_true", help="do not merge LoRA into the weights")
-    parser.add_argument("--language-model", action="store_true", help="also write OUT/language_model for transformers")
-    arguments = parser.parse_args(argv)
-    dtype = getattr(torch, arguments.dtype)
-    differences = export(arguments.run, arguments.out, dtype, not arguments.keep_lora, arguments.language_model)
-    load_run(arguments.out)
-    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
-    print(f"{arguments.out}: {size / 1e6:.1f} MB; largest logit difference: {differences}")
-
-
-if __name__ == "__main__":
+    parser.add_argument("--language-model", action="store_true", help="also write DIR/language_model for transformers")
+    words = parser.parse_args()
     try:
-        main(sys.argv[1:])
+        differences = export(
+            words.ckpt, words.out, getattr(torch, words.dtype), not words.keep_lora, words.language_model
+        )
+        load_run(words.out)
     except ValueError as error:
         sys.exit(f"export.py: {error}")
+    print(f"{words.out}: largest logit difference: {differences}")

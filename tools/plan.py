@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from vistallm.config import Config, load_config
-from vistallm.train.plan import EFFICIENCY, GIB, GPUS, Plan, Workload, make_plan
+from vistallm.train.plan import EFFICIENCY, GIB, GPUS, Workload, make_plan
 
 # samples: CoinIt (paper). tokens: 32 slots and 4 marks per image; system prompt, instruction and answer are a guess.
 OWN: dict[str, Any] = {"gpus": 8, "gpu": "a100-80g", "samples": 6_800_000, "epochs": 1, "batch": 0, "tokens": 0}
@@ -42,7 +42,7 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], Config]:
 
 
 def advice(config: Config, gpus: int) -> str:
-    """What to change, the cheapest first."""
+    """What to change where a run does not fit, the cheapest first."""
     size, sharded = config.data.batch_size, config.strategy == "fsdp"
     steps = {
         "train.activation_checkpointing=true": not config.train.activation_checkpointing,
@@ -55,55 +55,45 @@ def advice(config: Config, gpus: int) -> str:
     return "; ".join(step for step, possible in steps.items() if possible)
 
 
-def print_memory(plan: Plan, limit: float) -> bool:
-    """Print cost by part and GiB per GPU by what holds them; whether they fit."""
-    print(
-        f"\n{'part':<10}{'state':<9}{'parameters':>15}{'train':>15}{'forward':>10}{'backward':>10}{'activations':>13}"
-    )
-    for part in plan.parts:
-        operations = f"{part.forward / 1e12:>8.2f} T{part.backward / 1e12:>8.2f} T"
-        kept = part.activations(plan.checkpointing) / GIB
-        print(f"{part.name:<10}{part.state:<9}{part.parameters:>15,}{part.trainable:>15,}{operations}{kept:>9.2f} GiB")
-    print()
-    for name, used in plan.memory.items():
-        print(f"{name:<16}{used / GIB:>8.2f} GiB")
-    total = sum(plan.memory.values()) / GIB
-    print(f"{'total':<16}{total:>8.2f} GiB of {limit:.0f}: {'fits' if total <= limit else 'does NOT fit'}")
-    if plan.host:
-        print(f"{'host, per GPU':<16}{plan.host / GIB:>8.2f} GiB of weights, gradients and optimizer state")
-    return total <= limit
-
-
-def print_time(plan: Plan, own: dict[str, Any], batch: int) -> None:
-    """Print step time and days under the stated efficiency; `batch` is one micro-batch of all GPUs."""
-    peak, done = GPUS[own["gpu"]].peak, own["batch"] or batch
-    step = plan.operations / (peak * own["efficiency"]) * done / batch
-    steps, mfu = own["samples"] * own["epochs"] / done, own["efficiency"] * plan.model_operations / plan.operations
-    counted = f"{plan.operations / 1e12:.1f} T operations a micro-batch, {plan.model_operations / 1e12:.1f} T"
-    print(f"\ncost model: {counted}\ncounted by MFU, at {own['efficiency']:.0%} of {peak / 1e12:.0f} T/s ", end="")
-    print(f"(MFU {mfu:.0%}); communication hidden\n{done} samples a step in {step:.2f} s; ", end="")
-    print(f"{own['epochs']} epoch(s) in {steps:,.0f} steps: {step * steps / 86400:.2f} days")
-
-
 def main(words: list[str]) -> int:
     """Print the plan; 1 when it does not fit."""
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
     own, config = read_words(words)
-    images, size = own["images"] or (2.5 if config.stage == 2 else 1.0), config.data.batch_size
+    gpus, gpu, size = own["gpus"], GPUS[own["gpu"]], config.data.batch_size
+    images = own["images"] or (2.5 if config.stage == 2 else 1.0)
     tokens = own["tokens"] or round(FIXED_TOKENS + (config.model.tokenizer.queries + 4) * images)
-    plan = make_plan(
-        config, Workload(size, round(size * images), tokens, own["supervised"], own["instruction"]), own["gpus"]
+    plan = make_plan(config, Workload(size, round(size * images), tokens, own["supervised"], own["instruction"]), gpus)
+    print(f"stage {config.stage}, {config.model.name}, strategy={config.strategy}, {gpus} x {own['gpu']}")
+    print(
+        f"one GPU, one micro-batch: {size} samples of {tokens} tokens, {own['supervised']} supervised, {images} images"
     )
-    print(f"stage {config.stage}, {config.model.name}, strategy={config.strategy}, {own['gpus']} x {own['gpu']}")
-    counts = f"{size} samples of {tokens} tokens, {own['supervised']} supervised, {images} images"
-    print(f"one GPU, one micro-batch: {counts}")
-    fits = print_memory(plan, GPUS[own["gpu"]].memory)
-    if not fits:
-        print(f"does not fit: {advice(config, own['gpus'])}")
-    print_time(plan, own, size * own["gpus"])
-    return 0 if fits else 1
+    print(
+        f"\n{'part':<10}{'state':<9}{'parameters':>15}{'train':>15}{'forward':>10}{'backward':>10}{'activations':>13}"
+    )
+    for part in plan.parts:
+        kept = part.activations(plan.checkpointing) / GIB
+        print(f"{part.name:<10}{part.state:<9}{part.parameters:>15,}{part.trainable:>15,}", end="")
+        print(f"{part.forward / 1e12:>8.2f} T{part.backward / 1e12:>8.2f} T{kept:>9.2f} GiB")
+    used = {name: value / GIB for name, value in plan.memory.items()}
+    total = sum(used.values())
+    print("", *(f"{name:<16}{value:>8.2f} GiB" for name, value in used.items()), sep="\n")
+    print(f"{'total':<16}{total:>8.2f} GiB of {gpu.memory:.0f}: {'fits' if total <= gpu.memory else 'does NOT fit'}")
+    if plan.host:
+        print(f"{'host, per GPU':<16}{plan.host / GIB:>8.2f} GiB of weights, gradients and optimizer state")
+    if total > gpu.memory:
+        print(f"does not fit: {advice(config, gpus)}")
+    done, share = own["batch"] or size * gpus, own["efficiency"]
+    step = plan.operations / (gpu.peak * share) * done / (size * gpus)
+    steps, mfu = own["samples"] * own["epochs"] / done, share * plan.model_operations / plan.operations
+    print(
+        f"\ncost model: {plan.operations / 1e12:.1f} T operations a micro-batch, {plan.model_operations / 1e12:.1f} T"
+    )
+    print(f"counted by MFU, at {share:.0%} of {gpu.peak / 1e12:.0f} T/s (MFU {mfu:.0%}); communication hidden")
+    print(f"{done} samples a step in {step:.2f} s; ", end="")
+    print(f"{own['epochs']} epoch(s) in {steps:,.0f} steps: {step * steps / 86400:.2f} days")
+    return int(total > gpu.memory)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Answer one prompt on given images.
 
-    python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--save overlay.png]
+    python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--out overlay.png]
 
 Regions in the prompt are written in pixels of the stored image: `{box:x0,y0,x1,y1}` or `{point:x,y}`, with `@k` for
 image k (`{point:40,60@2}`). The answer is printed as text and as JSON, each region with its `confidence`; `presence` is
@@ -88,29 +88,29 @@ def answer(ckpt: str, sample: Sample) -> list[Region]:
 
 
 def main(argv: list[str]) -> None:
-    """Check the arguments, answer, save the overlay."""
+    """Check the arguments, answer, draw the overlay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
     parser.add_argument("--image", nargs="+", type=Path, required=True, help="one or several images")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--save", type=Path, help="write the overlay here; the folder is made")
+    parser.add_argument("--out", "--save", type=Path, help="write the overlay here; the folder is made")
     arguments = parser.parse_args(argv)
-    images, save = [read_image(path) for path in arguments.image], arguments.save
+    images, out = [read_image(path) for path in arguments.image], arguments.out
     sample = make_sample(images, arguments.prompt)
-    if save:
-        if not cv2.haveImageWriter(str(save)) or save.is_dir():
-            raise ValueError(f"--save {save}: expected the name of a .png or .jpg file")
-        save.parent.mkdir(parents=True, exist_ok=True)
+    if out:
+        if not cv2.haveImageWriter(str(out)) or out.is_dir():
+            raise ValueError(f"--out {out}: expected the name of a .png or .jpg file")
+        out.parent.mkdir(parents=True, exist_ok=True)
     regions = answer(arguments.ckpt, sample)
-    if save:
+    if out:
         height = max(240, *(image.shape[0] for image in images))
         strip, panels = np.full((height, 8, 3), 255, np.uint8), list[np.ndarray]()
         for index, image in enumerate(images):
             here = [region for region in regions if region.image == index]
             panels += [draw_regions(image, here, height / image.shape[0]), strip]
-        if not cv2.imwrite(str(save), np.concatenate(panels[:-1], axis=1)[:, :, ::-1]):
-            raise ValueError(f"--save {save}: could not be written")
-        print(f"overlay: {save}")
+        if not cv2.imwrite(str(out), np.concatenate(panels[:-1], axis=1)[:, :, ::-1]):
+            raise ValueError(f"--out {out}: could not be written")
+        print(f"overlay: {out}")
 
 
 if __name__ == "__main__":
