@@ -132,7 +132,7 @@ def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
         tiles = covered.reshape(-1, grid, patch, grid, patch).swapaxes(2, 3).reshape(len(masks), -1, patch**2)
         cover = tiles.mean(-1)
         owner = cover.argmax(0)
-        facts = np.array([[names.index(getattr(o, key)) for key, names in ATTRIBUTES.items()] for o in scene.objects])
+        facts = np.array([[names.index(o.attributes[key]) for key, names in ATTRIBUTES.items()] for o in scene.objects])
         corners = [box.to_unit(np.array(o.box, float).reshape(2, 2)).ravel() for o in scene.objects]
         labels = np.where((cover.max(0) >= COVER)[:, None], facts[owner], -1)
         pixels = tiles[owner, np.arange(grid**2)].astype(np.float32)

@@ -272,7 +272,7 @@ def test_ensure_mini_builds_once_and_again_for_another_recipe(tmp_path, monkeypa
     root = ensure_mini(tmp_path / "data" / "mini", **sizes)
     before = (root / "index.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(build, "build_mini", lambda *a, **k: pytest.fail("built twice"))
+        patch.setattr(build.subprocess, "run", lambda *a, **k: pytest.fail("built twice"))
         ensure_mini(root, **sizes)
     ensure_mini(root, seed=4, **sizes)
     assert (root / "index.json").read_bytes() != before

@@ -4,7 +4,17 @@ import cv2
 import numpy as np
 import pytest
 
-from vistallm.mini.scene import COLOURS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, SceneObject, draw, random_scene
+from vistallm.mini.scene import (
+    COLOURS,
+    HELD_OUT,
+    SHAPES,
+    SIZES,
+    TRAIN_PAIRS,
+    SceneObject,
+    draw,
+    is_held_out,
+    random_scene,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +41,7 @@ def test_masks_show_the_objects_own_colour(scenes):
         image, masks = scene.render()
         for scene_object, mask in zip(scene.objects, masks, strict=True):
             inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3))) > 0
-            if scene_object.texture == "plain" and inside.any():
+            if scene_object.attributes["texture"] == "plain" and inside.any():
                 assert np.abs(image[inside].mean(0) - scene_object.rgb).max() < 4
 
 
@@ -48,7 +58,7 @@ def test_coverage_is_exact_for_a_box():
 
 def test_areas_match_the_outlines():
     for shape in SHAPES:
-        one = SceneObject(shape, "red", "large", "plain", 40.3, 40.8, 60.0, angle=0.2)
+        one = SceneObject({"shape": shape}, 40.3, 40.8, 60.0, angle=0.2)
         outline = one.outline()
         x, y = outline.T
         area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
@@ -71,7 +81,7 @@ def test_sizes_stay_apart_in_the_padded_square(scenes):
     shares = {size: [] for size in SIZES}
     for scene in scenes:
         for scene_object in scene.objects:
-            shares[scene_object.size].append(scene_object.diameter / max(scene.width, scene.height))
+            shares[scene_object.attributes["size"]].append(scene_object.diameter / max(scene.width, scene.height))
     assert max(shares["small"]) < min(shares["large"])
 
 
@@ -83,7 +93,7 @@ def test_held_out_pairs():
     test = [random_scene(rng, "test") for _ in range(300)]
     assert not any(scene.held_out for scene in train)
     assert 0.4 < np.mean([scene.held_out for scene in test]) < 0.6
-    assert all(scene.objects[scene.focus].held_out for scene in test if scene.held_out)
+    assert all(is_held_out(scene.objects[scene.focus].attributes) for scene in test if scene.held_out)
 
 
 def test_same_seed_same_picture_and_canvas_range():

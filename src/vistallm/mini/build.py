@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from vistallm.coinit import shards
+from vistallm.coinit.build import run_forked
 from vistallm.coinit.shards import EncodedImage, Row, read_index, write_index, write_shard
 from vistallm.mini.tasks import MAKERS, MULTI_IMAGE
 from vistallm.schema import ImageInfo, Sample
@@ -82,42 +83,24 @@ def make_sample(recipe: MiniRecipe, split: str, task: str, serial: int) -> tuple
     return Sample(name, task, SOURCE, infos, fields=made.fields, regions=made.regions, meta=meta), files
 
 
-def _build_slice(out: Path, recipe: MiniRecipe, first: int = 0, step: int = 1) -> dict[str, Row]:
-    """Write every `step`-th shard of the recipe, from number `first`; returns their index rows by name."""
+def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> dict[str, Any]:
+    """Write the mini set's shards and index.json into the folder `out` and return the index.
+
+    `workers`: processes, None = one per CPU. `sizes`: `train`, `val`, `test` and `samples_per_shard`, as in MiniRecipe.
+    """
+    recipe, out = MiniRecipe(seed=seed, **sizes), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     planned = []
     for split in SPLITS:
         plan, size = recipe.plan(split), recipe.samples_per_shard if split == "train" else recipe.samples_per_shard // 2
         planned += [(split, i, plan[i * size : (i + 1) * size]) for i in range(-(-len(plan) // size))]
-    return dict(
-        write_shard(out, split, number, (make_sample(recipe, split, task, n) for task, n in samples), False)
-        for split, number, samples in planned[first::step]
-    )
 
+    def write(shard: tuple[str, int, list[tuple[str, int]]]) -> tuple[str, Row]:
+        split, number, samples = shard
+        return write_shard(out, split, number, (make_sample(recipe, split, *sample) for sample in samples), False)
 
-def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> dict[str, Any]:
-    """Write the mini set's shards and index.json into the folder `out` and return the index.
-
-    Args:
-        out: folder, made when missing.
-        seed: of everything random.
-        workers: processes; None = one per CPU. The bytes do not depend on it.
-        sizes: `train`, `val`, `test` (samples) and `samples_per_shard`, as in MiniRecipe.
-    """
-    recipe, out = MiniRecipe(seed=seed, **sizes), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    workers = workers or len(os.sched_getaffinity(0))
-    rows: dict[str, Row] = {}
-    if workers == 1:
-        rows = _build_slice(out, recipe)
-    else:
-        # Fresh interpreters, not multiprocessing: a fork can hang after torch has started threads, and a spawned
-        # child would import the caller's main script, torch and all, before its first sample.
-        command = [sys.executable, "-m", "vistallm.mini.build", str(out), json.dumps(vars(recipe))]
-        builders = [subprocess.Popen([*command, str(i), str(workers)], stdout=subprocess.PIPE) for i in range(workers)]
-        for text, builder in [(builder.communicate()[0], builder) for builder in builders]:
-            if builder.returncode != 0:
-                raise RuntimeError(f"building the mini set failed (exit {builder.returncode}): see the traceback above")
-            rows |= json.loads(text)
+    cv2.setNumThreads(1)  # its threads do not survive a fork
+    rows = dict(tqdm(run_forked(write, planned, workers), "mini", len(planned), unit="shard"))
     return write_index(out, rows, source=SOURCE, recipe=recipe.digest(), seed=seed)
 
 
@@ -125,7 +108,7 @@ def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **s
     """Build the mini set at `root` if it is missing or of another recipe; several processes may call it at once.
 
     Raises:
-        ValueError: when `root` holds something that is not a mini set; it is left untouched.
+        ValueError: `root` holds something that is not a mini set; it is left untouched.
     """
     root, recipe = Path(root), MiniRecipe(seed=seed, **sizes)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -142,12 +125,13 @@ def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **s
         print(f"building the mini set in {root} (about 20 s on two cores)", file=sys.stderr, flush=True)
         building = root.parent / f".{root.name}.building"
         shutil.rmtree(building, ignore_errors=True)
-        build_mini(building, seed=seed, workers=workers, **sizes)
+        # In a fresh interpreter: forked workers can hang after torch has started threads.
+        words = {"out": str(building), "seed": seed, "workers": workers, **sizes}
+        subprocess.run([sys.executable, "-m", "vistallm.mini.build", json.dumps(words)], check=True)
         shutil.rmtree(root, ignore_errors=True)
         building.rename(root)
     return root
 
 
-if __name__ == "__main__":  # one of build_mini's processes
-    cv2.setNumThreads(1)
-    print(json.dumps(_build_slice(Path(sys.argv[1]), MiniRecipe(**json.loads(sys.argv[2])), *map(int, sys.argv[3:]))))
+if __name__ == "__main__":  # of ensure_mini
+    build_mini(**json.loads(sys.argv[1]))

@@ -7,33 +7,24 @@ to exactly the wanted objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vistallm.mini.scene import ATTRIBUTES, HELD_OUT, NOUN, Attributes, Rng, Scene, SceneObject
+from vistallm.mini.scene import NOUN, Attributes, Rng, Scene, SceneObject
 
 AT_SIDE = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 EXTREMES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
 _SIDE_MARGIN, _EXTREME_MARGIN = 0.22, 0.12  # distance to the next candidate, as a share of the canvas side
 
 # Attributes that a phrase names and its weight; colour and shape are how one speaks, so they come first.
-_FORMS = (
-    ("colour shape", 5.0),
-    ("shape", 3.0),
-    ("colour", 1.0),
-    ("size shape", 1.5),
-    ("texture shape", 1.5),
-    ("texture", 0.7),
-    ("size", 0.5),
-    ("size colour", 0.7),
-    ("texture colour", 0.7),
-    ("size colour shape", 2.0),
-    ("texture colour shape", 2.0),
-    ("size texture colour shape", 2.0),
-)
-_FORMS_AT_SIDE = (("colour shape", 3.0), ("shape", 3.0), ("", 0.3))
+_FORMS = {
+    "colour shape": 5.0, "shape": 3.0, "colour": 1.0, "size shape": 1.5, "texture shape": 1.5, "texture": 0.7,
+    "size": 0.5, "size colour": 0.7, "texture colour": 0.7, "size colour shape": 2.0, "texture colour shape": 2.0,
+    "size texture colour shape": 2.0,
+}  # fmt: skip
+_FORMS_AT_SIDE = {"colour shape": 3.0, "shape": 3.0, "": 0.3}
 
 
 def plural(noun: str) -> str:
@@ -46,39 +37,26 @@ def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def matches(attributes: Attributes, wanted: Attributes) -> bool:
-    """Whether an object of `attributes` has all of `wanted`."""
-    return all(attributes[name] == value for name, value in wanted.items())
-
-
 @dataclass(frozen=True)
 class Expression:
-    """What a phrase says of its targets (None = nothing); `side` is a key of AT_SIDE, `extreme` its "-most" form."""
+    """What a phrase says of its targets; `side` is a key of AT_SIDE or None, `extreme` its "-most" form."""
 
-    shape: str | None = None
-    colour: str | None = None
-    size: str | None = None
-    texture: str | None = None
+    attributes: Attributes
     side: str | None = None
     extreme: bool = False
 
-    @classmethod
-    def of(cls, scene_object: SceneObject, names: Sequence[str]) -> Expression:
-        """An expression that states the named attributes of the object."""
-        return cls(**{name: getattr(scene_object, name) for name in names})
-
     def phrase(self, many: bool = False) -> str:
         """The words without a quantity: "small red star on the left" or, for many, "red stars"."""
-        noun = self.shape or NOUN
-        words = [self.size, self.texture, self.colour, plural(noun) if many else noun]
+        noun = self.attributes.get("shape", NOUN)
+        words = [self.attributes.get(name, "") for name in ("size", "texture", "colour")]
+        words.append(plural(noun) if many else noun)
         if self.side is not None:
             words = [EXTREMES[self.side], *words] if self.extreme else [*words, AT_SIDE[self.side]]
         return " ".join(word for word in words if word)
 
     def resolve(self, scene: Scene) -> list[int]:
         """Indices of the scene's objects that the phrase means; empty when none, or when a side is not clear cut."""
-        wanted = {name: value for name in ATTRIBUTES if (value := getattr(self, name)) is not None}
-        candidates = [i for i, o in enumerate(scene.objects) if matches(o.attributes, wanted)]
+        candidates = [i for i, o in enumerate(scene.objects) if self.attributes.items() <= o.attributes.items()]
         if self.side is None:
             return candidates
         axis, sign = (0 if self.side in ("left", "right") else 1), (1 if self.side in ("left", "top") else -1)
@@ -91,37 +69,35 @@ class Expression:
         clear = abs(second - first) >= (_EXTREME_MARGIN if self.extreme else _SIDE_MARGIN)
         return ranked[:1] if clear and (near_side or self.extreme) else []
 
-    @property
-    def held_out(self) -> bool:
-        """Whether it names a pair of shape and colour that training never names."""
-        return (self.shape, self.colour) in HELD_OUT
+
+def _stating(scene: Scene, target: int, form: str) -> Expression:
+    """An expression that states the attributes of an object that the form names."""
+    return Expression({name: scene.objects[target].attributes[name] for name in form.split()})
 
 
-def unambiguous(scene: Scene, target: int, without: Sequence[str] = ()) -> Iterator[tuple[Expression, float]]:
+def unambiguous(scene: Scene, target: int, without: str = "") -> Iterator[tuple[Expression, float]]:
     """All phrases that mean exactly object `target` and hold no needless word, with a weight for drawing one.
 
-    `without` lists attributes that must not be named (the question asks for them).
+    `without` is an attribute that must not be named (the question asks for it).
     """
-    scene_object = scene.objects[target]
     shortest: list[set[str]] = []
-    for form, weight in _FORMS:
-        names = form.split()
-        expression = Expression.of(scene_object, names)
+    for form, weight in _FORMS.items():
+        names, expression = set(form.split()), _stating(scene, target, form)
         # Any phrase but the first is kept only if no part of it is enough.
-        needless = any(enough < set(names) for enough in shortest)
-        if not set(names) & set(without) and not needless and expression.resolve(scene) == [target]:
-            shortest.append(set(names))
+        needless = any(enough < names for enough in shortest)
+        if without not in names and not needless and expression.resolve(scene) == [target]:
+            shortest.append(names)
             yield expression, weight
-    for form, weight in _FORMS_AT_SIDE:
-        if not set(form.split()) & set(without):
-            plain = Expression.of(scene_object, form.split())
+    for form, weight in _FORMS_AT_SIDE.items():
+        if without not in form.split():
             for side in AT_SIDE:
                 for extreme in (False, True):
-                    if (expression := replace(plain, side=side, extreme=extreme)).resolve(scene) == [target]:
+                    expression = replace(_stating(scene, target, form), side=side, extreme=extreme)
+                    if expression.resolve(scene) == [target]:
                         yield expression, weight / 2
 
 
-def refer(rng: Rng, scene: Scene, target: int, without: Sequence[str] = ()) -> Expression | None:
+def refer(rng: Rng, scene: Scene, target: int, without: str = "") -> Expression | None:
     """Draw an unambiguous expression for the target; None when there is none."""
     options = list(unambiguous(scene, target, without))
     if not options:
@@ -132,8 +108,7 @@ def refer(rng: Rng, scene: Scene, target: int, without: Sequence[str] = ()) -> E
 
 def describe(scene: Scene, target: int) -> Expression | None:
     """The one expression that region captions use: colour, shape and what else is needed; None if nothing helps."""
-    scene_object = scene.objects[target]
-    full = [Expression.of(scene_object, form.split()) for form, _ in _FORMS if "colour shape" in form]
+    full = [_stating(scene, target, form) for form in _FORMS if "colour shape" in form]
     full += [replace(full[0], side=side, extreme=extreme) for extreme in (False, True) for side in AT_SIDE]
     return next((expression for expression in full if expression.resolve(scene) == [target]), None)
 

@@ -26,7 +26,7 @@ COLOURS = {
 }
 SIZES = {"small": (0.24, 0.30), "large": (0.42, 0.55)}  # diameter as a share of sqrt(width * height)
 TEXTURES = ("plain", "striped", "dotted")
-Attributes = dict[str, Any]  # attribute name -> value, a text
+Attributes = dict[str, str]  # attribute name -> value; of an object all four of ATTRIBUTES
 Rng = np.random.Generator
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "texture": TEXTURES}
 # One colour per shape that training never shows or names: val and test scores on these measure generalisation.
@@ -41,6 +41,16 @@ _BAR_SHARE = 0.12  # of the objects are crossed by a grey bar
 _MAX_TURN = math.pi / 12
 _MIN_VISIBLE, _MIN_VISIBLE_BARRED = 0.62, 0.52  # share of its outline that an object must show
 _LARGE_CHANCE = (0.5, 0.5, 0.5, 0.35, 0.2)  # by number of objects: four large ones do not fit
+
+
+def pick(rng: Rng, options: Sequence[Any]) -> Any:
+    """One of the options."""
+    return options[int(rng.integers(len(options)))]
+
+
+def is_held_out(attributes: Attributes) -> bool:
+    """Whether training never shows or names the pair of shape and colour, where both are given."""
+    return (attributes.get("shape"), attributes.get("colour")) in HELD_OUT
 
 
 def _star(points: int, outer: float, inner: float) -> np.ndarray:
@@ -79,10 +89,7 @@ class SceneObject:
     `box` is the tight box (x0, y0, x1, y1) of the visible mask, filled when the scene is placed.
     """
 
-    shape: str
-    colour: str
-    size: str
-    texture: str
+    attributes: Attributes
     x: float = 0.0
     y: float = 0.0
     diameter: float = 0.0
@@ -93,16 +100,6 @@ class SceneObject:
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
-    def attributes(self) -> Attributes:
-        """The four attributes as words."""
-        return {name: getattr(self, name) for name in ATTRIBUTES}
-
-    @property
-    def held_out(self) -> bool:
-        """Whether training never shows this pair of shape and colour."""
-        return (self.shape, self.colour) in HELD_OUT
-
-    @property
     def centre(self) -> tuple[float, float]:
         """Centre (x, y) of the visible box, in pixels."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
@@ -111,18 +108,18 @@ class SceneObject:
         """Corners (n, 2) float64 in pixels of the image."""
         cos, sin = math.cos(self.angle), math.sin(self.angle)
         turn = np.array([[cos, sin], [-sin, cos]])
-        return _OUTLINES[self.shape] @ turn * self.diameter + (self.x, self.y)
+        return _OUTLINES[self.attributes["shape"]] @ turn * self.diameter + (self.x, self.y)
 
     def bar_outline(self) -> np.ndarray:
         """Corners (4, 2) float64 of the occluding bar, in pixels."""
         assert self.bar is not None
         offset, angle = self.bar
-        half_length, half_width = 0.72 * self.diameter, max(1.6, 0.065 * self.diameter)
-        along = np.array([math.cos(angle), math.sin(angle)])
-        across = np.array([-along[1], along[0]])
+        along, across = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
         middle = np.array([self.x, self.y]) + across * offset * self.diameter
-        corners = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-        return np.array([middle + a * half_length * along + b * half_width * across for a, b in corners])
+        along, across = along * 0.72 * self.diameter, across * max(1.6, 0.065 * self.diameter)
+        return np.array(
+            [middle - along - across, middle + along - across, middle + along + across, middle - along + across]
+        )
 
 
 @dataclass
@@ -139,23 +136,27 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether any object is."""
-        return any(o.held_out for o in self.objects)
+        """Whether an object is of a pair of shape and colour that training never shows."""
+        return any(is_held_out(o.attributes) for o in self.objects)
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
         """Draw the scene: image (H, W, 3) uint8 RGB and visible masks (n, H, W) bool, one per object, disjoint."""
         rng = np.random.default_rng(self.background_seed)
         image = _background(rng, self.width, self.height)
         for scene_object, (layer, bar) in zip(self.objects, self.layers, strict=True):
-            _blend(image, layer, _fill(scene_object, layer))
+            paints = [(layer, _fill(scene_object, layer))]
             if bar is not None:
-                _blend(image, bar, np.full(3, rng.uniform(78, 100), np.float32))
+                paints.append((bar, np.full(3, rng.uniform(78, 100), np.float32)))
+            for painted, fill in paints:
+                window = image[painted.window]
+                alpha = painted.coverage.astype(np.float32)[:, :, None] * np.float32(1 / 255)
+                window[...] = (window + (fill - window) * alpha + 0.5).astype(np.uint8)
         return image, self.masks
 
 
 def _background(rng: Rng, width: int, height: int) -> np.ndarray:
     """Plain, soft gradient or soft noise in a muted tone: (H, W, 3) uint8."""
-    tone = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], np.float32) + rng.uniform(-8, 8)
+    tone = np.array(pick(rng, BACKGROUNDS), np.float32) + rng.uniform(-8, 8)
     kind = rng.integers(3)
     if kind == 0:
         return np.full((height, width, 3), tone, np.float32).astype(np.uint8)
@@ -168,26 +169,19 @@ def _background(rng: Rng, width: int, height: int) -> np.ndarray:
 def _fill(scene_object: SceneObject, layer: Layer) -> np.ndarray:
     """Colour of every pixel of the layer: (3,) or (h, w, 3) float32."""
     rgb = np.array(scene_object.rgb, np.float32)
-    if scene_object.texture == "plain":
+    if (texture := scene_object.attributes["texture"]) == "plain":
         return rgb
     y, x = np.ogrid[layer.window]
     dx, dy = x + 0.5 - scene_object.x, y + 0.5 - scene_object.y
     cos, sin = math.cos(scene_object.texture_angle), math.sin(scene_object.texture_angle)
     period = min(max(0.2 * scene_object.diameter, 6.0), 10.0)
     u = (dx * cos + dy * sin) * np.float32(2 * math.pi / period)
-    if scene_object.texture == "striped":
+    if texture == "striped":
         ink = 0.5 + 0.25 * period * np.sin(u)
     else:
         v = (dy * cos - dx * sin) * np.float32(2 * math.pi / period)
         ink = 0.5 + 0.25 * period * (0.5 * (np.cos(u) + np.cos(v)) - 0.30)
     return rgb * (1 - 0.62 * np.clip(ink, 0, 1).astype(np.float32)[:, :, None])
-
-
-def _blend(image: np.ndarray, layer: Layer, fill: np.ndarray) -> None:
-    """Paint `fill` over the image where the layer covers it, in place."""
-    window = image[layer.window]
-    alpha = layer.coverage.astype(np.float32)[:, :, None] * np.float32(1 / 255)
-    window[...] = (window + (fill - window) * alpha + 0.5).astype(np.uint8)
 
 
 def draw(outline: np.ndarray, width: int, height: int) -> Layer:
@@ -210,11 +204,11 @@ def _arrange(rng: Rng, attributes: Sequence[Attributes]) -> Scene | None:
     apart = 0.62 if rng.random() < 0.35 else 0.98  # a third of the scenes may overlap
     objects: list[SceneObject] = []
     for wanted in attributes:
-        new = SceneObject(**wanted)
+        new = SceneObject(wanted)
         # Of the geometric mean of the sides, so that small and large stay apart once the image is padded to a square.
-        new.diameter = rng.uniform(*SIZES[new.size]) * math.sqrt(width * height)
+        new.diameter = rng.uniform(*SIZES[wanted["size"]]) * math.sqrt(width * height)
         new.angle, new.texture_angle = rng.uniform(-_MAX_TURN, _MAX_TURN), rng.uniform(0, math.pi)
-        shades = rng.uniform(0.93, 1.04) * np.array(COLOURS[new.colour]) + rng.uniform(-8, 8, 3)
+        shades = rng.uniform(0.93, 1.04) * np.array(COLOURS[wanted["colour"]]) + rng.uniform(-8, 8, 3)
         new.rgb = tuple(np.clip(shades, 0, 255).tolist())
         # The outline stays inside the canvas and `apart` from the others' outlines.
         corners = new.outline()
@@ -267,17 +261,16 @@ def random_attributes(
     """
     wanted = dict(wanted)
     if like and rng.random() < 0.5:
-        name = ("shape", "colour")[rng.integers(2)]
-        wanted.setdefault(name, like[int(rng.integers(len(like)))][name])
-
-    def matching(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        return [(s, c) for s, c in pairs if wanted.get("shape", s) == s and wanted.get("colour", c) == c]
-
-    pairs = (matching(sorted(HELD_OUT)) if held_out else []) or matching(TRAIN_PAIRS)
-    pairs = pairs or [(wanted["shape"], wanted["colour"])]  # a held-out pair asked for by name
-    shape, colour = pairs[int(rng.integers(len(pairs)))]
+        name = pick(rng, ("shape", "colour"))
+        wanted.setdefault(name, pick(rng, like)[name])
+    matching = [
+        [(s, c) for s, c in pairs if wanted.get("shape", s) == s and wanted.get("colour", c) == c]
+        for pairs in (sorted(HELD_OUT) if held_out else [], TRAIN_PAIRS)
+    ]
+    # The last: a held-out pair asked for by name.
+    shape, colour = pick(rng, matching[0] or matching[1] or [(wanted["shape"], wanted["colour"])])
     size = wanted.get("size") or ("large" if rng.random() < large else "small")
-    texture = wanted.get("texture") or TEXTURES[(0, 0, 1, 2)[rng.integers(4)]]
+    texture = wanted.get("texture") or TEXTURES[pick(rng, (0, 0, 1, 2))]
     return {"shape": shape, "colour": colour, "size": size, "texture": texture}
 
 
@@ -290,10 +283,10 @@ def random_scene(
     allow: Callable[[Attributes], bool] | None = None,
     accept: Callable[[Scene], bool] | None = None,
 ) -> Scene:
-    """A scene of 1 to 4 objects (mostly 2 or 3) on a canvas of 80..160 px a side.
+    """A scene of 1 to 4 objects (mostly 2 or 3) on a canvas of 80..160 px a side, drawn by `rng`.
 
     Args:
-        rng: the source of chance; the scene is a pure function of its state.
+        rng: the scene is a pure function of its state.
         split: "train" holds no held-out pair; in "val" and "test" half of the scenes get one, as the focus object.
         wanted: fixed attributes of the first objects; the first is the scene's `focus`.
         count: number of objects, at least len(wanted).
@@ -301,23 +294,21 @@ def random_scene(
         accept: a last test of the scene (positions).
 
     Raises:
-        RuntimeError: when no scene passes after many draws: the conditions contradict each other.
+        RuntimeError: no scene passes after many draws: the conditions contradict each other.
     """
     held_out = split != "train" and rng.random() < 0.5
     for attempt in range(2000):
         held_out = held_out and attempt < 20  # a held-out focus may contradict the conditions
-        number = count or max(len(wanted), (1, 2, 2, 2, 2, 3, 3, 3, 3, 4)[rng.integers(10)])
-        large = _LARGE_CHANCE[min(number, 4)]
+        number = count or max(len(wanted), pick(rng, (1, 2, 2, 2, 2, 3, 3, 3, 3, 4)))
         drawn: list[Attributes] = []
         for i in range(number):
             fixed, like = (wanted[i], []) if i < len(wanted) else ({}, drawn)
-            drawn.append(random_attributes(rng, fixed, like, held_out and i == 0, large))
+            drawn.append(random_attributes(rng, fixed, like, held_out and i == 0, _LARGE_CHANCE[min(number, 4)]))
         if allow is not None and not all(map(allow, drawn[len(wanted) :])):
             continue
         order = rng.permutation(number).tolist()
         for _ in range(3):
-            scene = _arrange(rng, [drawn[i] for i in order])
-            if scene is not None:
+            if (scene := _arrange(rng, [drawn[i] for i in order])) is not None:
                 scene.focus = order.index(0)
                 if accept is None or accept(scene):
                     return scene

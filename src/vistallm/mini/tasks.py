@@ -7,6 +7,7 @@ together. A maker gives one sample, or the two of a pair (a question and its rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +17,19 @@ import cv2
 import numpy as np
 
 from vistallm.mini import expressions as ex
-from vistallm.mini.expressions import Expression, article, matches, refer
-from vistallm.mini.scene import ATTRIBUTES, SHAPES, SIDES, Attributes, Rng, Scene, random_attributes, random_scene
+from vistallm.mini.expressions import Expression, article, refer
+from vistallm.mini.scene import (
+    ATTRIBUTES,
+    SHAPES,
+    SIDES,
+    Attributes,
+    Rng,
+    Scene,
+    is_held_out,
+    pick,
+    random_attributes,
+    random_scene,
+)
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
 
@@ -84,11 +96,6 @@ def point_of(rng: Rng, scene: Scene, index: int) -> Region:
     return Region(0, "point", 0, point=(x0 + column - 0.5, y0 + row - 0.5))
 
 
-def pick(rng: Rng, options: Sequence[Any]) -> Any:
-    """One of the options."""
-    return options[int(rng.integers(len(options)))]
-
-
 def draw_pair(rng: Rng, split: str) -> Attributes:
     """A shape and a colour to ask for: in val and test a held-out pair half of the time."""
     drawn = random_attributes(rng, {}, held_out=rng.random() < 0.5 and split != "train")
@@ -96,30 +103,33 @@ def draw_pair(rng: Rng, split: str) -> Attributes:
 
 
 def referred(
-    rng: Rng, split: str, *wanted: Attributes, without: Sequence[str] = (), count: int | None = None
+    rng: Rng, split: str, wanted: Attributes | None = None, without: str = "", count: int | None = None
 ) -> tuple[Scene, Expression]:
     """A scene and an unambiguous expression for its focus object."""
     while True:
-        scene = random_scene(rng, split, wanted or [{}], count=count)
+        scene = random_scene(rng, split, [wanted or {}], count=count)
         if (expression := refer(rng, scene, scene.focus, without)) is not None:
             return scene, expression
 
 
 def absent(rng: Rng, split: str, scene: Scene, hard: bool = True, sides: bool = True) -> Expression:
     """An expression that means nothing in the scene; `hard`: each of its words fits some object, but not together."""
-    shapes, colours = [o.shape for o in scene.objects], [o.colour for o in scene.objects]
+
+    def seen(name: str) -> str:
+        return pick(rng, scene.objects).attributes[name]
+
     for attempt in range(1000):
         if hard and attempt < 20:
-            expression = Expression(pick(rng, shapes), pick(rng, colours))
+            wanted = {"shape": seen("shape"), "colour": seen("colour")}
         else:  # one word fits, the other is from outside; or one lone word
             colour, shape = draw_pair(rng, split)["colour"], draw_pair(rng, split)["shape"]
-            forms = [(pick(rng, shapes), colour), (shape, pick(rng, colours)), (shape, colour)]
-            expression = Expression(*pick(rng, [*forms, (shape, None), (None, colour)]))
-        if expression.held_out and split == "train" or expression.resolve(scene):
+            forms = [{"shape": seen("shape"), "colour": colour}, {"shape": shape, "colour": seen("colour")}]
+            wanted = pick(rng, [*forms, {"shape": shape, "colour": colour}, {"shape": shape}, {"colour": colour}])
+        if is_held_out(wanted) and split == "train" or Expression(wanted).resolve(scene):
             continue
         if sides and rng.random() < 0.15:
-            return Expression(expression.shape, expression.colour, side=pick(rng, SIDES), extreme=rng.random() < 0.5)
-        return expression
+            return Expression(wanted, side=pick(rng, SIDES), extreme=rng.random() < 0.5)
+        return Expression(wanted)
     raise RuntimeError("no absent expression exists: the scene holds every pair of shape and colour")
 
 
@@ -128,11 +138,11 @@ def scene_with(rng: Rng, split: str, wanted: Attributes, number: int) -> Scene:
     count = int(rng.integers(max(1, number), min(4, number + 2) + 1)) if number < 4 else number
 
     def accept(scene: Scene) -> bool:
-        return sum(matches(o.attributes, wanted) for o in scene.objects) == number
+        return sum(wanted.items() <= o.attributes.items() for o in scene.objects) == number
 
     if number:
-        only = [wanted] * number
-        return random_scene(rng, split, only, count=count, accept=accept, allow=lambda a: not matches(a, wanted))
+        draw = partial(random_scene, rng, split, [wanted] * number, count=count, accept=accept)
+        return draw(allow=lambda other: not wanted.items() <= other.items())
     # None of them: one object shares a word with what is asked for, so that absence has to be looked for.
     shared = pick(rng, [{name: value} for name, value in wanted.items()]) if len(wanted) > 1 else {}
     return random_scene(rng, split, [shared], count=count, accept=accept)
@@ -140,8 +150,7 @@ def scene_with(rng: Rng, split: str, wanted: Attributes, number: int) -> Scene:
 
 def full_phrase(attributes: Attributes) -> str:
     """All attributes of an object in words: "large striped red star"; a plain texture goes without saying."""
-    words = {**attributes, "texture": attributes["texture"].replace("plain", "")}
-    return " ".join(words[name] for name in ("size", "texture", "colour", "shape") if words[name])
+    return Expression({**attributes, "texture": attributes["texture"].replace("plain", "")}).phrase()
 
 
 def _caption(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
@@ -170,8 +179,8 @@ def _reg(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
 def _attribute_question(rng: Rng, split: str, serial: int) -> tuple[Scene, str, str, str]:
     """Scene, attribute asked for, expression in words, answer; attributes and their values come up equally often."""
     name = tuple(ATTRIBUTES)[serial % len(ATTRIBUTES)]
-    scene, expression = referred(rng, split, {name: pick(rng, ATTRIBUTES[name])}, without=(name,))
-    return scene, name, f"the {expression.phrase()}", getattr(scene.objects[scene.focus], name)
+    scene, expression = referred(rng, split, {name: pick(rng, ATTRIBUTES[name])}, without=name)
+    return scene, name, f"the {expression.phrase()}", scene.objects[scene.focus].attributes[name]
 
 
 def _group(rng: Rng, split: str) -> Attributes:
@@ -187,7 +196,7 @@ def _vqa(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
     if serial % 5 == 4:
         group, number = _group(rng, split), int(rng.integers(4))
         scene = scene_with(rng, split, group, number)
-        fields = {"question": QUESTIONS["count"].format(Expression(**group).phrase(many=True)), "answer": str(number)}
+        fields = {"question": QUESTIONS["count"].format(Expression(group).phrase(many=True)), "answer": str(number)}
         yield SceneSample([scene], fields, meta={"asks": "count", "words": group})
     else:
         scene, name, phrase, answer = _attribute_question(rng, split, serial % 5)
@@ -212,13 +221,13 @@ def _refer_many(rng: Rng, split: str, serial: int, kind: str) -> Iterator[SceneS
         targets, quantity = [scene.focus], "the"
     else:
         group, number = _group(rng, split), pick(rng, (2, 2, 2, 3))
-        scene, expression = scene_with(rng, split, group, number), Expression(**group)
+        scene, expression = scene_with(rng, split, group, number), Expression(group)
         quantity = "both" if number == 2 and rng.random() < 0.5 else "all"
         # From left to right: an order that can be learnt.
         targets = sorted(expression.resolve(scene), key=lambda i: scene.objects[i].centre)
     fields = {"expr": f"{quantity} {expression.phrase(many=quantity != 'the')}", "targets": list(range(len(targets)))}
     regions = [region_of(scene, target, kind, number) for number, target in enumerate(targets)]
-    meta = {"targets": len(targets), "held_out": scene.held_out or expression.held_out}
+    meta = {"targets": len(targets), "held_out": scene.held_out or is_held_out(expression.attributes)}
     yield SceneSample([scene], fields, regions, meta)
 
 
@@ -249,10 +258,10 @@ def _v7w(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
 def _vcr(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
     """A question with four answers, then its answer with four reasons."""
     name = ("colour", "shape")[serial % 2]
-    scene, expression = referred(rng, split, without=(name,))
+    scene, expression = referred(rng, split, without=name)
     target = scene.objects[scene.focus].attributes
     question, right = QUESTIONS[name].format(f"the {expression.phrase()}"), target[name]
-    seen = dict.fromkeys(getattr(o, name) for o in scene.objects)
+    seen = dict.fromkeys(o.attributes[name] for o in scene.objects)
     values = list(seen) + rng.permutation([v for v in ATTRIBUTES[name] if v not in seen]).tolist()
     options = _options(rng, right, [value for value in values if value != right])
     yield SceneSample([scene], {"question": question, **options}, meta={"mode": "q_a"})
@@ -262,7 +271,7 @@ def _vcr(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
     while len({full_phrase(w) for w in wrong} - {full_phrase(target)}) < 3:
         colour, shape = pick(rng, ATTRIBUTES["colour"]), pick(rng, SHAPES)
         new = {**target, **pick(rng, ({"colour": colour}, {"shape": shape}))}
-        if split != "train" or not Expression(**new).held_out:
+        if split != "train" or not is_held_out(new):
             wrong.append(new)
     reasons = dict.fromkeys(full_phrase(w) for w in (target, *wrong))
     first, *others = [QUESTIONS["reason"].format(article(reason)) for reason in reasons]
@@ -282,14 +291,13 @@ def _pope(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
     level = pick(rng, ("random", "hard"))
     if serial % 2 == 0:
         names = pick(rng, (("shape", "colour"), ("shape", "colour"), ("shape", "colour"), ("shape",), ("colour",)))
-        expression = Expression.of(scene.objects[scene.focus], names)
+        expression = Expression({name: scene.objects[scene.focus].attributes[name] for name in names})
     else:
         expression = absent(rng, split, scene, hard=level == "hard", sides=False)
-    fields = {
-        "question": QUESTIONS["presence"].format(article(expression.phrase())),
-        "answer": ("yes", "no")[serial % 2],
-    }
-    yield SceneSample([scene], fields, meta={"level": level, "held_out": scene.held_out or expression.held_out})
+    question = QUESTIONS["presence"].format(article(expression.phrase()))
+    fields = {"question": question, "answer": ("yes", "no")[serial % 2]}
+    held_out = scene.held_out or is_held_out(expression.attributes)
+    yield SceneSample([scene], fields, meta={"level": level, "held_out": held_out})
 
 
 def _nlvr2(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
@@ -321,14 +329,13 @@ def _nlvr2(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
 def _coseg(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
     """Two to four images that share one shape, seen once in each; no other shape is in all of them."""
     shape, number = pick(rng, SHAPES), 2 + serial % 3
-    scenes: list[Scene] = []
-    while not scenes or set.intersection(*({o.shape for o in scene.objects} for scene in scenes)) != {shape}:
-        scenes = [
-            random_scene(
-                rng, split, [{"shape": shape}], count=pick(rng, (2, 2, 3)), allow=lambda a: a["shape"] != shape
-            )
-            for _ in range(number)
-        ]
+    common, draw = (
+        set[str](),
+        partial(random_scene, rng, split, [{"shape": shape}], allow=lambda a: a["shape"] != shape),
+    )
+    while common != {shape}:
+        scenes = [draw(count=pick(rng, (2, 2, 3))) for _ in range(number)]
+        common = set.intersection(*({o.attributes["shape"] for o in scene.objects} for scene in scenes))
     regions = [region_of(scene, scene.focus, "mask", i, image=i) for i, scene in enumerate(scenes)]
     yield SceneSample(scenes, {"targets": list(range(number))}, regions, {"class": shape})
 
@@ -367,22 +374,12 @@ def _attcoseg(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
 
 
 MAKERS: dict[str, Maker] = {
-    "caption": _caption,
-    "reg": _reg,
-    "vqa": _vqa,
-    "rec": partial(_refer_one, kind="box"),
-    "res": partial(_refer_one, kind="mask"),
-    "grec": partial(_refer_many, kind="box"),
-    "gres": partial(_refer_many, kind="mask"),
-    "pointqa": partial(_look_at, kind="point"),
-    "boxqa": partial(_look_at, kind="box"),
-    "v7w": _v7w,
-    "vcr": _vcr,
-    "pope": _pope,
-    "nlvr2": _nlvr2,
-    "coseg": _coseg,
-    "attcoseg": _attcoseg,
-}
+    "caption": _caption, "reg": _reg, "vqa": _vqa,
+    "rec": partial(_refer_one, kind="box"), "res": partial(_refer_one, kind="mask"),
+    "grec": partial(_refer_many, kind="box"), "gres": partial(_refer_many, kind="mask"),
+    "pointqa": partial(_look_at, kind="point"), "boxqa": partial(_look_at, kind="box"),
+    "v7w": _v7w, "vcr": _vcr, "pope": _pope, "nlvr2": _nlvr2, "coseg": _coseg, "attcoseg": _attcoseg,
+}  # fmt: skip
 MULTI_IMAGE = ("nlvr2", "coseg", "attcoseg")
 
 
@@ -391,7 +388,4 @@ def mini_words() -> list[str]:
     attributes = [word for name, values in ATTRIBUTES.items() for word in (name, *values)]
     nouns = [ex.NOUN, *map(ex.plural, (ex.NOUN, *SHAPES)), *ex.AT_SIDE.values(), *ex.EXTREMES.values()]
     texts = [*attributes, *nouns, *QUESTIONS.values(), *STATEMENTS.values(), *NUMBERS, *LETTERS, OTHER_WORDS]
-    text = " ".join(texts).replace("{}", " ")
-    for mark in ".,?()":
-        text = text.replace(mark, f" {mark} ")
-    return sorted(set(text.split()))
+    return sorted(set(re.findall(r"\w+|[.,?()]", " ".join(texts))))
