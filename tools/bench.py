@@ -3,6 +3,7 @@
     python tools/bench.py masks [--file FILE.json] [--points 32]        sampling, drawing and overlap of masks
     python tools/bench.py metrics [--count 2000]                        scoring of referring segmentation
     python tools/bench.py loader [key=value ...] [--root DIR] [--workers 0 2]       the training loader
+    python tools/bench.py sharing [--images 2000 --per-image 5]  images stored once: bytes, distances in training
     python tools/bench.py generate --ckpt RUN --root DIR        answers, and what the grammar costs
     python tools/bench.py train [tokens=256 steps=10 key=value ...]     training steps of a configuration
     python tools/bench.py builders [--samples 2000] [--photos 300]     building shards
@@ -17,12 +18,14 @@ import contextlib
 import io
 import json
 import os
+import random
 import resource
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -38,7 +41,7 @@ from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
 from vistallm.coinit.build import BuildOptions, build
-from vistallm.coinit.shards import read_raw, read_shard
+from vistallm.coinit.shards import read_raw, read_shard, write_index, write_shard
 from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions
 from vistallm.config import Config, load_config
@@ -171,8 +174,8 @@ def bench_metrics(options: argparse.Namespace) -> None:
         compare(f"{options.count} masks of {WIDTH}x{HEIGHT}", calls, options.count, "answers", options.rounds)
 
 
-def write_source(root: Path, count: int, photographs: bool) -> int:
-    """A folder for the jsonl source: RES, REC, VQA and caption samples in turn, an image each; bytes of all images.
+def write_source(root: Path, count: int, photographs: bool, per_image: int = 1) -> int:
+    """A folder for the jsonl source: RES, REC, VQA and caption samples in turn; returns the bytes of all images.
 
     Images are grey, or have the spectrum of a photograph: noise at every scale, less at the finer ones.
     """
@@ -187,7 +190,9 @@ def write_source(root: Path, count: int, photographs: bool) -> int:
         quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
         files.append(cv2.imencode(".jpg", np.clip(image, 0, 255).astype(np.uint8), quality)[1].tobytes())
     for i in range(count):
-        (root / f"{i}.jpg").write_bytes(files[i % len(files)])
+        if i % per_image == 0:  # a comment in the file makes each image another one
+            data = files[i // per_image % len(files)]
+            (root / f"{i}.jpg").write_bytes(data[:2] + b"\xff\xfe\x00\x0a%08d" % i + data[2:])
         words = " ".join(rng.choice(["the", "red", "small", "circle", "left", "two"], int(rng.integers(2, 14))))
         fields = {"expr": words, "question": f"{words}?", "answer": "red", "caption": words}
         polygon = outline(rng).round(2)
@@ -197,10 +202,14 @@ def write_source(root: Path, count: int, photographs: bool) -> int:
             [],
             [],
         )
-        line = {"id": str(i), "task": ("res", "rec", "vqa", "caption")[i % 4], "images": [f"{i}.jpg"]}
+        line = {
+            "id": str(i),
+            "task": ("res", "rec", "vqa", "caption")[i % 4],
+            "images": [f"{i // per_image * per_image}.jpg"],
+        }
         lines.append(json.dumps(line | {"fields": fields, "regions": regions[i % 4]}))
     (root / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return sum(len(files[i % len(files)]) for i in range(count))
+    return sum(path.stat().st_size for path in root.glob("*.jpg"))
 
 
 def build_source(root: Path, out: Path) -> None:
@@ -210,33 +219,68 @@ def build_source(root: Path, out: Path) -> None:
         build("jsonl", SOURCES["jsonl"], SourceOptions(root, "train"), BuildOptions(out, 100, workers=1))
 
 
+def loader_data(root: Path, words: list[str]) -> CoinItDataModule:
+    """The data module at the real input size and region budget on the mini vocabulary, in pools of 512 samples."""
+    own = "model=mini model.encoder.image_size=224 num_bins=1001 points=32 target_iou=null data.batch_size=16"
+    own += f" data.root={root} data.workers=0 data.pool_batches=32 data.weights.res=1 data.weights.rec=1"
+    config = load_config([*own.split(), "data.weights.vqa=1", "data.weights.caption=1", *words])
+    return CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config)), root)
+
+
 def bench_loader(options: argparse.Namespace) -> None:
     """The loader beside reading the same tars and decoding the same JPEGs in full; no mask is seen twice."""
     cv2.setNumThreads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        root = options.root or Path(folder) / "shards"
-        if options.root is None:
-            write_source(Path(folder) / "made", 600, photographs=True)
-            build_source(Path(folder) / "made", root)
-        # The real input size and region budget on the mini vocabulary; rounds of whole pools of 512 samples.
-        words = "model=mini model.encoder.image_size=224 num_bins=1001 points=32 target_iou=null data.batch_size=16"
-        words += f" data.root={root} data.workers=0 data.pool_batches=32 data.weights.res=1 data.weights.rec=1"
-        config = load_config([*words.split(), "data.weights.vqa=1", "data.weights.caption=1", *options.words])
-        data = CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config)), root)
-        data.builder.codec = RegionCodec(points=config.points, num_bins=config.num_bins, cache_size=0)
-        loader_parts(data, options.rounds)
-        for workers in options.workers:
-            stream = data.stream(0, 1, workers, RejectLog(None, 0.0))
-            rows = iter(DataLoader(stream, batch_size=None, num_workers=workers) if workers else stream)
-            decoded, count = full_decoding(data), 512 * max(workers, 1)  # whole pools of every worker
-            next(rows)
-            calls: Calls = {
-                "read and decode in full": lambda rows=decoded, count=count: list(islice(rows, count)),
-                "loader": lambda rows=rows, count=count: list(islice(rows, count // config.data.batch_size)),
-            }
-            # One process is measured by its own processor time, which other programs disturb less.
-            clock = time.perf_counter if workers else time.process_time
-            compare(f"loader with {workers} workers", calls, count, "samples", options.rounds, clock)
+    for per_image in [0] if options.root else options.per_image:
+        with tempfile.TemporaryDirectory() as folder:
+            root = options.root or Path(folder) / "shards"
+            if options.root is None:
+                print(f"-- photographs, {per_image} sample(s) of each")
+                write_source(Path(folder) / "made", options.samples * per_image, True, per_image)
+                build_source(Path(folder) / "made", root)
+            data = loader_data(root, options.words)
+            data.builder.codec = RegionCodec(points=32, num_bins=1001, cache_size=0)
+            loader_parts(data, options.rounds)
+            for workers in options.workers:
+                stream = data.stream(0, 1, workers, RejectLog(None, 0.0))
+                rows = iter(DataLoader(stream, batch_size=None, num_workers=workers) if workers else stream)
+                decoded, count = full_decoding(data), 512 * max(workers, 1)  # whole pools of every worker
+                next(rows)
+                calls: Calls = {  # what comes is dropped at once, as training does
+                    "read and decode in full": lambda rows=decoded, n=count: deque(islice(rows, n), 0),
+                    "loader": lambda rows=rows, n=count // data.config.data.batch_size: deque(islice(rows, n), 0),
+                }
+                # One process is measured by its own processor time, which other programs disturb less.
+                clock = time.perf_counter if workers else time.process_time
+                compare(f"loader with {workers} workers", calls, count, "samples", options.rounds, clock)
+
+
+def bench_sharing(options: argparse.Namespace) -> None:
+    """Shards with images stored once beside one copy a sample: their bytes, and how far apart an image comes again."""
+    samples = options.images * options.per_image
+    for shared in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            size = write_source(Path(folder) / "made", samples, True, options.per_image)
+            build_source(Path(folder) / "made", root := Path(folder) / "shards")
+            if not shared:  # as builders did before: samples are shuffled, each brings its image
+                pairs = [pair for path in sorted(root.glob("*.tar")) for pair in read_shard(path)]
+                random.Random(0).shuffle(pairs)
+                rows = (
+                    ((sample, [(data, "jpg") for data in files]) for sample, files in pairs[i : i + 100])
+                    for i in range(0, samples, 100)
+                )
+                write_index(root, dict(write_shard(root, "train", i, row, False) for i, row in enumerate(rows)))
+            records = sum(len(json.dumps(raw.record)) for path in root.glob("*.tar") for raw in read_raw(path))
+            data = loader_data(root, ["model.encoder.image_size=32", "points=4"])
+            batches = islice(data.stream(0, 1, 0, RejectLog(None, 0.0)), samples // data.config.data.batch_size)
+            ids, met, gaps = (i for batch in batches for i in batch.ids), dict[int, int](), list[int]()
+            for place, image in enumerate(int(i.rpartition("-")[2]) // options.per_image for i in ids):
+                gaps += [place - met[image]] if image in met else []
+                met[image] = place
+            shards = sum(path.stat().st_size for path in root.glob("*.tar"))
+            least, low, middle = np.percentile(gaps, [0, 1, 50])
+            print(f"images stored {'once' if shared else 'with each sample'}: shards {shards / 1e6:.2f} MB")
+            print(f"  distinct images {size / 1e6:.2f} MB, records {records / 1e6:.2f} MB in {samples} members")
+            print(f"  samples between two of one image: at least {least:.0f}, 99% over {low:.0f}, median {middle:.0f}")
 
 
 def full_decoding(data: CoinItDataModule) -> Iterator[None]:
@@ -417,7 +461,7 @@ def bench_builders(options: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="masks|metrics|loader|generate|train|builders")
+    commands = parser.add_subparsers(required=True, metavar="masks|metrics|loader|sharing|generate|train|builders")
 
     def command(run: Callable[[argparse.Namespace], None], rounds: int = 5) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__.removeprefix("bench_"), description=run.__doc__)
@@ -433,6 +477,11 @@ def main(argv: list[str]) -> None:
     loader = command(bench_loader, 7)
     loader.add_argument("--root", type=Path, help="shards of one source (default: made photographs)")
     loader.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    loader.add_argument("--samples", type=int, default=600, help="of made images")
+    loader.add_argument("--per-image", type=int, nargs="+", default=[1, 5], help="samples of each made image")
+    sharing = command(bench_sharing)
+    sharing.add_argument("--images", type=int, default=2000)
+    sharing.add_argument("--per-image", type=int, default=5)
     generate = command(bench_generate, 3)
     generate.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
     generate.add_argument("--root", type=Path, required=True, help="shard folder with a test split")

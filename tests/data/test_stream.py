@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -206,6 +207,33 @@ def test_a_buffered_image_is_held_once(tmp_path):
     raws = list(read_raw(paths[0]))
     assert len({id(data) for raw in raws for data in raw.files.values()}) == 40
     assert len(raws) == 200
+
+
+def test_a_shared_image_is_decoded_once_and_gives_the_same_batches(builder, tmp_path, monkeypatch):
+    rng, shards = np.random.default_rng(0), []
+    photographs = [cv2.imencode(".jpg", rng.integers(0, 255, (48, 64, 3), np.uint8))[1].tobytes() for _ in range(20)]
+    for number in range(2):
+        made = [
+            (
+                Sample(f"{i}", "vqa", "made", [ImageInfo("", 64, 48)], None, {"question": f"{i}?", "answer": "red"}),
+                [(photographs[i // 6], "jpg")],
+            )
+            for i in range(60 * number, 60 * number + 60)
+        ]
+        name, row = write_shard(tmp_path, "train", number, made)
+        shards.append(Shard(str(tmp_path / name), ".", row["tasks"], row["bytes"], row["images"]))
+    mixture, settings = Mixture(shards, {(".", "vqa"): 1.0}), {"batch_size": 4, "pool": 3, "buffer": 20}
+    decode, decoded = cv2.imdecode, []
+    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: decoded.append(data) or decode(data, flags))
+    together = list(islice(stream_of(mixture, builder, rejects=RejectLog(None, 0.0), **settings), 30))
+    assert len(decoded) == 20, "once each, not 120 times"
+    real = module.read_raw
+    monkeypatch.setattr(module, "read_raw", lambda *words: (replace(raw, squares=None) for raw in real(*words)))
+    alone = list(islice(stream_of(mixture, builder, rejects=RejectLog(None, 0.0), **settings), 30))
+    assert len(decoded) == 140
+    for one, two in zip(together, alone, strict=True):
+        assert one.ids == two.ids
+        assert torch.equal(one.images, two.images)
 
 
 # -- broken shards -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,16 @@ def test_loader(bench, mini_root):
 
 
 @pytest.mark.slow
+def test_sharing(bench):
+    before, after = bench("sharing", "--images", 40, "--per-image", 5).split("images stored once")
+    size = re.compile(r"shards ([\d.]+) MB\n.*distinct images ([\d.]+) MB, records ([\d.]+) MB")
+    (most, images, _), (least, same, records) = (map(float, size.search(text).groups()) for text in (before, after))
+    assert images == same
+    assert most > 4.5 * images
+    assert least <= 1.1 * images + records, "an image is stored once"
+
+
+@pytest.mark.slow
 def test_generate(bench, mini_root):
     words = ["--root", mini_root, "--rounds", 1, "--samples", 1, "--batches", 4, 8]
     text = bench("generate", "--ckpt", ROOT / "assets/mini", *words)

@@ -25,6 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from vistallm.schema import Sample, SampleReject
 
 INDEX_VERSION = 1
@@ -150,6 +152,7 @@ class RawSample:
         shard: place of the shard; key: the sample's name in it.
         record: its JSON, None when broken or not there; files: images by the name in the record, as bytes.
         copy: how many times the run has seen this sample before; fault: why it can't be used, None = nothing known.
+        squares: images as the model sees them, by member; one dict for neighbours that share an image.
     """
 
     shard: str
@@ -158,16 +161,16 @@ class RawSample:
     files: dict[str, bytes] = field(default_factory=dict)
     copy: int = 0
     fault: SampleReject | None = None
+    squares: dict[str, np.ndarray] | None = None
 
     @property
     def task(self) -> str | None:
         """The task of the sample, None when its JSON can't be read (decoding then rejects it)."""
         return None if self.record is None else str(self.record.get("task"))
 
-    @property
-    def members(self) -> list[str]:
-        """Shard and member of each image: samples that share an image name the same one."""
-        return [f"{self.shard}/{name if name.count('.') > 1 else f'{self.key}.{name}'}" for name in self.files]
+    def member(self, name: str) -> str:
+        """Shard and member of an image in `files`: samples that share an image name the same one."""
+        return f"{self.shard}/{name if name.count('.') > 1 else f'{self.key}.{name}'}"
 
     def sample(self) -> Sample:
         """The sample without pixels; raises SampleReject (bad-json, checksum, missing-image, or its fault)."""
@@ -211,100 +214,88 @@ def read_raw(
     place = str(place)
     try:
         with open_place(place, cache, size) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            yield from _ShardReader(place, file, tar, keep, images).samples()
+            yield from _samples(_OpenShard(place, file, tar), keep, images)
     except _BROKEN as error:
         text = f"{place}: not a readable tar file to its end ({error}); run `python tools/build_coinit.py check` on it"
         yield RawSample(place, "", fault=SampleReject("broken-shard", text))
 
 
-class _ShardReader:
-    """Groups the members of an open tar into samples, and finds the images that an earlier sample brought."""
+class _OpenShard:
+    """The members of an open tar: their names in order, where their contents lie, what is strange or ends it early."""
 
-    def __init__(
-        self, place: str, file: BinaryIO, tar: tarfile.TarFile, keep: Callable[[str], bool], images: bool
-    ) -> None:
-        self.place, self.file, self.tar, self.keep, self.images = place, file, tar, keep, images
+    def __init__(self, place: str, file: BinaryIO, tar: tarfile.TarFile) -> None:
+        self.place, self.file, self.tar = place, file, tar
         self.located: dict[str, tuple[int, int]] = {}  # member -> place of its content and its size, in bytes
-        self.recent: dict[
-            str, bytes
-        ] = {}  # the images of the last sample that was read: its neighbours share the bytes
-        self.strange: list[str] = []
+        self.strange: list[RawSample] = []
         self.error: Exception | None = None
 
-    def samples(self) -> Iterator[RawSample]:
-        """The samples that `keep` wants, those before a break first."""
-        for key, names in groupby(self._names(), lambda name: name.partition(".")[0]):
-            raw = self._sample(key, [name.partition(".")[2] for name in names])
-            yield from self._strange_members()
-            if raw is not None:
-                yield raw
-        yield from self._strange_members()
-        if self.error is not None:
-            raise self.error
-
-    def _names(self) -> Iterator[str]:
-        """Names of the regular files in order; what ends the tar early is kept in `error`."""
+    def names(self) -> Iterator[str]:
+        """Names of the regular files; those before a break come first."""
         try:
             for member in self.tar:
                 self.tar.members = []  # type: ignore[attr-defined]  # or the tar would keep them all
-                if not member.isreg():
-                    continue
-                if _NAME.fullmatch(member.name):
+                if member.isreg() and _NAME.fullmatch(member.name):
                     self.located[member.name] = member.offset_data, member.size
                     yield member.name
-                else:
-                    self.strange.append(member.name)
+                elif member.isreg():
+                    text = f"member {member.name!r}: expected a file <key>.<extension> without folders; left out"
+                    self.strange.append(RawSample(self.place, member.name, fault=SampleReject("bad-member", text)))
         except _BROKEN as error:
             self.error = error
 
-    def _strange_members(self) -> Iterator[RawSample]:
-        for name in self.strange:
-            text = f"member {name!r}: expected a file <key>.<extension> without folders; left out"
-            yield RawSample(self.place, name, fault=SampleReject("bad-member", text))
-        self.strange.clear()
-
-    def _sample(self, key: str, names: list[str]) -> RawSample | None:
-        """The sample with these members, None when `keep` refuses its task."""
-        raw = RawSample(self.place, key)
-        if "json" in names and not self._read_record(raw):
-            return None
-        if not self.images:
-            return raw
-        members = {name: f"{key}.{name}" for name in names if name != "json"}
-        listed = raw.record.get("images") if raw.record is not None else None
-        for image in listed if isinstance(listed, list) else []:
-            name = image.get("file") if isinstance(image, dict) else None
-            if isinstance(name, str) and name not in members and name in self.located:
-                members[name] = name
-        raw.files = {name: self._content(member) for name, member in members.items()}
-        self.recent = {member: raw.files[name] for name, member in members.items()}
-        return raw
-
-    def _read_record(self, raw: RawSample) -> bool:
-        """Parse the JSON of a sample; returns whether the sample is wanted (one that can't be read is, as a fault)."""
-        content = self._content(f"{raw.key}.json")
-        try:
-            record = json.loads(content)
-        except ValueError as error:
-            raw.fault = SampleReject("bad-json", f"{raw.key}: {error}")
-            return True
-        if not isinstance(record, dict) or "task" not in record:
-            raw.fault = SampleReject("bad-json", f"{raw.key}: expected a sample's record, got {content[:60]!r}")
-        elif _is_changed(record, content):
-            raw.fault = SampleReject("checksum", f"{raw.key}.json {_CHANGED}")
-        else:
-            raw.record = record
-        return raw.record is None or self.keep(str(record["task"]))
-
-    def _content(self, member: str) -> bytes:
-        if member in self.recent:
-            return self.recent[member]
+    def content(self, member: str) -> bytes:
+        """The bytes of a member that `names` has given."""
         offset, size = self.located[member]
         self.file.seek(offset)
         content = self.file.read(size)
         if len(content) < size:
             raise EOFError(f"{member} ends after {len(content)} of {size} bytes")
         return content
+
+
+def _samples(shard: _OpenShard, keep: Callable[[str], bool], images: bool) -> Iterator[RawSample]:
+    """The samples that `keep` wants, those before a break first."""
+    last, recent = RawSample(shard.place, ""), dict[str, bytes]()  # the last sample, and its images by member
+    for key, group in groupby(shard.names(), lambda name: name.partition(".")[0]):
+        raw, members = RawSample(shard.place, key), {name.partition(".")[2]: name for name in group}
+        record = members.pop("json", None)
+        wanted = record is None or _read_record(raw, shard.content(record), keep)
+        if wanted and images:
+            members |= {name: name for name in _listed(raw.record) if name not in members and name in shard.located}
+            raw.files = {name: recent.get(member) or shard.content(member) for name, member in members.items()}
+            if not recent.keys().isdisjoint(members.values()):
+                raw.squares = last.squares = {} if last.squares is None else last.squares
+            last, recent = raw, {member: raw.files[name] for name, member in members.items()}
+        yield from shard.strange
+        shard.strange.clear()
+        if wanted:
+            yield raw
+    yield from shard.strange
+    if shard.error is not None:
+        raise shard.error
+
+
+def _listed(record: dict[str, Any] | None) -> list[str]:
+    """The image names of a record, as far as it has any."""
+    rows = (record or {}).get("images")
+    names = [row.get("file") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [name for name in names if isinstance(name, str)]
+
+
+def _read_record(raw: RawSample, content: bytes, keep: Callable[[str], bool]) -> bool:
+    """Parse the JSON of a sample; returns whether the sample is wanted (one that can't be read is, as a fault)."""
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        raw.fault = SampleReject("bad-json", f"{raw.key}: {error}")
+        return True
+    if not isinstance(record, dict) or "task" not in record:
+        raw.fault = SampleReject("bad-json", f"{raw.key}: expected a sample's record, got {content[:60]!r}")
+    elif _is_changed(record, content):
+        raw.fault = SampleReject("checksum", f"{raw.key}.json {_CHANGED}")
+    else:
+        raw.record = record
+    return raw.record is None or keep(str(record["task"]))
 
 
 def _is_changed(record: dict[str, Any], content: bytes) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from vistallm.coinit.shards import is_remote, read_index
-from vistallm.config import PAD_COLOUR, Config
+from vistallm.config import Config
 from vistallm.data.mixture import build_mixture, find_folders, require_folders
 from vistallm.data.order import Epoch
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
@@ -51,7 +51,6 @@ def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
         vocabulary=vocabulary,
         queries=config.model.tokenizer.queries,
         image_size=config.model.encoder.image_size,
-        pad_colour=PAD_COLOUR,
         system_prompt=config.model.decoder.system_prompt,
         max_length=config.data.max_length,
         max_instruction=config.model.tokenizer.max_instruction_tokens,

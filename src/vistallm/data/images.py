@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from vistallm.coinit.shards import RawSample
-from vistallm.config import DataConfig
+from vistallm.config import PAD_COLOUR, DataConfig
+from vistallm.regions.letterbox import square_resize
 from vistallm.schema import Sample, SampleReject
 
 SMALL = 320  # pixels of the longer side under which an image is decoded in full: it is quick, and its result exact
@@ -23,16 +24,22 @@ def decode_sample(raw: RawSample, size: int | None = None, max_pixels: int = Dat
         raw: from `read_raw`.
         size: side of the square that the images are needed at, in pixels; JPEGs much larger than it are decoded at
             1/2, 1/4 or 1/8 scale (`sample.pixels` then is smaller than `sample.images` says). None = in full.
+            Of an image that neighbours share, `sample.pixels` holds the square itself, which is made once for all.
         max_pixels: a larger image is a reject, before it is decoded.
 
     Raises:
         SampleReject: bad-json, checksum, missing-image, bad-image, too-many-pixels, or the fault the sample came with.
     """
     sample = raw.sample()
-    sample.pixels = [
-        decode_image(raw.files[i.file], (i.width, i.height), f"{raw.key}, image {i.file}", size, max_pixels)
-        for i in sample.images
-    ]
+    sample.pixels = []
+    for info in sample.images:
+        shape, member = (info.width, info.height), raw.member(info.file)
+        pixels = raw.squares.get(member) if size is not None and raw.squares is not None else None
+        if pixels is None:
+            pixels = decode_image(raw.files[info.file], shape, f"{raw.key}, image {info.file}", size, max_pixels)
+            if size is not None and raw.squares is not None:
+                pixels = raw.squares[member] = square_resize(pixels, size, PAD_COLOUR, shape)[0]
+        sample.pixels.append(pixels)
     return sample
 
 

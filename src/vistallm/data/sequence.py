@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistallm.config import PAD_COLOUR
 from vistallm.data.vocabulary import Piece, SpecialTokenError, Vocabulary, encode, encode_pieces, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox, square_resize
@@ -60,7 +61,7 @@ class SequenceBuilder:
 
     Attributes:
         codec, vocabulary: region tokens and the two tokenizers.
-        queries: image slots per image; image_size: side of the square input in pixels; pad_colour: uint8 RGB.
+        queries: image slots per image; image_size: side of the square input in pixels.
         system_prompt: text before `USER:`; may be empty.
         max_length: tokens; a longer sequence is a reject. max_instruction: tokens of the QFormer's copy, cut beyond.
         templates: use only the first n templates of a task, or "mini" (`Task.mini`); None = all.
@@ -71,7 +72,6 @@ class SequenceBuilder:
     vocabulary: Vocabulary
     queries: int
     image_size: int
-    pad_colour: tuple[int, ...]
     system_prompt: str = ""
     max_length: int = 1024
     max_instruction: int = 128
@@ -165,13 +165,13 @@ class SequenceBuilder:
 
     def _images(self, sample: Sample) -> tuple[Tensor, list[Letterbox]]:
         assert sample.pixels, "the stream decodes the images before building"
-        images = np.empty((len(sample.images), 3, self.image_size, self.image_size), np.uint8)
-        letterboxes = []
+        size = self.image_size
+        images = np.empty((len(sample.images), 3, size, size), np.uint8)
         for planes, pixels, info in zip(images, sample.pixels, sample.images, strict=True):
-            square, letterbox = square_resize(pixels, self.image_size, self.pad_colour, (info.width, info.height))
-            cv2.split(square, list(planes))
-            letterboxes.append(letterbox)
-        return torch.from_numpy(images), letterboxes
+            if pixels.shape[:2] != (size, size):  # else it is the square already
+                pixels = square_resize(pixels, size, PAD_COLOUR, (info.width, info.height))[0]
+            cv2.split(pixels, list(planes))
+        return torch.from_numpy(images), [Letterbox(info.width, info.height, size) for info in sample.images]
 
     def _opening_ids(self, images: int) -> list[int]:
         """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""

@@ -139,6 +139,7 @@ class TrainStream(IterableDataset):
             try:
                 sample = decode_sample(raw, self.builder.image_size, self.data.max_pixels)
                 rows.append(self.builder.build(sample, random.Random(f"{self.seed}-{sample.id}-{raw.copy}")))
+                sample.pixels = None  # the pool would keep them
             except SampleReject as reject:
                 self.rejects.add(raw, reject)
         if len(rows) < pool:
@@ -237,10 +238,10 @@ class TrainStream(IterableDataset):
 
 def spread(raws: list[RawSample]) -> list[RawSample]:
     """Put the samples of one image at equal distances; the order of the others stays."""
-    uses = Counter(image for raw in raws for image in raw.members)
+    uses = Counter(image for raw in raws for image in map(raw.member, raw.files))
     groups: dict[str, list[int]] = {}  # a sample with several images goes with the one that is used most
     for place, raw in enumerate(raws):
-        groups.setdefault(max(raw.members, key=uses.__getitem__, default=str(place)), []).append(place)
+        groups.setdefault(max(map(raw.member, raw.files), key=uses.__getitem__, default=str(place)), []).append(place)
     slots = [0.0] * len(raws)
     for places in groups.values():
         step = len(raws) / len(places)
