@@ -107,14 +107,15 @@ def test_absent_names_are_samples_without_target(build):
     assert {s.task for s in samples.values() if not s.regions} == {"grec", "gres"}
 
 
-def test_names_that_lvis_did_not_look_for_are_not_absent(build):
+def test_lvis_says_what_is_absent_and_what_is_not_all_annotated(build):
     def change(data):
-        data["annotations"] = data["annotations"][:2]
+        data["annotations"] = data["annotations"][:3]
         for image in data["images"]:
-            image["neg_category_ids"] = [7]
+            image |= {"neg_category_ids": [7], "not_exhaustive_category_ids": [1]}
 
     samples = build("coco", "train", lambda *args: write(*args, change), "--set", "absent=5")
     assert {s.fields["expr"] for s in samples.values() if not s.regions} == {"every boat"}
+    assert {s.fields["expr"] for s in samples.values() if s.regions} == {"every dog"}
 
 
 def test_one_file_for_training_and_test(tmp_path, picture):

@@ -73,7 +73,10 @@ def load_coco(options: SourceOptions) -> Source:
             groups.setdefault(name.strip(), []).append(annotation)
         if nameless := groups.pop("", []):
             yield Reject("empty-text", f"{nameless[0].where}: expected {phrase or 'name'!r} to be a text, got none")
-        # LVIS names the categories that were looked for and not seen; elsewhere all are taken as looked for.
+        # LVIS names categories whose objects are not all annotated, and those that were looked for and not seen;
+        # elsewhere all are taken as looked for.
+        for number in info.data.get("not_exhaustive_category_ids", ()):
+            groups.pop(category.get(number, ""), None)
         looked_for = info.data.get("neg_category_ids") or category
         others = [category[c] for c in looked_for if c in category and category[c] not in groups]
         rng = np.random.default_rng([options.seed, info.data["id"]])
@@ -103,7 +106,8 @@ def _drafts(
 
 def _image(options: SourceOptions, info: Record) -> SourceImage:
     """An image's file, under --images or --root; a name of COCO's gives COCO's id, by which leaks are seen."""
-    file, split = info.text("file_name"), options.split
+    file, split = info.optional("file_name", str), options.split
+    file = file or "/".join(info.text("coco_url").split("/")[-2:])  # LVIS v1 has the URL only
     stem = Path(file).stem.rpartition("_")[2]
     path = first_file(options.image_folder, file, f"images/{file}", f"{split}/{file}", Path(file).name)
     key = f"coco:{int(stem)}" if len(stem) == 12 and stem.isdigit() else f"custom:{file}"
