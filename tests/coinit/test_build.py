@@ -21,9 +21,8 @@ from vistallm.coinit.build import BuildOptions, build
 from vistallm.coinit.check import check
 from vistallm.coinit.images import read_image
 from vistallm.coinit.shards import read_index, read_raw, read_shard
-from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceOptions
+from vistallm.coinit.sources.base import Draft, Packed, Reject, SourceFormatError, SourceImage, SourceOptions
 from vistallm.coinit.sources.custom import load_jsonl
-from vistallm.coinit.sources.images import SourceImage
 from vistallm.coinit.sources.records import Record
 from vistallm.data.images import decode_sample
 from vistallm.regions.masks import mask_to_rle, merge_rles, rle_area, rle_box, rle_to_mask, segmentation_to_rle

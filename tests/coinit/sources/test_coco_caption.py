@@ -79,7 +79,7 @@ def test_refusals(refusal):
     def write(root, picture):
         write_karpathy(root, picture, changed)
 
-    assert "dataset_coco.json, images 1, sentences 0: expected key 'raw'" in refusal("coco-caption", "train", write)
+    assert "dataset_coco.json, image 1, sentence 0: expected key 'raw'" in refusal("coco-caption", "train", write)
     official = refusal("coco-caption", "val", write, "--set", "annotations=official", "--set", "year=2017")
     assert "captions_val2017.json" in official
     assert "one of train, val, got 'test'" in refusal("coco-caption", "test", write, "--set", "annotations=official")

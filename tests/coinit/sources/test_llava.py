@@ -65,6 +65,8 @@ def test_refusals(refusal):
         records[0]["conversations"][1]["from"] = "bot"
         write_instruct(root, picture, records)
 
-    assert "turn 1: expected 'from' human or gpt, got 'bot'" in refusal("llava-instruct", "train", other_speaker)
+    assert "conversation 1: expected 'from' human or gpt, got 'bot'" in refusal(
+        "llava-instruct", "train", other_speaker
+    )
     assert "one of train, got 'val'" in refusal("llava-instruct", "val", other_speaker)
     assert "chat.json" in refusal("llava-instruct", "train", other_speaker, "--set", "file=chat.json")

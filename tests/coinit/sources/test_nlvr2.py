@@ -52,8 +52,11 @@ def test_a_subset_is_named_by_its_file(build):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (line("dev-850-0"), "record 1: expected identifier as dev-SET-PAIR-SENTENCE, got 'dev-850-0'"),
-        (line("dev-850-0-3", "maybe"), "expected label True or False, got 'maybe'"),
+        (
+            line("dev-850-0"),
+            "record 1: expected identifier as dev-SET-PAIR-SENTENCE and label True or False, got 'dev-850-0'",
+        ),
+        (line("dev-850-0-3", "maybe"), "and label True or False, got 'dev-850-0-3' and 'maybe'"),
         ({"sentence": "x"}, "expected key 'identifier'"),
     ],
 )

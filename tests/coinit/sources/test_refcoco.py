@@ -9,8 +9,8 @@ import shutil
 import pytest
 from pycocotools import mask as coco
 
+from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions
-from vistallm.coinit.sources.refer import load_refcoco
 from vistallm.regions.masks import rle_to_mask
 
 IMAGE = "COCO_train2014_000000000009.jpg"
@@ -226,7 +226,7 @@ def test_the_made_pickle_is_of_python_2():
 
 def test_a_unit_is_a_pure_function_of_its_number(tmp_path, picture):
     write_refcoco(tmp_path, picture)
-    source = load_refcoco(SourceOptions(tmp_path, "train"))
+    source = SOURCES["refcoco"](SourceOptions(tmp_path, "train"))
     first, again = ([d.sample.to_json() for d in source.unit(0)] for _ in range(2))
     assert first == again
     assert len(source) == 2

@@ -136,7 +136,7 @@ def test_regions_as_masks(build, rejects):
         (
             {"answer_choices": [["Yes"]]},
             {},
-            "record 0: expected 4 answer_choices and 4 rationale_choices, got 1 answer_choices",
+            "record 0: expected 4 answer_choices, got 1",
         ),
         ({}, {"boxes": []}, "expected one box and segm for each of 4 objects, got 0 boxes and 4 segms"),
         ({}, {"boxes": [[1, 2, 3, 4]] * 4}, "object 0: expected x0, y0, x1, y1 and a score, got [1, 2, 3, 4]"),

@@ -80,7 +80,7 @@ def test_vqav2_refusals(refusal):
     def nine(root, picture):
         write_vqav2(root, picture, TEN[:9])
 
-    assert "annotations 0: expected 10 answers, got 9" in refusal("vqav2", "val", nine)
+    assert "annotation 0: expected 10 answers, got 9" in refusal("vqav2", "val", nine)
 
 
 def test_vqav2_needs_the_same_questions(refusal):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -16,9 +17,9 @@ from vistallm.coinit.sources.custom import load_jsonl
 from vistallm.coinit.sources.vcr import load_vcr
 
 SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
-    "refcoco": refer.load_refcoco,
-    "refcoco+": refer.load_refcoco_plus,
-    "refcocog": refer.load_refcocog,
+    "refcoco": partial(refer.load_refs, "refcoco", "unc"),
+    "refcoco+": partial(refer.load_refs, "refcoco+", "unc"),
+    "refcocog": partial(refer.load_refs, "refcocog", "umd"),
     "grefcoco": refer.load_grefcoco,
     "coco-caption": text.load_coco_caption,
     "vqav2": text.load_vqav2,
@@ -26,15 +27,15 @@ SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "vqa-x": text.load_vqa_x,
     "vcr": load_vcr,
     "pope": text.load_pope,
-    "llava-instruct": text.load_llava_instruct,
-    "llava-pretrain": text.load_llava_pretrain,
+    "llava-instruct": partial(text.load_llava, "llava-instruct", "llava_instruct_150k.json"),
+    "llava-pretrain": partial(text.load_llava, "llava-pretrain", "blip_laion_cc_sbu_558k.json"),
     "coco": load_coco,
     "jsonl": load_jsonl,
     "visual-genome": genome.load_visual_genome,
     "flickr30k": refer.load_flickr30k,
     "visual7w": genome.load_visual7w,
-    "pointqa-local": genome.load_pointqa_local,
-    "pointqa-looktwice": genome.load_pointqa_looktwice,
+    "pointqa-local": partial(genome.load_pointqa, "local"),
+    "pointqa-looktwice": partial(genome.load_pointqa, "looktwice"),
     "nlvr2": text.load_nlvr2,
     "coseg": load_coseg,
     "attcoseg": load_attcoseg,

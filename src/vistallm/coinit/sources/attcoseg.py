@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 
 from vistallm.coinit import attcoseg as rules
-from vistallm.coinit.sources.base import Draft, Source, SourceOptions
+from vistallm.coinit.sources.base import Draft, Source, SourceImage, SourceOptions, corners, group_draft
 from vistallm.coinit.sources.genome import Genome, read_genome
-from vistallm.coinit.sources.images import SourceImage, coco_image, corners, first_file, group_draft
 from vistallm.coinit.sources.records import Record, read_object, stream_records
 from vistallm.regions.masks import merge_rles, rle_area
 from vistallm.schema import Region, Rle
@@ -64,12 +63,12 @@ def load_attcoseg(options: SourceOptions) -> Source:
     keys = sorted(key for key, examples in table.examples.items() if len(examples) > 1)
     keys = [key for key in keys if key[0] in settings["attributes"]]
     _print_counts(table, keys)
-    groups = _Groups(options, table, keys)
-    if not groups.leaders:
+    if not keys:
         raise ValueError(
             f"attcoseg: expected a value with two examples, got none in {len(table.images)} images that are in both "
             f"attributes.json and {path}; give masks of images that are in Visual Genome too (COCO's 2014 or 2017 sets)"
         )
+    groups = _Groups(options, table, keys)
     return Source(range(int(settings["groups"]) or sum(map(len, groups.leaders))), groups.make)
 
 
@@ -89,18 +88,18 @@ class _MaskFile:
     def __init__(self, path: Path, genome: Genome) -> None:
         data = read_object(path)
         self.words, self.names = rules.read_words(), dict[int, frozenset[str]]()  # category -> names of its objects
-        for category in data.records("categories", "category"):
+        for category in data.records("categories"):
             name = category.text("name")
             names = [name, *category.data.get("synonyms", ()), *self.words.same_as.get(name.replace("_", " "), ())]
             self.names[category.integer("id")] = rules.name_words(names)
         # By Visual Genome's id: the image (its path is the bare file name), the same in Visual Genome, its annotations.
         self.images: dict[int, tuple[SourceImage, SourceImage, list[Record]]] = {}
-        for image in data.records("images", "image"):
+        for image in data.records("images"):
             if (image_id := genome.of_coco.get(image.integer("id"))) is not None:
                 file = image.optional("file_name", str) or image.text("coco_url")  # LVIS v1 has the url only
                 size, other = (image.integer("width"), image.integer("height")), genome.images[image_id]
                 self.images[image_id] = SourceImage(Path(Path(file).name), other.image_id, *size), other, []
-        for annotation in data.records("annotations", "annotation"):
+        for annotation in data.records("annotations"):
             if (image_id := genome.of_coco.get(annotation.integer("image_id"))) in self.images:
                 self.images[image_id][2].append(annotation)
 
@@ -173,36 +172,19 @@ class _Groups:
         every = self.table.examples[key]
         others = rng.choice(len(every) - 1, size=min(int(rng.integers(2, size + 1)), len(every)) - 1, replace=False)
         examples = [every[first], *(every[i + (i >= first)] for i in others.tolist())]
-        negatives = self._negatives(rng, key, examples[0][2], size - len(examples))
-        images = [image for image, _, _ in examples] + negatives
-        images = [images[i] for i in rng.permutation(len(images)).tolist()]
-        masks = {image: rle for image, rle, _ in examples}
-        yield self._draft(index, key, images, masks)
-
-    def _negatives(self, rng: np.random.Generator, key: Key, words: frozenset[str], number: int) -> list[int]:
-        """Images that lack the value; of `_HARD_TRIES` drawn, those that show an object of the same name come first."""
-        every = self.table.negatives.get(key, [])
-        drawn = rng.choice(len(every), size=min(_HARD_TRIES, len(every)), replace=False).tolist() if every else []
-        return [every[i][0] for i in sorted(drawn, key=lambda i: not every[i][1] & words)[:number]]
-
-    def _draft(self, index: int, key: Key, images: list[int], masks: dict[int, Rle]) -> Draft:
-        shown = [i for i, image in enumerate(images) if image in masks]
-        numbers = [str(i + 1) for i in shown]
-        infos = [self.table.images[image] for image in images]
-        infos = [replace(info, path=_find_image(self.options.image_folder, info.path.name)) for info in infos]
-        fields: dict[str, Any] = {
-            "attribute": key[0],
-            "value": key[1],
-            "images": f"{', '.join(numbers[:-1])} and {numbers[-1]}",
-        }
-        fields["targets"] = list(range(len(shown)))
-        regions = [Region(i, "mask", number, rle=masks[images[i]]) for number, i in enumerate(shown)]
+        # Of the images drawn that lack the value, those that show an object of the same name come first.
+        lacking, words = self.table.negatives.get(key, []), examples[0][2]
+        drawn = rng.choice(len(lacking), size=min(_HARD_TRIES, len(lacking)), replace=False).tolist() if lacking else []
+        drawn = sorted(drawn, key=lambda i: not lacking[i][1] & words)[: size - len(examples)]
+        numbers = [number for number, *_ in examples] + [lacking[i][0] for i in drawn]
+        numbers = [numbers[i] for i in rng.permutation(len(numbers)).tolist()]
+        masks = {number: rle for number, rle, _ in examples}
+        images = [self.table.images[number] for number in numbers]
+        images = [replace(image, path=self.options.coco_image(image.path.name)) for image in images]
+        shown = [i for i, number in enumerate(numbers) if number in masks]
+        names = [str(i + 1) for i in shown]
+        fields = {"attribute": key[0], "value": key[1], "images": f"{', '.join(names[:-1])} and {names[-1]}"}
+        regions = [Region(i, "mask", number, rle=masks[numbers[i]]) for number, i in enumerate(shown)]
         name, meta = f"attcoseg-{self.options.split}-{index:07d}", {"asks": key[0], "positives": len(shown)}
-        return group_draft(infos, name, "attcoseg", "attcoseg", meta, fields=fields, regions=regions)
-
-
-def _find_image(folder: Path, name: str) -> Path:
-    """A COCO image by the name of 2014, which holds its folder, or of 2017 ("000000000009.jpg")."""
-    path = coco_image(folder, name)
-    short = name.split("_")[-1]
-    return path if path.is_file() else first_file(folder, short, f"train2017/{short}", f"val2017/{short}")
+        more: dict[str, Any] = {"fields": {**fields, "targets": list(range(len(shown)))}, "regions": regions}
+        yield group_draft(images, name, "attcoseg", "attcoseg", meta, **more)

@@ -11,11 +11,11 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from vistallm.schema import Sample
+from vistallm.schema import ImageInfo, Sample
 
-_ROOT = "give the dataset's folder as --root"
+Box = tuple[float, float, float, float]
 
 
 class SourceFormatError(ValueError):
@@ -27,13 +27,7 @@ class SourceFormatError(ValueError):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The command line's choices for a source.
-
-    Attributes:
-        root: folder of the annotations; images: folder of the images, None = the source's usual place under `root`.
-        split: the split's name as the dataset spells it ("train", "val", "testA", ...).
-        seed: of everything random. settings: the source's own options, from `--set key=value`.
-    """
+    """The command line's choices for a source; `images` None = its usual place under `root`, `settings` from --set."""
 
     root: Path
     split: str
@@ -41,10 +35,18 @@ class SourceOptions:
     seed: int = 0
     settings: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def image_folder(self) -> Path:
-        """Where the images are, for a source whose usual place is `root` itself."""
-        return self.images or self.root
+    def image(self, *names: str, usual: str = "") -> Path:
+        """The first of the named files under `images`, or else `root`/`usual`; if none is there, the first name.
+
+        The build reports that one as missing.
+        """
+        folder = self.images or self.root / usual
+        return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+    def coco_image(self, name: str) -> Path:
+        """A COCO image such as "COCO_train2014_000000000009.jpg", or under its name of 2017, also in subfolders."""
+        short, subset = name.rpartition("_")[2], f"{name.split('_')[1]}/" if name.count("_") >= 2 else ""
+        return self.image(name, f"{subset}{name}", short, f"train2017/{short}", f"val2017/{short}")
 
     def check_split(self, *splits: str) -> str:
         """The split of the command line; raises ValueError naming those that the source has."""
@@ -66,34 +68,32 @@ class SourceOptions:
             raise ValueError(f"--set {min(unknown)}: this source knows {', '.join(known) or 'no setting'}")
         return {key: _read_setting(key, self.settings.get(key), allowed) for key, allowed in known.items()}
 
-    def find_file(self, *names: str, folders: Sequence[str] = ("",), hint: str = _ROOT) -> Path:
-        """The first of the named files in `root` or these folders of it ("data/").
-
-        Raises:
-            ValueError: there is none; the message holds all names and the hint.
-        """
+    def find_file(
+        self, *names: str, folders: Sequence[str] = ("",), hint: str = "give the dataset's folder as --root"
+    ) -> Path:
+        """The first of the named files in `root` or these folders of it ("data/"); else a ValueError with the hint."""
         for path in (self.root / f"{folder}{name}" for folder in folders for name in names):
             if path.is_file():
                 return path
         below = "".join(f" or in {folder[:-1]}" for folder in folders if folder)
-        expected = f"expected {' or '.join(names)} there{below}, got no such file"
-        raise ValueError(f"{self.root}: {expected}; {hint}")
+        raise ValueError(f"{self.root}: expected {' or '.join(names)} there{below}, got no such file; {hint}")
 
 
 def _read_setting(key: str, value: str | None, allowed: str | float | tuple[str, ...] | list[str]) -> Any:
+    if value is None:
+        return allowed[0] if isinstance(allowed, tuple) else allowed
     if isinstance(allowed, str):
-        return allowed if value is None else value
+        return value
     if isinstance(allowed, int | float):
         try:
-            return allowed if value is None else float(value)
+            return float(value)
         except ValueError:
             raise ValueError(f"--set {key}: expected a number, got {value!r}") from None
-    values = [*allowed[: None if isinstance(allowed, list) else 1]] if value is None else value.split(",")
-    if isinstance(allowed, tuple) and (len(values) > 1 or values[0] not in allowed):
-        raise ValueError(f"--set {key}: expected one of {', '.join(allowed)}, got {value!r}")
+    values = value.split(",") if isinstance(allowed, list) else [value]
     if unknown := [value for value in values if value not in allowed]:
-        raise ValueError(f"--set {key}: expected some of {','.join(allowed)}, got {unknown[0]!r}")
-    return values if isinstance(allowed, list) else values[0]
+        expected = f"some of {','.join(allowed)}" if isinstance(allowed, list) else f"one of {', '.join(allowed)}"
+        raise ValueError(f"--set {key}: expected {expected}, got {unknown[0]!r}")
+    return values if isinstance(allowed, list) else value
 
 
 def is_training(split: str) -> bool:
@@ -126,30 +126,42 @@ class Reject:
     where: str
 
 
-class Records(Protocol):
-    """What a source keeps in memory: a list, `Packed` records, the lines of a file."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
 @dataclass(frozen=True)
-class Source:
-    """A loaded split of a dataset: records in a fixed order, a unit each, and the samples that each one makes.
+class SourceImage:
+    """An image of a dataset: file, id that leaks are searched by ("coco:9"), size where the annotations have it."""
 
-    `make(record, number)` is a pure function; it raises SourceFormatError when a record is not as documented.
-    """
+    path: Path
+    image_id: str
+    width: int = 0
+    height: int = 0
 
-    records: Records
-    make: Callable[[Any, int], Iterable[Draft | Reject]]
+    def draft(self, name: str, task: str, source: str, meta: dict[str, Any] | None = None, **more: Any) -> Draft:
+        """A sample of this image alone; `more` are further fields of `Sample`."""
+        info, meta = ImageInfo("", self.width, self.height), {"image_ids": [self.image_id], **(meta or {})}
+        return Draft(Sample(name, task, source, [info], meta=meta, **more), [self.path])
 
-    def __len__(self) -> int:
-        return len(self.records)
+    def cut(self, box: Sequence[float], where: str) -> Box | Reject:
+        """(x0, y0, x1, y1) in pixels, cut to the image; a Reject, `empty-box`, when nothing is left."""
+        x0, y0, x1, y1 = box
+        x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(self.width)), min(y1, float(self.height))
+        # Shards keep three decimals, so a thinner box would be empty in them.
+        if x1 - x0 >= 0.001 and y1 - y0 >= 0.001:
+            return x0, y0, x1, y1
+        return Reject("empty-box", f"{where}: nothing of {list(box)} is in the image, {self.width} x {self.height}")
 
-    def unit(self, index: int) -> Iterator[Draft | Reject]:
-        """Drafts and rejects of record `index`."""
-        yield from self.make(self.records[index], index)
+
+def group_draft(
+    images: list[SourceImage], name: str, task: str, source: str, meta: dict[str, Any], **more: Any
+) -> Draft:
+    """A sample of several images; `more` are further fields of `Sample`."""
+    infos = [ImageInfo("", image.width, image.height) for image in images]
+    meta = {**meta, "image_ids": [image.image_id for image in images]}
+    return Draft(Sample(name, task, source, infos, meta=meta, **more), [image.path for image in images])
+
+
+def corners(x: float, y: float, width: float, height: float) -> Box:
+    """A box as most datasets write it -> (x0, y0, x1, y1)."""
+    return x, y, x + width, y + height
 
 
 class Packed:
@@ -169,8 +181,28 @@ class Packed:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Any:
-        """Return a fresh copy of a record."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         with memoryview(self._data) as view:
             return marshal.loads(view[self._ends[index] : self._ends[index + 1]])
+
+
+@dataclass
+class Source:
+    """A loaded split of a dataset: records in a fixed order, a unit each, and the samples that each one makes.
+
+    Records are anything that has a length and an index; an iterator's are `Packed`. `make(record, number)` is a pure
+    function; it raises SourceFormatError when a record is not as documented.
+    """
+
+    records: Any
+    make: Callable[[Any, int], Iterable[Draft | Reject]]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.records, Iterator):
+            self.records = Packed(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def unit(self, index: int) -> Iterator[Draft | Reject]:
+        """Drafts and rejects of record `index`."""
+        yield from self.make(self.records[index], index)

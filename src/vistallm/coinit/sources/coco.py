@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions, is_training
-from vistallm.coinit.sources.images import SourceImage, add_regions, first_file
-from vistallm.coinit.sources.records import Record, read_object
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceImage, SourceOptions, is_training
+from vistallm.coinit.sources.records import Record, add_regions, read_object
 from vistallm.regions.masks import rle_box
 from vistallm.schema import Region
 
@@ -45,18 +44,9 @@ def load_coco(options: SourceOptions) -> Source:
     split, phrase, absent = options.split, settings["phrase"], int(settings["absent"])
     names = [settings["file"]] if settings["file"] else [f"{split}.json", f"instances_{split}.json"]
     path = options.find_file(*names, folders=("", "annotations/"), hint="name your file with --set file=NAME")
-    data = read_object(path)
-    category = {c.integer("id"): c.text("name").replace("_", " ") for c in data.records("categories", "category")}
+    category, images, objects = _read_file(path, by_category=not phrase)
     if absent and (phrase or len(category) < 2):
         raise ValueError("--set absent: expected two categories or more and no phrases, as no phrase is known absent")
-    images = {image.integer("id"): image for image in data.records("images", "image")}
-    objects: dict[int, _Objects] = {number: [] for number in images}
-    for annotation in data.records("annotations", "annotation"):
-        keys: list[tuple[str, Any]] = [("image_id", images), ("category_id", category)]
-        for key, known in keys[: 1 if phrase else 2]:
-            if (number := annotation.integer(key)) not in known:
-                raise annotation.fault(f"expected {key} of one of those listed, got {number}")
-        objects[annotation.data["image_id"]].append((annotation.where, annotation.data))
     _check_boxes(path, settings["boxes"], images, objects)
     tasks = settings["tasks"]
     if not any(values.get("segmentation") for some in objects.values() for _, values in some):
@@ -73,19 +63,39 @@ def load_coco(options: SourceOptions) -> Source:
             groups.setdefault(name.strip(), []).append(annotation)
         if nameless := groups.pop("", []):
             yield Reject("empty-text", f"{nameless[0].where}: expected {phrase or 'name'!r} to be a text, got none")
-        # LVIS names categories whose objects are not all annotated, and those that were looked for and not seen;
-        # elsewhere all are taken as looked for.
-        for number in info.data.get("not_exhaustive_category_ids", ()):
+        for number in info.data.get("not_exhaustive_category_ids", ()):  # LVIS: its objects are not all annotated
             groups.pop(category.get(number, ""), None)
-        looked_for = info.data.get("neg_category_ids") or category
-        others = [category[c] for c in looked_for if c in category and category[c] not in groups]
-        rng = np.random.default_rng([options.seed, info.data["id"]])
-        groups |= {name: [] for name in rng.permutation(others)[:absent].tolist()}
+        groups |= _absent_names(info, category, groups, absent, options.seed)
         for number, (name, group) in enumerate(groups.items()):
             texts = (name, name) if phrase else (f"the {name}", f"every {name}")
             yield from _drafts(f"coco-{split}-{info.data['id']}-{number}", texts, group, image, tasks)
 
-    return Source(Packed((images[number].data, objects[number]) for number in kept), make)
+    return Source(((images[number].data, objects[number]) for number in kept), make)
+
+
+def _read_file(path: Path, by_category: bool) -> tuple[dict[int, str], dict[int, Record], dict[int, _Objects]]:
+    """Names of categories, images, and the objects of each image, all by id."""
+    data = read_object(path)
+    category = {c.integer("id"): c.text("name").replace("_", " ") for c in data.records("categories")}
+    images = {image.integer("id"): image for image in data.records("images")}
+    objects: dict[int, _Objects] = {number: [] for number in images}
+    for annotation in data.records("annotations"):
+        keys: dict[str, Any] = {"image_id": images, "category_id": category} if by_category else {"image_id": images}
+        for key, known in keys.items():
+            if (number := annotation.integer(key)) not in known:
+                raise annotation.fault(f"expected {key} of one of those listed, got {number}")
+        objects[annotation.data["image_id"]].append((annotation.where, annotation.data))
+    return category, images, objects
+
+
+def _absent_names(
+    info: Record, category: dict[int, str], present: dict[str, list[Record]], number: int, seed: int
+) -> dict[str, list[Record]]:
+    """Names of `number` categories that an image does not show, drawn; LVIS says which ones were looked for."""
+    looked_for = info.data.get("neg_category_ids") or category
+    names = [category[c] for c in looked_for if c in category and category[c] not in present]
+    drawn = np.random.default_rng([seed, info.data["id"]]).permutation(names)[:number]
+    return {name: [] for name in drawn.tolist()}
 
 
 def _drafts(
@@ -109,7 +119,7 @@ def _image(options: SourceOptions, info: Record) -> SourceImage:
     file, split = info.optional("file_name", str), options.split
     file = file or "/".join(info.text("coco_url").split("/")[-2:])  # LVIS v1 has the URL only
     stem = Path(file).stem.rpartition("_")[2]
-    path = first_file(options.image_folder, file, f"images/{file}", f"{split}/{file}", Path(file).name)
+    path = options.image(file, f"images/{file}", f"{split}/{file}", Path(file).name)
     key = f"coco:{int(stem)}" if len(stem) == 12 and stem.isdigit() else f"custom:{file}"
     return SourceImage(path, key, info.integer("width"), info.integer("height"))
 
@@ -132,7 +142,7 @@ def _set_box(annotation: Record, convention: str, image: SourceImage) -> None:
 
 
 def _check_boxes(path: Path, convention: str, images: dict[int, Record], objects: dict[int, _Objects]) -> None:
-    """Raise SourceFormatError for boxes that are shares of their image, or that fit by another convention only."""
+    """Raise ValueError for boxes that are shares of their image, or that fit by another convention only."""
     rows = []
     for number, some in objects.items():
         size = images[number].numbers("width", "height")
@@ -147,7 +157,7 @@ def _check_boxes(path: Path, convention: str, images: dict[int, Record], objects
         return
     table = np.array(rows, float).T  # (10, N): box, image size, extent of the polygons
     if (largest := table[:4].max()) <= 1:
-        raise SourceFormatError(
+        raise ValueError(
             f"{path}: expected boxes in pixels, got no number above {largest}: they look normalised; multiply x and "
             "width by the image's width, y and height by its height"
         )
@@ -156,7 +166,7 @@ def _check_boxes(path: Path, convention: str, images: dict[int, Record], objects
     if fits[convention] < _FITTING:
         text = f"{1 - fits[convention]:.0%} of {len(rows)} boxes do not fit their images or polygons as {convention}"
         if fits[best] >= _FITTING:
-            raise SourceFormatError(
+            raise ValueError(
                 f"{path}: {text}, but {fits[best]:.0%} fit as {best}; look at some, and give --set boxes={best} if "
                 "they are"
             )

@@ -22,13 +22,11 @@ import numpy as np
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions, is_training
-from vistallm.coinit.sources.images import SourceImage, group_draft
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceImage, SourceOptions, group_draft, is_training
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
 
 _LAYOUT = {"name": "", "image_glob": "", "mask_glob": "", "foreground": ">127", "image_id": "{class}/{stem}"}
-_EVALUATION_GROUP = 4
 
 
 def load_coseg(options: SourceOptions) -> Source:
@@ -38,21 +36,15 @@ def load_coseg(options: SourceOptions) -> Source:
     groups are smaller where one image would be left over).
     """
     layout = _read_layout(options)
-    folder = options.image_folder
-    classes: dict[str, list[Path]] = {}
+    folder, classes = options.images or options.root, dict[str, list[Path]]()
     for path in sorted(folder.glob(layout["image_glob"])):
         classes.setdefault(path.parent.name, []).append(path)
-    if wanted := layout["classes"].split(",") if layout["classes"] else None:
-        if unknown := sorted(set(wanted) - set(classes)):
-            raise ValueError(f"--set classes: {unknown[0]!r} is no folder of images; there are {', '.join(classes)}")
-        classes = {name: classes[name] for name in wanted}
+    wanted = layout["classes"].split(",") if layout["classes"] else list(classes)
+    if unknown := sorted(set(wanted) - set(classes)):
+        raise ValueError(f"--set classes: {unknown[0]!r} is no folder of images; there are {', '.join(classes)}")
     if not classes:
         raise ValueError(f"{folder}: no image matches image_glob {layout['image_glob']!r}; see configs/coseg/")
-    groups = [
-        (name, number, group)
-        for name, paths in classes.items()
-        for number, group in enumerate(_groups(paths, name, options))
-    ]
+    groups = [(name, *group) for name in wanted for group in enumerate(_groups(classes[name], name, options))]
     return Source(groups, lambda group, _: [_draft(options, layout, *group)])
 
 
@@ -84,11 +76,10 @@ def _groups(paths: list[Path], name: str, options: SourceOptions) -> Iterator[li
             chosen = [first, *others[: int(rng.integers(1, 4))].tolist()]
             yield [paths[i] for i in rng.permutation(chosen)]
     else:
-        start = 0
-        while start < len(paths):
-            size = _EVALUATION_GROUP - (len(paths) - start == _EVALUATION_GROUP + 1)  # 5 = 3 + 2: none is left alone
-            yield paths[start : start + size]
-            start += size
+        while paths:
+            size = 3 if len(paths) == 5 else 4  # 5 = 3 + 2: none is left alone
+            yield paths[:size]
+            paths = paths[size:]
 
 
 def _draft(options: SourceOptions, layout: dict[str, Any], name: str, number: int, paths: list[Path]) -> Draft | Reject:
@@ -112,7 +103,7 @@ def _read_mask(options: SourceOptions, layout: dict[str, Any], name: str, path: 
     pattern = layout["mask_glob"].replace("{class}", glob.escape(name)).replace("{stem}", glob.escape(path.stem))
     files = sorted(options.root.glob(pattern))
     if len(files) > 1:
-        raise SourceFormatError(f"{path}: expected one mask {pattern}, got {files[0].name} and {files[1].name}")
+        raise ValueError(f"{path}: expected one mask {pattern}, got {files[0].name} and {files[1].name}")
     if not files:
         return Reject("no-mask", f"{path}: expected a mask {pattern} in {options.root}")
     try:
@@ -121,16 +112,12 @@ def _read_mask(options: SourceOptions, layout: dict[str, Any], name: str, path: 
     except OSError as error:
         return Reject("no-mask", f"{files[0]}: {error}")
     rule = layout["foreground"]
-    mask = _foreground(pixels, str(rule[name]) if isinstance(rule, dict) and name in rule else rule, files[0])
+    rule = str(rule[name]) if isinstance(rule, dict) and name in rule else str(rule)
+    if above := re.fullmatch(r">(\d+)", rule):
+        mask = pixels.max(axis=2) > int(above[1])
+    elif colour := re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", rule):
+        mask = (pixels == np.array([int(value) for value in colour.groups()])).all(axis=2)
+    else:
+        expected = "expected foreground as >127, as 64,0,0, or one of them for its class"
+        raise ValueError(f"{files[0]}: {expected}, got {rule!r}")
     return mask if mask.any() else Reject("empty-mask", f"{files[0]}: no pixel is foreground by {rule!r}")
-
-
-def _foreground(pixels: np.ndarray, rule: Any, path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB and a rule -> (H, W) bool; raises ValueError for a rule that is not of the two forms."""
-    above = re.fullmatch(r">(\d+)", str(rule))
-    colour = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", str(rule))
-    if above:
-        return pixels.max(axis=2) > int(above[1])
-    if colour:
-        return (pixels == np.array([int(value) for value in colour.groups()])).all(axis=2)
-    raise ValueError(f"{path}: expected foreground as >127, as 64,0,0, or one of them for its class, got {rule!r}")

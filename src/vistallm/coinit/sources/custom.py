@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 
 from vistallm.coinit.images import image_size
-from vistallm.coinit.sources.base import Draft, Reject, Source, SourceOptions
-from vistallm.coinit.sources.images import SourceImage, group_draft
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceImage, SourceOptions, group_draft
 from vistallm.coinit.sources.records import Record
 from vistallm.regions.masks import mask_to_rle, rle_area, segmentation_to_rle
 from vistallm.schema import REGION_KINDS, Region, Rle
@@ -22,7 +21,6 @@ from vistallm.tasks import TASKS
 
 _KEYS = ("id", "task", "images", "image_ids", "fields", "regions", "instruction", "answer", "meta")
 _SHAPES = {"box": "box", "point": "point", "rle": "mask", "polygons": "mask", "mask": "mask"}  # key -> kind
-_REGION_KEYS = ("image", "object", "kind", *_SHAPES)
 
 
 def load_jsonl(options: SourceOptions) -> Source:
@@ -60,7 +58,6 @@ class _Lines:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> tuple[int, bytes]:
-        """Number and text of a line that is not empty."""
         return self.numbers[index], self.data[self.starts[index] : self.starts[index + 1]].strip()
 
 
@@ -70,14 +67,13 @@ def _line_draft(options: SourceOptions, line: Record) -> Draft | Reject:
     _check_keys(line, _KEYS)
     if task not in TASKS:
         raise line.fault(f"expected a task of {', '.join(TASKS)}; got {task!r}")
-    names = line.optional("images", list) or []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise line.fault(f"expected 'images' to list at least one path, got {str(names)[:80]}")
+    if not (names := line.values("images", str)):
+        raise line.fault("expected 'images' to list at least one path, got none")
     ids = line.optional("image_ids", list) or [f"jsonl:{name}" for name in names]
     if len(ids) != len(names):
         raise line.fault(f"expected an entry in 'image_ids' per image, got {len(ids)}")
-    paths = [options.image_folder / name for name in names]
-    shapes = list(line.records("regions", "region")) if line.optional("regions", list) else []
+    paths = [options.image(name) for name in names]
+    shapes = list(line.records("regions")) if line.optional("regions", list) else []
     try:
         sizes = [image_size(path) if shapes else (0, 0) for path in paths]
     except OSError as error:
@@ -87,27 +83,18 @@ def _line_draft(options: SourceOptions, line: Record) -> Draft | Reject:
     images = [SourceImage(path, str(i), *size) for path, i, size in zip(paths, ids, sizes, strict=True)]
     regions: list[Region] = []
     for number, shape in enumerate(shapes):
-        region = _read_region(shape, number, images, options.root)
-        if isinstance(region, Reject):
+        if isinstance(region := _read_region(shape, number, images, options.root), Reject):
             return region
         regions.append(region)
     meta = {key: value for key, value in (line.optional("meta", dict) or {}).items() if key != "image_ids"}
-    return group_draft(
-        images,
-        f"jsonl-{options.split}-{name}",
-        task,
-        "jsonl",
-        meta,
-        instruction=line.optional("instruction", str),
-        answer=line.optional("answer", str),
-        fields=line.optional("fields", dict) or {},
-        regions=regions,
-    )
+    texts = {key: line.optional(key, str) for key in ("instruction", "answer")}
+    name, fields = f"jsonl-{options.split}-{name}", line.optional("fields", dict) or {}
+    return group_draft(images, name, task, "jsonl", meta, fields=fields, regions=regions, **texts)
 
 
 def _read_region(shape: Record, number: int, images: list[SourceImage], root: Path) -> Region | Reject:
     """A region of a line: given by one or several of _SHAPES, in pixels of its image."""
-    _check_keys(shape, _REGION_KEYS)
+    _check_keys(shape, ("image", "object", "kind", *_SHAPES))
     data = shape.data
     index = int(data.get("image", 0))
     if not 0 <= index < len(images):
@@ -121,25 +108,23 @@ def _read_region(shape: Record, number: int, images: list[SourceImage], root: Pa
     region, image = Region(index, kind, int(data.get("object", number))), images[index]
     try:
         if "box" in given:
-            box = image.cut(_numbers(data["box"], 4), shape.where)
-            if isinstance(box, Reject):
+            if isinstance(box := image.cut(_numbers(data["box"], 4), shape.where), Reject):
                 return box
             region.box = box
         if "point" in given:
             x, y = _numbers(data["point"], 2)
             region.point = (min(max(x, 0.0), float(image.width)), min(max(y, 0.0), float(image.height)))
-        region.rle = _read_mask(data, image, root)
+        if "rle" in given or "polygons" in given:
+            segmentation = data["rle"] if "rle" in given else data["polygons"]
+            region.rle = segmentation_to_rle(segmentation, image.height, image.width)
+        elif "mask" in given:
+            region.rle = _read_mask(root / data["mask"], image)
     except (TypeError, ValueError) as error:
         raise shape.fault(str(error)) from error
     return region if region.rle is None or rle_area(region.rle) else Reject("empty-mask", shape.where)
 
 
-def _read_mask(shape: dict[str, Any], image: SourceImage, root: Path) -> Rle | None:
-    if "rle" in shape or "polygons" in shape:
-        return segmentation_to_rle(shape["rle"] if "rle" in shape else shape["polygons"], image.height, image.width)
-    if "mask" not in shape:
-        return None
-    path = root / shape["mask"]
+def _read_mask(path: Path, image: SourceImage) -> Rle:
     pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if path.is_file() else None
     if pixels is None or pixels.shape[:2] != (image.height, image.width):
         got = "none" if pixels is None else f"{pixels.shape[1]} x {pixels.shape[0]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from vistallm.coinit.images import image_size
-from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.images import Box, SourceImage, corners, first_file
+from vistallm.coinit.sources.base import Box, Draft, Packed, Reject, Source, SourceImage, SourceOptions, corners
 from vistallm.coinit.sources.records import Record, read_json, read_object, stream_records
 from vistallm.schema import Region
 
@@ -23,27 +21,22 @@ class Genome:
     """Visual Genome's images, from image_data.json.
 
     Attributes:
-        images: by id, with sizes and paths relative to the images' folder. of_coco: ids of those that COCO has too, by
-            its id; their `image_id` is "vg:1|coco:5". folder: of the images.
+        options: of the source. images: by id, with sizes and paths relative to the images' folder. of_coco: ids of
+            those that COCO has too, by its id; their `image_id` is "vg:1|coco:5".
     """
 
+    options: SourceOptions
     images: dict[int, SourceImage]
     of_coco: dict[int, int]
-    folder: Path
 
-    def at(self, image_id: int, where: str) -> SourceImage:
-        """The image of an id, where the two zips put it (also as images/ and images2/), or all images side by side.
-
-        Raises:
-            SourceFormatError: image_data.json has none.
-        """
+    def at(self, image_id: int, record: Record) -> SourceImage:
+        """The image of an id, where the two zips put it (also as images/ and images2/), or all images side by side."""
         if image_id not in self.images:
-            raise SourceFormatError(f"{where}: image_id {image_id} is not in image_data.json; use version 1.2 of both")
-        image = self.images[image_id]
-        name, file = image.path.name, image.path.as_posix()
-        places = [file, name, f"VG_100K/{name}", f"VG_100K_2/{name}"]
+            raise record.fault(f"image_id {image_id} is not in image_data.json; use version 1.2 of both")
+        name, file = self.images[image_id].path.name, self.images[image_id].path.as_posix()
+        places = [file, name, *(f"{folder}/{name}" for folder in ("VG_100K", "VG_100K_2"))]
         places += [f"{zipped}/{file}" for zipped in ("images", "images2", "../images2")]
-        return replace(image, path=first_file(self.folder, *places))
+        return replace(self.images[image_id], path=self.options.image(*places))
 
 
 def read_genome(options: SourceOptions, image_data: str = "") -> Genome:
@@ -56,7 +49,7 @@ def read_genome(options: SourceOptions, image_data: str = "") -> Genome:
     paths = [folder / "image_data.json" for folder in folders if (folder / "image_data.json").is_file()]
     hint = "it is Visual Genome's (version 1.2): put it there, or name it with --set image_data=FILE"
     path = Path(image_data) if image_data else paths[0] if paths else options.find_file("image_data.json", hint=hint)
-    genome = Genome({}, {}, options.image_folder)
+    genome = Genome(options, {}, {})
     for number, value in enumerate(read_json(path, list)):
         record = Record(value, f"{path}, record {number}")
         if isinstance(value, dict) and "id" in value and "image_id" not in value:
@@ -70,8 +63,6 @@ def read_genome(options: SourceOptions, image_data: str = "") -> Genome:
 
 
 # ---- regions
-
-_Phrase = tuple[int, Box, str]  # id, box (x, y, width, height) in pixels, phrase
 
 
 def load_visual_genome(options: SourceOptions) -> Source:
@@ -90,34 +81,33 @@ def load_visual_genome(options: SourceOptions) -> Source:
         if task in settings["tasks"]
     }
 
-    def make(record: tuple[int, list[_Phrase]], index: int) -> Iterator[Draft | Reject]:
+    def make(record: tuple[int, list[tuple[int, Box, str]]], index: int) -> Iterator[Draft | Reject]:
         image_id, phrases = record
-        image = genome.at(image_id, f"region_descriptions.json, record {index}")
+        image = genome.at(image_id, Record(None, f"region_descriptions.json, record {index}"))
         uses = Counter(phrase.lower() for _, _, phrase in phrases)
         for row, (region_id, sides, phrase) in enumerate(phrases, starts[index]):
             tasks = [task for task, rows in drawn.items() if rows[row]]
-            if not tasks:
-                continue
             where = f"region_descriptions.json, image {image_id}, region {region_id}"
             box = image.cut(corners(*sides), where)
             if isinstance(box, Reject) or not phrase:
-                yield box if isinstance(box, Reject) else Reject("empty-phrase", where)
+                if tasks:
+                    yield box if isinstance(box, Reject) else Reject("empty-phrase", where)
                 continue
             for task in tasks:
                 if task == "rec" and uses[phrase.lower()] > 1:
                     yield Reject("ambiguous-phrase", f"{where}: {phrase!r} names {uses[phrase.lower()]} regions")
                     continue
-                name, region = f"visual-genome-train-{image_id}-{region_id}-{task}", Region(0, "box", box=box)
-                yield image.draft(name, task, "visual-genome", fields={"expr": phrase}, regions=[region])
+                name, regions = f"visual-genome-train-{image_id}-{region_id}-{task}", [Region(0, "box", box=box)]
+                yield image.draft(name, task, "visual-genome", fields={"expr": phrase}, regions=regions)
 
     return Source(packed, make)
 
 
-def _read_phrases(path: Path) -> Iterator[tuple[int, list[_Phrase]]]:
-    """The regions of each image, in file order."""
+def _read_phrases(path: Path) -> Iterator[tuple[int, list[tuple[int, Box, str]]]]:
+    """Image id, and of each region: id, box (x, y, width, height) in pixels, phrase."""
     for record in stream_records(path):
-        phrases: list[_Phrase] = []
-        for region in record.records("regions", "region"):
+        phrases: list[tuple[int, Box, str]] = []
+        for region in record.records("regions"):
             x, y, width, height = (region.integer(key) for key in ("x", "y", "width", "height"))
             phrase = " ".join(region.text("phrase").split())
             phrases.append((region.integer("region_id"), (x, y, width, height), phrase))
@@ -126,47 +116,37 @@ def _read_phrases(path: Path) -> Iterator[tuple[int, list[_Phrase]]]:
 
 # ---- PointQA, with the keys of the authors' own scripts (github.com/princetonvisualai/pointingqa, dataset-code)
 
-_FORMS = {"point": "pointqa", "box": "boxqa"}
 
-
-# id within the image, text, answer, meta, box (x, y, width, height), point (x, y)
-_Question = tuple[str, str, str, dict[str, str], Box, tuple[float, float]]
-
-
-def load_pointqa_local(options: SourceOptions) -> Source:
-    """Questions whose answer is at the point."""
-    options.check_split("train", "val", "testdev", "testfinal")
-    settings = options.read_settings(forms=list(_FORMS), image_data="")
-    return _load_pointqa("pointqa-local", "localqa", options, settings)
-
-
-def load_pointqa_looktwice(options: SourceOptions) -> Source:
-    """Questions that begin at the point and count over the image."""
-    options.check_split("train", "val", "test")
-    settings = options.read_settings(forms=list(_FORMS), asks=["object", "super", "general"], image_data="")
-    return _load_pointqa("pointqa-looktwice", "looktwiceqa", options, settings)
-
-
-def _load_pointqa(source: str, stem: str, options: SourceOptions, settings: dict[str, Any]) -> Source:
-    path = options.find_file(f"{stem}_dataset.json")
-    ids = [str(image_id) for image_id in read_json(options.find_file(f"{stem}_{options.split}_imgs.json"), list)]
+def load_pointqa(kind: str, options: SourceOptions) -> Source:
+    """PointQA "local", whose answer is at the point, or "looktwice", which counts over the image from there."""
+    local = kind == "local"
+    options.check_split("train", "val", *(("testdev", "testfinal") if local else ("test",)))
+    asks = {} if local else {"asks": ["object", "super", "general"]}
+    settings = options.read_settings(forms=["point", "box"], image_data="", **asks)
+    path, source = options.find_file(f"{kind}qa_dataset.json"), f"pointqa-{kind}"
+    ids = [str(image_id) for image_id in read_json(options.find_file(f"{kind}qa_{options.split}_imgs.json"), list)]
     genome, data = read_genome(options, settings["image_data"]), read_object(path)
 
     def make(item: tuple[str, list[Any]], _: int) -> Iterator[Draft | Reject]:
-        image = genome.at(int(item[0]), str(path))
+        image = genome.at(int(item[0]), Record(None, str(path)))
         for number, entry in enumerate(item[1]):
             record = Record(entry, f"{path}, record {item[0]}, question {number}")
-            asked = _count_questions(settings["asks"], record) if "asks" in settings else _local_questions(record)
-            for (name, text, answer, meta, box, point), form in itertools.product(asked, settings["forms"]):
-                region = _question_region(form, box, point, image, record.where)
-                if isinstance(region, Reject):
-                    yield region
-                    continue
-                name = f"{source}-{options.split}-{item[0]}-{number}{name}-{form}"
-                fields = {"question": place_region(text), "answer": answer}
-                yield image.draft(name, _FORMS[form], source, meta, fields=fields, regions=[region])
+            for asked in _local_questions(record) if local else _count_questions(settings["asks"], record):
+                name, text, answer, meta, sides, point = asked
+                for form in settings["forms"]:
+                    if not (0 <= point[0] <= image.width and 0 <= point[1] <= image.height):
+                        where = f"{record.where}: {point} is not in the image, {image.width} x {image.height}"
+                        yield Reject("point-outside", where)
+                    elif isinstance(box := image.cut(corners(*sides), record.where), Reject):
+                        yield box
+                    else:
+                        region = Region(0, "point", point=point) if form == "point" else Region(0, "box", box=box)
+                        fields = {"question": place_region(text), "answer": answer}
+                        task = "pointqa" if form == "point" else "boxqa"
+                        begin = f"{source}-{options.split}-{item[0]}-{number}{name}-{form}"
+                        yield image.draft(begin, task, source, meta, fields=fields, regions=[region])
 
-    return Source(Packed((image_id, data.require(image_id, list)) for image_id in ids), make)
+    return Source(((image_id, data.require(image_id, list)) for image_id in ids), make)
 
 
 def place_region(question: str) -> str:
@@ -182,17 +162,18 @@ def place_region(question: str) -> str:
     return f"{text} {{regions:0}}{'?' if head.endswith('?') else ''}"
 
 
+# A question: id within the image, text, answer, meta, box (x, y, width, height), point (x, y).
+_Question = tuple[str, str, str, dict[str, str], Box, tuple[float, float]]
+
+
 def _local_questions(record: Record) -> Iterator[_Question]:
-    question = record.text("question")
-    objects, points = record.require("all_objs", list), list(record.records("points", "object"))
+    objects, points = record.require("all_objs", list), list(record.records("points"))
     if len(objects) != len(points):
-        raise record.fault(
-            f"expected as many points as all_objs, got {len(points)} and {len(objects)}; "
-            "each point belongs to the object at the same position"
-        )
+        got = f"{len(points)} and {len(objects)}; each point belongs to the object at the same position"
+        raise record.fault(f"expected as many points as all_objs, got {got}")
     for i, (box, point) in enumerate(zip(objects, points, strict=True)):
         # `all_ans` is the set of the answers, in any order: only a point's own `ans` belongs to its object.
-        yield f"-{i}", question, point.text("ans"), {}, *_read_object(box, point)
+        yield f"-{i}", record.text("question"), point.text("ans"), {}, *_read_object(box, point)
 
 
 def _count_questions(asks: list[str], record: Record) -> Iterator[_Question]:
@@ -223,23 +204,9 @@ def _read_object(box: Any, point: Record) -> tuple[Box, tuple[float, float]]:
     return (x, y, w, h), (px, py)
 
 
-def _question_region(
-    form: str, sides: Box, point: tuple[float, float], image: SourceImage, where: str
-) -> Region | Reject:
-    if not (0 <= point[0] <= image.width and 0 <= point[1] <= image.height):
-        return Reject("point-outside", f"{where}: {point} is not in the image, {image.width} x {image.height}")
-    box = image.cut(corners(*sides), where)
-    if isinstance(box, Reject):
-        return box
-    return Region(0, "point", point=point) if form == "point" else Region(0, "box", box=box)
-
-
 # ---- Visual7W
 
-_KINDS = {"v7w": "box", "v7w_point": "point"}  # task -> how it answers
 _V7W_FILES = "dataset_v7w_pointing.json", "dataset.json"  # as zipped, and as the toolkit's script leaves it
-_Pair = tuple[int, str, list[tuple[float, ...]]]
-"""Question id, text and boxes (x, y, width, height), the right one first."""
 
 
 def load_visual7w(options: SourceOptions) -> Source:
@@ -247,47 +214,49 @@ def load_visual7w(options: SourceOptions) -> Source:
 
     The order of the candidates is drawn from the seed and the question's id. A box may begin at -1, which is cut.
     """
-    settings = options.read_settings(tasks=list(_KINDS), image_data="")
+    settings = options.read_settings(tasks=["v7w", "v7w_point"], image_data="")
     split = options.check_split("train", "val", "test")
     genome, path = read_genome(options, settings["image_data"]), options.find_file(*_V7W_FILES)
     data = read_object(path)
-    boxes = {box.integer("box_id"): box.numbers("x", "y", "width", "height") for box in data.records("boxes", "box")}
-    packed = Packed(
+    boxes = {box.integer("box_id"): box.numbers("x", "y", "width", "height") for box in data.records("boxes")}
+    records = (
         (image.integer("image_id"), image.text("filename"), [_read_pair(p, boxes) for p in image.records("qa_pairs")])
-        for image in data.records("images", "image")
+        for image in data.records("images")
         if image.text("split") == split
     )
 
-    def make(record: tuple[int, str, list[_Pair]], _: int) -> Iterator[Draft | Reject]:
+    def make(record: tuple[int, str, list[Any]], _: int) -> Iterator[Draft | Reject]:
         image_id, file, pairs = record
-        image_path = first_file(options.images or options.root / "images", file, f"images/{file}")
-        where = f"{path}, image {image_id}"
+        image_path, where = options.image(file, f"images/{file}", usual="images"), f"{path}, image {image_id}"
         try:
             size = image_size(image_path)  # the annotations have no sizes, and boxes must be cut to them
         except (OSError, ValueError) as error:
             yield Reject("missing-image", f"{where}: {error}")
             return
-        image = SourceImage(image_path, genome.at(image_id, where).image_id, *size)
+        image = SourceImage(image_path, genome.at(image_id, Record(None, where)).image_id, *size)
         for qa_id, question, sides in pairs:
-            candidates = [image.cut(corners(*box), f"{path}, qa_id {qa_id}") for box in sides]
-            if rejects := [box for box in candidates if isinstance(box, Reject)]:
+            cut = [image.cut(corners(*box), f"{path}, qa_id {qa_id}") for box in sides]
+            if rejects := [box for box in cut if isinstance(box, Reject)]:
                 yield rejects[0]
                 continue
+            candidates = [box for box in cut if not isinstance(box, Reject)]
             order = np.random.default_rng([options.seed, qa_id]).permutation(len(sides)).tolist()
-            fields = {
-                "question": question,
-                "candidates": " ".join(f"{{regions:{number}:box}}" for number in range(len(order))),
-                "targets": [order.index(0)],
-            }
+            slots = " ".join(f"{{regions:{number}:box}}" for number in range(len(order)))
+            fields = {"question": question, "candidates": slots, "targets": [order.index(0)]}
             for task in settings["tasks"]:
-                name, kind = f"visual7w-{split}-{qa_id}-{_KINDS[task]}", _KINDS[task]
-                regions = [_candidate(kind, number, candidates[i]) for number, i in enumerate(order)]
-                yield image.draft(name, task, "visual7w", {"qa_id": qa_id}, fields=fields, regions=regions)
+                kind, regions = "box" if task == "v7w" else "point", []
+                for number, i in enumerate(order):
+                    x0, y0, x1, y1 = candidates[i]
+                    point = ((x0 + x1) / 2, (y0 + y1) / 2) if kind == "point" else None
+                    regions.append(Region(0, kind, number, box=candidates[i], point=point))
+                name, meta = f"visual7w-{split}-{qa_id}-{kind}", {"qa_id": qa_id}
+                yield image.draft(name, task, "visual7w", meta, fields=fields, regions=regions)
 
-    return Source(packed, make)
+    return Source(records, make)
 
 
-def _read_pair(pair: Record, boxes: dict[int, tuple[float, ...]]) -> _Pair:
+def _read_pair(pair: Record, boxes: dict[int, tuple[float, ...]]) -> tuple[int, str, list[tuple[float, ...]]]:
+    """Question id, text and boxes (x, y, width, height), the right one first."""
     qa_id, choices = pair.integer("qa_id"), pair.values("multiple_choices", int)
     ids = [pair.integer("answer"), *choices]
     if unknown := [box for box in ids if box not in boxes]:
@@ -295,8 +264,3 @@ def _read_pair(pair: Record, boxes: dict[int, tuple[float, ...]]) -> _Pair:
     if len(choices) != 3:
         raise pair.fault(f"qa_id {qa_id}: expected 3 wrong choices, got {len(choices)}")
     return qa_id, pair.text("question").strip(), [boxes[box] for box in ids]
-
-
-def _candidate(kind: str, number: int, box: Any) -> Region:
-    point = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) if kind == "point" else None
-    return Region(0, kind, number, box=box, point=point)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError
-from vistallm.regions.masks import segmentation_to_rle
-from vistallm.schema import Rle
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceImage, corners
+from vistallm.regions.masks import rle_area, segmentation_to_rle
+from vistallm.schema import Region, Rle
 
 _CHUNK = 1 << 22  # characters read at a time; a record of region_descriptions.json has some 7,000
 
@@ -61,10 +61,10 @@ class Record:
         where = f"{self.where}, each of {key!r}"
         return [Record({key: value}, where).require(key, *kinds) for value in self.require(key, list)]
 
-    def records(self, key: str, name: str = "") -> Iterator[Record]:
-        """The objects of a list; `name` is one of them in messages (default: the key)."""
+    def records(self, key: str) -> Iterator[Record]:
+        """The objects of a list."""
         for number, entry in enumerate(self.require(key, list)):
-            yield Record(entry, f"{self.where}, {name or key} {number}")
+            yield Record(entry, f"{self.where}, {key.removesuffix('s')} {number}")
 
     def mask(self, height: int, width: int) -> Rle:
         """The mask of an annotation of COCO's form; it may be empty (`rle_area` 0)."""
@@ -79,20 +79,56 @@ class Record:
         return SourceFormatError(f"{self.where}: {text}")
 
 
+def add_regions(
+    regions: dict[str, list[Region]], annotations: list[Record], image: SourceImage, note: str
+) -> Iterator[Reject]:
+    """Add the regions of COCO annotations to the lists of `regions`, by kind ("box", "mask"); yield what is wrong.
+
+    A kind that one of the objects lacks is removed from `regions`; `note` ends the message of a missing mask.
+    """
+    kinds = set(regions)
+    for number, annotation in enumerate(annotations):
+        if "box" in kinds:
+            box = image.cut(corners(*annotation.data["bbox"]), annotation.where)
+            if isinstance(box, Reject):
+                yield box
+                regions.pop("box", None)
+            elif "box" in regions:
+                regions["box"].append(Region(0, "box", number, box=box))
+        if "mask" in kinds:
+            rle, parts = annotation.mask(image.height, image.width), annotation.data["segmentation"]
+            short = sum(isinstance(part, list) and len(part) < 6 for part in parts) if isinstance(parts, list) else 0
+            yield from [Reject("short-polygon", annotation.where)] * short  # under three points: it draws nothing
+            if not rle_area(rle):
+                yield Reject("empty-mask", f"{annotation.where}: {note}")
+                regions.pop("mask", None)
+            elif "mask" in regions:
+                regions["mask"].append(Region(0, "mask", number, rle=rle))
+
+
 def file_source(path: Path, values: Iterable[Any], make: Callable[[Record, int], Iterable[Draft | Reject]]) -> Source:
     """The source of a file's values, a unit each, which `make` gets as `Record`s."""
-    return Source(Packed(values), lambda value, number: make(Record(value, f"{path}, record {number}"), number))
+    return Source(iter(values), lambda value, number: make(Record(value, f"{path}, record {number}"), number))
+
+
+def _check_kind(data: Any, kind: type, path: Path) -> Any:
+    if not isinstance(data, kind):
+        raise SourceFormatError(f"{path}: expected a {kind.__name__} of records, got {type(data).__name__}")
+    return data
+
+
+def _parse(text: bytes | str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise SourceFormatError(f"{where}: not JSON ({error}); download it again") from error
 
 
 def read_json(path: Path, kind: type = object) -> Any:
     """Read a JSON file; raises SourceFormatError when it is missing, broken, or not of this type."""
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SourceFormatError(f"expected {path}, which is not there; check --root and --split") from None
-    except ValueError as error:
-        raise SourceFormatError(f"{path}: not JSON ({error}); download it again") from error
-    return _check_kind(data, kind, path)
+    if not path.is_file():
+        raise SourceFormatError(f"expected {path}, which is not there; check --root and --split")
+    return _check_kind(_parse(path.read_bytes(), str(path)), kind, path)
 
 
 def read_object(path: Path) -> Record:
@@ -101,25 +137,21 @@ def read_object(path: Path) -> Record:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """Yield the values of a file of one JSON value per line; raises SourceFormatError, naming the line."""
+    """The values of a JSON list or of JSON lines, whatever the file's name ends in; a broken line is named."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise SourceFormatError(f"{path}, line {number}: not JSON ({error})") from error
-
-
-def read_json_or_lines(path: Path) -> Iterable[Any]:
-    """The values of a JSON list or of JSON lines, whatever the file's name ends in."""
-    with path.open("rb") as file:
-        first = next((line.strip() for line in file if line.strip()), b"")
-    return read_json(path, list) if first.startswith(b"[") else read_json_lines(path)
+        lines = enumerate(file, 1)
+        filled = ((number, line) for number, line in lines if line.strip())
+        number, first = next(filled, (1, b"[]"))
+        if first.lstrip().startswith(b"["):
+            yield from read_json(path, list)
+            return
+        yield _parse(first, f"{path}, line {number}")
+        for number, line in filled:
+            yield _parse(line, f"{path}, line {number}")
 
 
 def stream_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a JSON list one by one; the file is never whole in memory.
+    """Yield the records of a JSON list one by one, so that the file is never whole in memory.
 
     Raises:
         SourceFormatError: the file is not a list, or ends within a record.
@@ -143,12 +175,6 @@ def stream_records(path: Path) -> Iterator[Record]:
                 continue
             yield Record(record, where)
             number += 1
-
-
-def _check_kind(data: Any, kind: type, path: Path) -> Any:
-    if not isinstance(data, kind):
-        raise SourceFormatError(f"{path}: expected a {kind.__name__} of records, got {type(data).__name__}")
-    return data
 
 
 class _PlainUnpickler(pickle.Unpickler):

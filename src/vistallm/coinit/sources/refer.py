@@ -8,9 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.images import Box, SourceImage, add_regions, coco_image, first_file
-from vistallm.coinit.sources.records import Record, read_json, read_object, read_pickle, repair_text
+from vistallm.coinit.sources.base import (
+    Box,
+    Draft,
+    Packed,
+    Reject,
+    Source,
+    SourceFormatError,
+    SourceImage,
+    SourceOptions,
+)
+from vistallm.coinit.sources.records import Record, add_regions, read_json, read_object, read_pickle, repair_text
 from vistallm.schema import Region
 from vistallm.tasks.texts import tidy
 
@@ -19,22 +27,11 @@ from vistallm.tasks.texts import tidy
 _KINDS = {"rec": "box", "res": "mask", "reg": "box", "grec": "box", "gres": "mask"}
 
 
-def load_refcoco(options: SourceOptions) -> Source:
-    """RefCOCO: 50,000 objects, with words of place ("left man") allowed."""
-    return _load_refs("refcoco", "unc", options)
+def load_refs(name: str, split_by: str, options: SourceOptions) -> Source:
+    """RefCOCO ("left man"), RefCOCO+ (no words of place) or RefCOCOg (long expressions); `split_by` is the usual split.
 
-
-def load_refcoco_plus(options: SourceOptions) -> Source:
-    """RefCOCO+: words of place were not allowed."""
-    return _load_refs("refcoco+", "unc", options)
-
-
-def load_refcocog(options: SourceOptions) -> Source:
-    """RefCOCOg: long expressions; the umd split's val and test sets share no image with its training set."""
-    return _load_refs("refcocog", "umd", options)
-
-
-def _load_refs(name: str, split_by: str, options: SourceOptions) -> Source:
+    REG has one sample per expression for training, and one per object, with all its expressions, for evaluation.
+    """
     others = tuple(other for other in ("unc", "umd", "google") if other != split_by)
     settings = options.read_settings(split_by=(split_by, *others), tasks=["rec", "res", "reg"])
     options.check_split("train", "val", *(("testA", "testB") if settings["split_by"] == "unc" else ("test",)))
@@ -66,10 +63,7 @@ class _Table:
 
 
 def _ref_source(source: str, options: SourceOptions, path: Path, tasks: list[str]) -> Source:
-    """The refs of a split, given the instances.json beside the file.
-
-    REG has one sample per expression for training, and one per object, with all its expressions, for evaluation.
-    """
+    """The refs of a split, given the instances.json beside the file."""
     refs = read_json(path, list) if path.suffix == ".json" else read_pickle(path)
     split, splits = options.split, [Record(ref, f"{path}, record {i}").text("split") for i, ref in enumerate(refs)]
     if split not in splits:
@@ -83,27 +77,30 @@ def _ref_source(source: str, options: SourceOptions, path: Path, tasks: list[str
         # A ref's own `file_name` carries an annotation id.
         info = images.at(ref.integer("image_id"), ref.where)
         file, size = info.text("file_name"), (info.integer("width"), info.integer("height"))
-        image = SourceImage(coco_image(options.image_folder, file), f"coco:{info.data['id']}", *size)
+        image = SourceImage(options.coco_image(file), f"coco:{info.data['id']}", *size)
         meant = _annotations(ref, annotations, several=source == "grefcoco")
         regions: dict[str, list[Region]] = {"box": [], "mask": []}
         yield from add_regions(regions, meant, image, f"{ref.where} keeps its box samples only")
-        meta, sentences = {"ref_id": ref.integer("ref_id")}, _sentences(ref, tokenised=source == "refcocog")
-        name = f"{source}-{split}-{meta['ref_id']}"
+        name, meta = f"{source}-{split}-{ref.integer('ref_id')}", {"ref_id": ref.data["ref_id"]}
         fields: dict[str, Any] = {"targets": list(range(len(meant)))} if source == "grefcoco" else {}
-        for number, (expression, sent_id) in enumerate(sentences):
-            if not expression:
+        expressions = []
+        for number, sentence in enumerate(ref.records("sentences")):
+            # RefCOCOg's sentences are tokens joined by spaces ("the candle - holder").
+            text, sent_id = repair_text(sentence.text("sent")).strip(), sentence.optional("sent_id", int)
+            if not (text := tidy(text, tokenised=True) if source == "refcocog" else text):
                 yield Reject("empty-text", f"{ref.where}, sentence {number}")
                 continue
-            more = {"meta": {**meta, "sent_id": sent_id}, "fields": {"expr": expression, **fields}}
+            expressions.append(text)
+            sent_id = number if sent_id is None else sent_id  # gRefCOCO may have none
+            more = {"meta": {**meta, "sent_id": sent_id}, "fields": {"expr": text, **fields}}
             for task in tasks:
                 if _KINDS[task] in regions and (task != "reg" or split == "train"):
                     yield image.draft(f"{name}-{number}-{task}", task, source, regions=regions[_KINDS[task]], **more)
-        expressions = [expression for expression, _ in sentences if expression]
         if "reg" in tasks and split != "train" and "box" in regions and expressions:
             fields = {"expr": expressions[0], "answers": expressions}
             yield image.draft(f"{name}-reg", "reg", source, meta, fields=fields, regions=regions["box"])
 
-    return Source(Packed((i, ref) for i, ref in enumerate(refs) if splits[i] == split), make)
+    return Source(((i, ref) for i, ref in enumerate(refs) if splits[i] == split), make)
 
 
 def _annotations(ref: Record, table: _Table, several: bool) -> list[Record]:
@@ -111,9 +108,8 @@ def _annotations(ref: Record, table: _Table, several: bool) -> list[Record]:
 
     gRefCOCO has several: a list of ids, in which a lone -1 says that nothing is meant.
     """
-    kinds = (list, int) if several else (int,)
-    ids = ref.values("ann_id", int) if isinstance(value := ref.require("ann_id", *kinds), list) else [value]
-    annotations = []
+    value = ref.require("ann_id", *((list, int) if several else (int,)))
+    ids, annotations = ref.values("ann_id", int) if isinstance(value, list) else [value], []
     for ann_id in dict.fromkeys(() if several and ids == [-1] else ids):
         annotation = table.at(ann_id, ref.where)
         if (image_id := annotation.integer("image_id")) != ref.data["image_id"]:
@@ -122,19 +118,6 @@ def _annotations(ref: Record, table: _Table, several: bool) -> list[Record]:
             raise annotation.fault(f"expected bbox [x, y, width, height], got {sides}")
         annotations.append(annotation)
     return sorted(annotations, key=lambda a: (2 * a.data["bbox"][0] + a.data["bbox"][2], a.data["id"]))
-
-
-def _sentences(ref: Record, tokenised: bool) -> list[tuple[str, int]]:
-    """Expression and `sent_id` of each sentence; where gRefCOCO has none, its number stands for it.
-
-    RefCOCOg's sentences are tokens joined by spaces ("the candle - holder").
-    """
-    sentences = []
-    for number, sentence in enumerate(ref.records("sentences", "sentence")):
-        text, sent_id = repair_text(sentence.text("sent")).strip(), sentence.optional("sent_id", int)
-        text = tidy(text, tokenised=True) if tokenised else text
-        sentences.append((text, number if sent_id is None else sent_id))
-    return sentences
 
 
 # ---- Flickr30k Entities
@@ -152,15 +135,13 @@ def load_flickr30k(options: SourceOptions) -> Source:
     tasks = options.read_settings(tasks=["flickr", "grec"])["tasks"]
     if split == "train" and "tasks" not in options.settings:
         tasks = ["flickr"]
-    ids = options.find_file(f"{split}.txt").read_text(encoding="utf-8").split()
-    folder = options.images or options.root / "flickr30k-images"
 
     def make(image_id: str, _: int) -> Iterator[Draft | Reject]:
         files = [options.root / name for name in (f"Annotations/{image_id}.xml", f"Sentences/{image_id}.txt")]
         if missing := [path for path in files if not path.is_file()]:
             raise SourceFormatError(f"{split}.txt, record {image_id}: expected {missing[0]}, there is no such file")
-        path = first_file(folder, f"{image_id}.jpg", f"flickr30k-images/{image_id}.jpg")
-        image, boxes, of_phrase, rejects = _read_boxes(files[0], path, image_id)
+        path = options.image(f"{image_id}.jpg", f"flickr30k-images/{image_id}.jpg", usual="flickr30k-images")
+        image, boxes, of_phrase, rejects = _read_boxes(files[0], path)
         yield from rejects
         for line, sentence in enumerate(files[1].read_text(encoding="utf-8").splitlines()):
             if not sentence.strip():
@@ -179,7 +160,7 @@ def load_flickr30k(options: SourceOptions) -> Source:
                     name = f"flickr30k-{split}-{image_id}-{name}"
                     yield image.draft(name, task, "flickr30k", regions=regions, **more)
 
-    return Source(ids, make)
+    return Source(options.find_file(f"{split}.txt").read_text(encoding="utf-8").split(), make)
 
 
 def _write_caption(
@@ -190,8 +171,7 @@ def _write_caption(
     phrases = []
 
     def replace(match: re.Match[str]) -> str:
-        boxes = of_phrase.get(match[1], [])
-        if not boxes:
+        if not (boxes := of_phrase.get(match[1], [])):
             return match[2]
         phrases.append((match[2], boxes))
         numbers = [str(used.setdefault(number, len(used))) for number in boxes]
@@ -203,9 +183,7 @@ def _write_caption(
     return tidy(caption), list(used), phrases
 
 
-def _read_boxes(
-    path: Path, image_path: Path, image_id: str
-) -> tuple[SourceImage, list[Box], dict[str, list[int]], list[Reject]]:
+def _read_boxes(path: Path, image_path: Path) -> tuple[SourceImage, list[Box], dict[str, list[int]], list[Reject]]:
     """An XML file's image, its boxes cut to it, the boxes of each phrase id, and boxes that lie outside.
 
     The file counts pixels from 1 and includes the last one: pixels 2 to 90 span the edges 1 to 90.
@@ -214,33 +192,29 @@ def _read_boxes(
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
         raise SourceFormatError(f"{path}: not XML ({error}); download it again") from error
-    size = (int(_number(root, f"size/{side}", path)) for side in ("width", "height"))
-    image = SourceImage(image_path, f"flickr30k:{image_id}", *size)
-    boxes: list[Box] = []
-    of_phrase: dict[str, list[int]] = {}
-    rejects = []
-    for number, entry in enumerate(root.findall("object")):
-        where, names = f"{path}, object {number}", [name.text or "" for name in entry.findall("name")]
-        if not names:
-            raise SourceFormatError(f"{where}: expected <name>, there is none")
-        if entry.find("bndbox") is None:
-            if entry.find("scene") is None and entry.find("nobndbox") is None:
-                raise SourceFormatError(f"{where}: expected <bndbox>, <scene> or <nobndbox>, there is none")
-            continue
-        x0, y0, x1, y1 = (_number(entry, f"bndbox/{name}", path) for name in ("xmin", "ymin", "xmax", "ymax"))
-        box = image.cut((x0 - 1, y0 - 1, x1, y1), where)
-        if isinstance(box, Reject):
-            rejects.append(box)
-            continue
-        for name in names:
-            of_phrase.setdefault(name, []).append(len(boxes))
-        boxes.append(box)
+
+    def number(entry: ElementTree.Element, name: str) -> float:
+        try:
+            return float(entry.findtext(name) or "")
+        except ValueError:
+            text = entry.findtext(name)
+            raise SourceFormatError(f"{path}: expected a number in <{name}>, got {text!r}") from None
+
+    size = int(number(root, "size/width")), int(number(root, "size/height"))
+    image = SourceImage(image_path, f"flickr30k:{path.stem}", *size)
+    boxes, of_phrase, rejects = list[Box](), dict[str, list[int]](), list[Reject]()
+    for index, entry in enumerate(root.findall("object")):
+        where, names = f"{path}, object {index}", [name.text or "" for name in entry.findall("name")]
+        kinds = [kind for kind in ("bndbox", "scene", "nobndbox") if entry.find(kind) is not None]
+        if not names or not kinds:
+            missing = "<bndbox>, <scene> or <nobndbox>" if names else "<name>"
+            raise SourceFormatError(f"{where}: expected {missing}, there is none")
+        if kinds[0] == "bndbox":
+            x0, y0, x1, y1 = (number(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
+            if isinstance(box := image.cut((x0 - 1, y0 - 1, x1, y1), where), Reject):
+                rejects.append(box)
+                continue
+            for name in names:
+                of_phrase.setdefault(name, []).append(len(boxes))
+            boxes.append(box)
     return image, boxes, of_phrase, rejects
-
-
-def _number(entry: ElementTree.Element, name: str, path: Path) -> float:
-    text = entry.findtext(name)
-    try:
-        return float(text or "")
-    except ValueError:
-        raise SourceFormatError(f"{path}: expected a number in <{name}>, got {text!r}") from None

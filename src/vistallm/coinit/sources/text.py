@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Packed, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.images import SourceImage, coco_image, first_file, group_draft
-from vistallm.coinit.sources.records import (
-    Record,
-    file_source,
-    read_json,
-    read_json_lines,
-    read_json_or_lines,
-    read_object,
+from vistallm.coinit.sources.base import (
+    Draft,
+    Reject,
+    Source,
+    SourceFormatError,
+    SourceImage,
+    SourceOptions,
+    group_draft,
 )
+from vistallm.coinit.sources.records import Record, file_source, read_json, read_json_lines, read_object
 
 _SETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 UNKNOWN = "unknown"
@@ -52,25 +52,22 @@ def load_coco_caption(options: SourceOptions) -> Source:
         captions = [caption for caption in written if caption]
         if not captions or len(captions) < len(written):
             yield Reject("empty-text", f"{path}, image {image_id}: a caption without a word, or none")
-        bare = file.rpartition("/")[2]
-        image = SourceImage(first_file(options.image_folder, file, bare), f"coco:{image_id}", *size)
+        image = SourceImage(options.image(file, file.rpartition("/")[2]), f"coco:{image_id}", *size)
         for number, caption in enumerate(captions if training else captions[:1]):
             fields: dict[str, Any] = {"caption": caption} if training else {"caption": caption, "answers": captions}
             name = f"coco-caption-{options.split}-{image_id}-{number}"
             yield image.draft(name, "caption", "coco-caption", fields=fields)
 
-    return Source(Packed(records), make)
+    return Source(records, make)
 
 
 def _official_captions(path: Path, folder: str) -> Iterator[_Captioned]:
     data, images = read_object(path), dict[int, _Captioned]()
     for image in data.records("images"):
-        image_id = image.integer("id")
         size = (int(image.data.get("width", 0)), int(image.data.get("height", 0)))
-        images[image_id] = (image_id, f"{folder}/{image.text('file_name')}", size, [])
+        images[image.integer("id")] = (image.data["id"], f"{folder}/{image.text('file_name')}", size, [])
     for annotation in data.records("annotations"):
-        image_id = annotation.integer("image_id")
-        if image_id not in images:
+        if (image_id := annotation.integer("image_id")) not in images:
             raise annotation.fault(f"expected image_id of one of the images listed, got {image_id}")
         images[image_id][3].append(" ".join(annotation.text("caption").split()))  # some hold line breaks
     yield from images.values()
@@ -99,20 +96,20 @@ def load_vqav2(options: SourceOptions) -> Source:
         fields |= {"answers": ten} if ten else {}
         yield _coco(options, subset, record["img_id"]).draft(name, "vqa", "vqav2", meta, fields=fields)
 
-    return Source(Packed(_read_vqav2(options, split).values()), make)
+    return Source(iter(_read_vqav2(options, split).values()), make)
 
 
 def _read_vqav2(options: SourceOptions, split: str) -> dict[int, dict[str, Any]]:
     """question_id -> question with its ten answers and the most frequent one (none and UNKNOWN for a test split)."""
     name = f"v2_OpenEnded_mscoco_{_SETS[split]}_questions.json"
-    questions = {}
+    questions, seen = dict[int, dict[str, Any]](), set()
     for record in read_object(options.find_file(name, folders=("", "Questions/"))).records("questions"):
         asked = {"img_id": record.integer("image_id"), "question": record.text("question").strip()}
         unknown = {"multiple_choice_answer": UNKNOWN, "answers": []}
         questions[record.integer("question_id")] = {"question_id": record.data["question_id"], **asked, **unknown}
     if split.startswith("test"):
         return questions
-    name, seen = f"v2_mscoco_{_SETS[split]}_annotations.json", set()
+    name = f"v2_mscoco_{_SETS[split]}_annotations.json"
     for record in read_object(options.find_file(name, folders=("", "Annotations/"))).records("annotations"):
         ten = [answer.text("answer") for answer in record.records("answers")]
         if len(ten) != 10:
@@ -133,7 +130,7 @@ def load_vqa_e(options: SourceOptions) -> Source:
     options.read_settings()
     split = options.check_split("train", "val")
     path = options.find_file(f"VQA-E_{split}_set.json", f"vqa_E_{split}.jsonl")
-    return _explained_source(options, "vqa-e", path, read_json_or_lines(path))
+    return _explained_source(options, "vqa-e", path, read_json_lines(path))
 
 
 def load_vqa_x(options: SourceOptions) -> Source:
@@ -167,14 +164,15 @@ def _explained_source(options: SourceOptions, source: str, path: Path, records: 
 
     With question ids, training has one sample per explanation, evaluation one per question; else one is of a record.
     """
-    split, known = options.split, ("multiple_choice_answer", "multiple_answers")
+    split = options.split
 
     def make(record: Record, number: int) -> Iterator[Draft | Reject]:
-        key = "justification" if "justification" in record.data else "explanation"
         # A text, or a list of texts, which VQA-E ends with a score.
-        texts = [text for text in _texts(record, key) if isinstance(text, str)]
+        explained = _texts(record, "justification" if "justification" in record.data else "explanation")
+        texts = [text for text in explained if isinstance(text, str)]
+        single = "multiple_choice_answer" in record.data
+        answer = str(_texts(record, "multiple_choice_answer" if single else "multiple_answers")[0])
         fields: dict[str, Any] = {"question": record.text("question")}
-        answer = str(_texts(record, known[known[0] not in record.data])[0])
         ten = {"answers": record.values("answers", str)} if "answers" in record.data else {}
         question_id = record.optional("question_id", int)
         for i, text in enumerate(texts if question_id is not None and split == "train" else texts[:1]):
@@ -205,18 +203,16 @@ def _explained_image(options: SourceOptions, record: Record) -> SourceImage:
     """The image of a question, by its COCO id or its file."""
     if "file_path" not in record.data:
         return _coco(options, _SETS["train" if options.split == "train" else "val"], record.integer("img_id"))
-    file, bare = record.text("file_path"), Path(record.data["file_path"]).name
-    digits = re.search(r"(\d{12})\.jpg$", file)
-    if digits is None:
+    file = record.text("file_path")
+    if not (digits := re.search(r"(\d{12})\.jpg$", file)):
         raise record.fault(f"expected a COCO file name in 'file_path', got {file!r}")
-    path = first_file(options.image_folder, file)
-    return SourceImage(path if path.is_file() else coco_image(options.image_folder, bare), f"coco:{int(digits[1])}")
+    path = options.image(file)
+    return SourceImage(path if path.is_file() else options.coco_image(Path(file).name), f"coco:{int(digits[1])}")
 
 
 def _coco(options: SourceOptions, subset: str, image_id: int) -> SourceImage:
     """An image of a part of COCO, such as "train2014"."""
-    path = coco_image(options.image_folder, f"COCO_{subset}_{image_id:012d}.jpg")
-    return SourceImage(path, f"coco:{image_id}")
+    return SourceImage(options.coco_image(f"COCO_{subset}_{image_id:012d}.jpg"), f"coco:{image_id}")
 
 
 def load_pope(options: SourceOptions) -> Source:
@@ -237,13 +233,13 @@ def load_pope(options: SourceOptions) -> Source:
             raise record.fault(f"expected label yes or no and a COCO image, got {label!r}, {file!r}")
         question_id, fields = record.integer("question_id"), {"question": record.text("text"), "answer": label}
         if of == "gqa":  # its images are Visual Genome's, in one folder
-            image = SourceImage(first_file(options.image_folder, file, f"images/{file}"), f"vg:{image_id}")
+            image = SourceImage(options.image(file, f"images/{file}"), f"vg:{image_id}")
         else:
-            image = SourceImage(coco_image(options.image_folder, file), f"coco:{int(image_id)}")
+            image = SourceImage(options.coco_image(file), f"coco:{int(image_id)}")
         meta = {"level": split, "question_id": question_id}
         yield image.draft(f"{begin}{split}-{question_id}", "pope", "pope", meta, fields=fields)
 
-    return file_source(path, read_json_or_lines(path), make)
+    return file_source(path, read_json_lines(path), make)
 
 
 # ---- statements about two images
@@ -258,22 +254,21 @@ def load_nlvr2(options: SourceOptions) -> Source:
     split = options.check_split("train", "dev", "test1", "test2")
     file = options.read_settings(file="")["file"]
     path = options.find_file(file or f"{split}.json", folders=("",) if file else ("", "data/", "nlvr2/data/"))
-    root = options.images or options.root / "images"
 
     def make(record: Record, _: int) -> Iterator[Draft]:
         identifier, label = record.text("identifier"), record.text("label").lower()
         parts = identifier.split("-")
-        if len(parts) != 4 or parts[0] != split:
-            raise record.fault(f"expected identifier as {split}-SET-PAIR-SENTENCE, got {identifier!r}")
-        if label not in ("true", "false"):
-            raise record.fault(f"expected label True or False, got {record.text('label')!r}")
+        if len(parts) != 4 or parts[0] != split or label not in ("true", "false"):
+            got = f"{identifier!r} and {record.text('label')!r}"
+            raise record.fault(f"expected identifier as {split}-SET-PAIR-SENTENCE and label True or False, got {got}")
         folders = [f"{split}/", ""]
         if (directory := record.data.get("directory")) is not None:  # training images are spread over folders, 0 to 99
             folders = [f"{split}/{directory}/", f"images/{split}/{directory}/", f"{directory}/", ""]
         images = []
         for side in (0, 1):
             name = f"{'-'.join(parts[:3])}-img{side}"
-            images.append(SourceImage(first_file(root, *(f"{f}{name}.png" for f in folders)), f"nlvr2:{name}"))
+            path = options.image(*(f"{folder}{name}.png" for folder in folders), usual="images")
+            images.append(SourceImage(path, f"nlvr2:{name}"))
         fields = {"statement": record.text("sentence").strip(), "answer": label.title()}
         meta = {"group": "-".join([*parts[:2], parts[3]])}
         yield group_draft(images, f"nlvr2-{identifier}", "nlvr2", "nlvr2", meta, fields=fields)
@@ -283,28 +278,12 @@ def load_nlvr2(options: SourceOptions) -> Source:
 
 # ---- conversations
 
-# where a bare COCO name may be: the 2017 sets are the 2014 ones under new names
-_PREFIXES = (
-    "train2017/",
-    "train2014/COCO_train2014_",
-    "COCO_train2014_",
-    "val2014/COCO_val2014_",
-    "COCO_val2014_",
-)
 
+def load_llava(source: str, file: str, options: SourceOptions) -> Source:
+    """LLaVA-Instruct, on COCO's images under their bare number, and LLaVA's pretraining captions of web images.
 
-def load_llava_instruct(options: SourceOptions) -> Source:
-    """LLaVA-Instruct. Images of COCO, named by their bare number ("000000033471.jpg")."""
-    return _load_conversations("llava-instruct", "llava_instruct_150k.json", options)
-
-
-def load_llava_pretrain(options: SourceOptions) -> Source:
-    """LLaVA's pretraining captions of web images."""
-    return _load_conversations("llava-pretrain", "blip_laion_cc_sbu_558k.json", options)
-
-
-def _load_conversations(source: str, file: str, options: SourceOptions) -> Source:
-    """The last round is the instruction and answer, those before are `rounds`; ids repeat, so names hold the record."""
+    The last round is the instruction and answer, those before are `rounds`; ids repeat, so names hold the record.
+    """
     settings = options.read_settings(file=file)
     options.check_split("train")
     path = options.find_file(settings["file"])
@@ -313,33 +292,31 @@ def _load_conversations(source: str, file: str, options: SourceOptions) -> Sourc
         if isinstance(record.data, dict) and not record.data.get("image"):
             yield Reject("no-image", f"{record.where}: a conversation without an image")
             return
-        file = record.text("image")
-        turns = []
-        for turn in record.records("conversations", "turn"):
+        file, speakers, texts = record.text("image"), [], []
+        for turn in record.records("conversations"):
             if turn.text("from") not in ("human", "gpt"):
                 raise turn.fault(f"expected 'from' human or gpt, got {turn.data['from']!r}")
+            speakers.append(turn.data["from"])
             # `<image>` is removed, as the sequence puts the image before the first round.
-            turns.append((turn.data["from"], re.sub(r"\s*<image>\s*", " ", turn.text("value")).strip()))
-        if problem := _problem(turns):
-            yield Reject(problem, f"{record.where}: the conversation has turns {turns!r:.200}")
+            texts.append(re.sub(r"\s*<image>\s*", " ", turn.text("value")).strip())
+        problems = {
+            "turn-order": not texts or speakers != ["human", "gpt"] * (len(texts) // 2),
+            "empty-text": not all(texts),
+            "placeholder": any("{regions:" in text for text in texts),
+        }
+        if problem := next((reason for reason, wrong in problems.items() if wrong), None):
+            yield Reject(problem, f"{record.where}: the conversation has turns {texts!r:.200} by {speakers}")
             return
-        *rounds, last = zip([text for _, text in turns[0::2]], [text for _, text in turns[1::2]], strict=True)
-        bare = [f"{prefix}{PurePosixPath(file).name}" for prefix in _PREFIXES if "/" not in file]
-        image = SourceImage(first_file(options.image_folder, file, *bare), _image_id(file))
+        *rounds, last = zip(texts[0::2], texts[1::2], strict=True)
+        # A bare COCO number: the 2017 sets are the 2014 ones under new names.
+        folders = "train2017/", "train2014/COCO_train2014_", "COCO_train2014_", "val2014/COCO_val2014_", "COCO_val2014_"
+        places = [] if "/" in file else [f"{folder}{file}" for folder in folders]
+        image = SourceImage(options.image(file, *places), _image_id(file))
         name = f"{source}-train-{number}-{record.require('id', str, int)}"
         fields = {"rounds": [list(pair) for pair in rounds]} if rounds else {}
         yield image.draft(name, "instruct", source, instruction=last[0], answer=last[1], fields=fields)
 
     return file_source(path, read_json(path, list), make)
-
-
-def _problem(turns: list[tuple[str, str]]) -> str | None:
-    """Why a conversation can't be used, as a reject's reason, or None."""
-    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
-        return "turn-order"
-    if not all(text for _, text in turns):
-        return "empty-text"
-    return "placeholder" if any("{regions:" in text for _, text in turns) else None
 
 
 def _image_id(image: str) -> str:

@@ -8,10 +8,9 @@ choices, a = the right answer, r = the right rationale. A letter is the answer o
     qc_a      with the answer choices -> the letter
     qac_r     question, right answer and rationale choices -> the letter of the rationale
 
-Training takes all four (stage 1 of the authors' release), evaluation the last two, by which VCR is scored:
-`meta["mode"]` is then "q_a" or "qa_r", and `meta["group"]` the annot_id, for Q -> AR. The test split has no labels: it
-gives qc_a, and qac_r given each of the four answers in turn (`meta["given"]`), with `meta["unlabelled"]` and (A) as the
-answer.
+Training takes all four, evaluation the last two, by which VCR is scored: `meta["mode"]` is then "q_a" or "qa_r", and
+`meta["group"]` the annot_id, for Q -> AR. The test split has no labels: it gives qc_a, and qac_r given each of the four
+answers in turn (`meta["given"]`), with `meta["unlabelled"]` and (A) as the answer.
 """
 
 from __future__ import annotations
@@ -19,14 +18,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceOptions
-from vistallm.coinit.sources.images import SourceImage
+from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceImage, SourceOptions
 from vistallm.coinit.sources.records import Record, file_source, read_json_lines, read_object
 from vistallm.regions.masks import rle_area, segmentation_to_rle
-from vistallm.schema import Region, Rle
+from vistallm.schema import Region
 
 _LETTERS = "ABCD"
 _FORMS = ["q_ra", "qc_rac", "qc_a", "qac_r"]
@@ -41,18 +38,23 @@ def load_vcr(options: SourceOptions) -> Source:
     split = options.check_split("train", "val", "test")
     settings = options.read_settings(forms=_FORMS if split == "train" else _FORMS[2:], regions=("box", "mask"))
     path = options.find_file(f"{split}.jsonl", folders=("", "vcr1annots/"))
-    folder = options.images or options.root / "vcr1images"
 
     def make(record: Record, number: int) -> Iterator[Draft | Reject]:
         file, annot_id = record.text("img_fn"), record.text("annot_id")
-        scene = _read_scene(record, folder / record.text("metadata_fn"))
-        image = SourceImage(folder / file, f"vcr:{file}", *(scene.integer(key) for key in ("width", "height")))
-        question = _Question(record, number)
+        scene = _read_scene(record, options)
+        size = scene.integer("width"), scene.integer("height")
+        image = SourceImage(options.image(file, usual="vcr1images"), f"vcr:{file}", *size)
+        answers, rationales = _read_texts(record, "answer_choices"), _read_texts(record, "rationale_choices")
+        question = _write(record.require("question", list), record)
+        labels = [record.integer(key) for key in ("answer_label", "rationale_label")] if split != "test" else [0, 0]
+        if not all(0 <= label < 4 for label in labels):
+            raise record.fault(f"expected answer_label and rationale_label 0 to 3, got {labels}")
         for form in settings["forms"]:
             # Of the test split, a rationale is asked for with each answer given in turn.
             for given in range(4 if split == "test" and form == "qac_r" else 1):
-                texts = question.write(form, *((given, 0) if split == "test" else _labels(record)))
-                regions = _regions(scene, image, texts, settings["regions"])
+                right, why = (given, 0) if split == "test" else labels
+                written = _write_form(form, number, question, answers, rationales, right, why)
+                regions = _regions(scene, image, written, settings["regions"])
                 if isinstance(regions, Reject):
                     yield regions
                     continue
@@ -61,61 +63,44 @@ def load_vcr(options: SourceOptions) -> Source:
                 if split == "test":
                     name, meta["unlabelled"] = f"{name}-{given}", True
                     meta |= {"given": given} if form == "qac_r" else {}
-                task = "vcr" if "options" in texts["fields"] else "instruct"
-                yield image.draft(name, task, "vcr", meta, regions=regions, **texts)
+                task = "vcr" if "options" in written["fields"] else "instruct"
+                yield image.draft(name, task, "vcr", meta, regions=regions, **written)
 
     return file_source(path, read_json_lines(path), make)
 
 
-def _labels(record: Record) -> list[int]:
-    labels = [record.integer(key) for key in ("answer_label", "rationale_label")]
-    if not all(0 <= label < 4 for label in labels):
-        raise record.fault(f"expected answer_label and rationale_label 0 to 3, got {labels}")
-    return labels
-
-
-class _Question:
-    """A record's texts, with `{regions:i}` after the names of objects."""
-
-    def __init__(self, record: Record, number: int) -> None:
-        objects = record.values("objects", str)
-        self.number, self.question = number, _write(record.require("question", list), objects, record)
-        self.answers, self.rationales = (
-            [_write(tokens, objects, record) for tokens in record.values(key, list)]
-            for key in ("answer_choices", "rationale_choices")
-        )
-        if len(self.answers) != 4 or len(self.rationales) != 4:
-            got = f"{len(self.answers)} answer_choices and {len(self.rationales)} rationale_choices"
-            raise record.fault(f"expected 4 answer_choices and 4 rationale_choices, got {got}")
-
-    def write(self, form: str, answer_label: int, rationale_label: int) -> dict[str, Any]:
-        """The texts of a sample of this form: its own, or fields for the templates of `vcr`."""
-        question, answer, rationale = self.question, self.answers[answer_label], self.rationales[rationale_label]
-        letter, options = f"({_LETTERS[answer_label]})", _options(self.answers)
-        fields = {"question": question, "options": options, "answer": letter}
-        if form == "qc_a":
-            return {"fields": fields}
-        if form == "qac_r":
-            asked = f"{question} {answer} {self._one_of(_CHOOSE_WHY)}"
-            options, letter = _options(self.rationales), f"({_LETTERS[rationale_label]})"
-            return {"fields": {"question": asked, "options": options, "answer": letter}}
-        if form == "q_ra":
-            instruction = f"{question} {self._one_of(_REASON_THEN_ANSWER)}"
-            return {"instruction": instruction, "answer": f"{rationale} {answer}", "fields": {}}
-        instruction = f"{question} Options: {options} {self._one_of(_ALL_THREE)}"
-        return {"instruction": instruction, "answer": f"{rationale} {answer} The answer is {letter}.", "fields": fields}
-
-    def _one_of(self, phrases: tuple[str, ...]) -> str:
-        return phrases[self.number % len(phrases)]
+def _write_form(
+    form: str, number: int, question: str, answers: list[str], rationales: list[str], right: int, why: int
+) -> dict[str, Any]:
+    """The texts of a sample of a form: its own, or fields for the templates of `vcr`."""
+    answer, rationale, letter = answers[right], rationales[why], f"({_LETTERS[right]})"
+    fields = {"question": question, "options": _options(answers), "answer": letter}
+    if form == "qc_a":
+        return {"fields": fields}
+    if form == "qac_r":
+        asked = f"{question} {answer} {_CHOOSE_WHY[number % 2]}"
+        return {"fields": {"question": asked, "options": _options(rationales), "answer": f"({_LETTERS[why]})"}}
+    if form == "q_ra":
+        instruction = f"{question} {_REASON_THEN_ANSWER[number % 3]}"
+        return {"instruction": instruction, "answer": f"{rationale} {answer}", "fields": {}}
+    instruction = f"{question} Options: {fields['options']} {_ALL_THREE[number % 2]}"
+    return {"instruction": instruction, "answer": f"{rationale} {answer} The answer is {letter}.", "fields": fields}
 
 
 def _options(texts: list[str]) -> str:
     return " ".join(f"({letter}) {text}" for letter, text in zip(_LETTERS, texts, strict=True))
 
 
-def _write(tokens: list[Any], objects: list[str], record: Record) -> str:
+def _read_texts(record: Record, key: str) -> list[str]:
+    texts = [_write(tokens, record) for tokens in record.values(key, list)]
+    if len(texts) != 4:
+        raise record.fault(f"expected 4 {key}, got {len(texts)}")
+    return texts
+
+
+def _write(tokens: list[Any], record: Record) -> str:
     """Words joined to a text; a list of object numbers becomes their names and a placeholder for their regions."""
-    words = []
+    words, objects = [], record.values("objects", str)
     for token in tokens:
         if isinstance(token, list):
             if not token or not all(isinstance(i, int) and 0 <= i < len(objects) for i in token):
@@ -130,8 +115,9 @@ def _write(tokens: list[Any], objects: list[str], record: Record) -> str:
     return re.sub(r" (?=[.,!?;:%)]|n't\b|'(?:s|re|ve|ll|d|m)\b)", "", " ".join(words)).strip()
 
 
-def _read_scene(record: Record, path: Path) -> Record:
+def _read_scene(record: Record, options: SourceOptions) -> Record:
     """The metadata of a record's image: its size, and a box and segments (polygons of (x, y) points) per object."""
+    path = options.image(record.text("metadata_fn"), usual="vcr1images")
     if not path.is_file():
         raise record.fault(f"expected its metadata in {path}, which is not there")
     scene = read_object(path)
@@ -151,18 +137,17 @@ def _regions(scene: Record, image: SourceImage, texts: dict[str, Any], kind: str
         sides = Record({"box": scene.data["boxes"][i]}, where).values("box", int, float)
         if len(sides) != 5:
             raise SourceFormatError(f"{where}: expected x0, y0, x1, y1 and a score, got {sides}")
-        region = _mask(scene.data["segms"][i], image, where) if kind == "mask" else image.cut(sides[:4], where)
-        if isinstance(region, Reject):
-            return region
-        regions.append(Region(0, kind, i, **({"rle": region} if isinstance(region, dict) else {"box": region})))
+        if kind == "box":
+            if isinstance(box := image.cut(sides[:4], where), Reject):
+                return box
+            regions.append(Region(0, "box", i, box=box))
+            continue
+        try:  # polygons of fewer than three points draw nothing
+            polygons = [[float(v) for point in polygon for v in point] for polygon in scene.data["segms"][i]]
+            rle = segmentation_to_rle(polygons, image.height, image.width)
+        except (TypeError, ValueError) as error:
+            raise SourceFormatError(f"{where}: expected polygons [[[x, y], ..], ..]: {error}") from error
+        if not rle_area(rle):
+            return Reject("empty-mask", where)
+        regions.append(Region(0, "mask", i, rle=rle))
     return regions
-
-
-def _mask(segments: Any, image: SourceImage, where: str) -> Rle | Reject:
-    """The mask of an object; polygons of fewer than three points draw nothing."""
-    try:
-        polygons = [[float(v) for point in polygon for v in point] for polygon in segments]
-        rle = segmentation_to_rle(polygons, image.height, image.width)
-    except (TypeError, ValueError) as error:
-        raise SourceFormatError(f"{where}: expected polygons [[[x, y], ..], ..]: {error}") from error
-    return rle if rle_area(rle) else Reject("empty-mask", where)
