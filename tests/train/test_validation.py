@@ -44,7 +44,7 @@ def test_scores_are_logged_and_the_best_weights_stay(stage_one, tiny_config, min
         (["val.benchmarks=[mini_res]"], r"expected trainer\.val_check_interval=N, too"),
         (["checkpoint.best=val_loss"], r"expected trainer\.val_check_interval=N, too"),
         (["checkpoint.best=val/res_ciou", SCORED[0]], r"checkpoint\.best=val/res_ciou: expected val\.benchmarks"),
-        ([SCORED[0], "val.benchmarks=[mini_rex]"], r"benchmark 'mini_rex': no such entry .* nearest: mini_re"),
+        ([SCORED[0], "val.benchmarks=[mini_rex]"], r"benchmark 'mini_rex': .*nearest: mini_re"),
         ([SCORED[0], "val.benchmarks=[refcoco_val_res]"], r"index\.json"),
     ],
 )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
+import io
 import json
+import pickle
 import re
 import zipfile
 from dataclasses import replace
@@ -20,8 +22,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint import load as load_sharded
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.vocabulary import Vocabulary
@@ -32,6 +35,14 @@ from vistallm.model.weights import check_keys, read_safetensors
 
 MANIFEST, FORMAT = "manifest.json", 1
 PACKAGES = ("vistallm", "torch", "transformers", "peft", "open_clip_torch", "safetensors")
+_METADATA = "torch.distributed.checkpoint.metadata."
+METADATA_NAMES = {  # that the pickled `.metadata` of a sharded checkpoint may hold, beside dtypes
+    *(_METADATA + name for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata")),
+    *(_METADATA + name for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+    *(_METADATA + "_MEM_FORMAT_ENCODING", "torch.distributed.checkpoint.filesystem._StorageInfo"),
+    *("torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath"),
+}
+DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STEP = re.compile(r"step-(\d+)\.ckpt$")
 
 
@@ -87,14 +98,38 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _read_sharded(path: Path) -> dict[str, Tensor]:
     """Read the model weights, and only those, of a checkpoint that every rank has written a part of."""
-    reader = FileSystemReader(path)
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        for key, entry in refuse_code(path).state_dict_metadata.items()
         if key.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }
-    load_sharded(state, storage_reader=reader, no_dist=True)
+    load_sharded(state, storage_reader=FileSystemReader(path), no_dist=True)
     return {key.removeprefix("state_dict.model."): value for key, value in state.items()}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but what torch.distributed.checkpoint writes into `.metadata`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in METADATA_NAMES and not (module == "torch" and name in DTYPES):
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint does")
+        return super().find_class(module, name)
+
+
+def refuse_code(path: Path) -> Metadata:
+    """Return the metadata of a sharded checkpoint; raise UnpicklingError where to load it could run code.
+
+    torch unpickles `.metadata` and what is no tensor (settings of the optimizer) without a check of its own.
+    """
+    with (path / ".metadata").open("rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            stored = metadata.storage_data[MetadataIndex(key)]
+            with (path / stored.relative_path).open("rb") as file:
+                file.seek(stored.offset)
+                torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
+    return metadata
 
 
 def _read_exported(manifest: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -28,7 +29,7 @@ from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.datamodule import CoinItDataModule, build_codec, dataset_statistics, describe_data, training_root
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_empty, build_model, wrap_with_lora
-from vistallm.model.checkpoint import find_checkpoint, is_whole, load_weights, newest_checkpoint
+from vistallm.model.checkpoint import find_checkpoint, is_whole, load_weights, newest_checkpoint, refuse_code
 from vistallm.model.language_model import check_sizes
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.callbacks import (
@@ -108,7 +109,13 @@ def one_run(run_dir: Path) -> Iterator[None]:
 def fit(trainer: L.Trainer, module: VistaModule, data: CoinItDataModule, resume: Path | None) -> None:
     """Train; raises one line as ValueError for what users can mend."""
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+        if resume is not None and resume.is_dir():
+            refuse_code(resume)
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{resume}: not a checkpoint of this program: it holds more than tensors and numbers"
+        ) from error
     except MisconfigurationException as error:
         raise ValueError(f"trainer.* or checkpoint.best: {error}") from error
     except (ValueError, RuntimeError) as error:
