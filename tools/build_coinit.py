@@ -41,19 +41,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="about so many (default 1000)")
     parser.add_argument("--max-side", type=int, help="shrink larger images to this many pixels (default: copy files)")
     parser.add_argument("--exclude", type=Path, help="file of image ids that no training sample may use")
-    parser.add_argument(
-        "--max-rejects", type=float, default=0.01, help="share of rejects that is accepted (default 0.01)"
-    )
-    for name, default in vars(MiniRecipe()).items():
-        if name != "samples_per_shard":
-            parser.add_argument(f"--{name}", type=int, default=default, help=f"mini: {name} (default {default})")
+    parser.add_argument("--max-rejects", type=float, default=0.01, help="accepted share of rejects (default 0.01)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    for name in ("train", "val", "test"):
+        default = getattr(MiniRecipe, name)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"mini: samples (default {default})")
     return parser.parse_args(words)
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Print the counts and faults of shard folders; 1 when there is any fault."""
-    if not arguments.folders:
-        raise ValueError("check: expected a folder, as in `build_coinit.py check DIR`")
     exclude = read_ids(arguments.exclude) if arguments.exclude else frozenset()
     report = check(arguments.folders, exclude, arguments.workers)
     for (folder, split), counts in report.counts.items():
@@ -71,8 +68,6 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def list_images(arguments: argparse.Namespace) -> int:
     """Write the image ids of all evaluation splits, one per line."""
-    if not arguments.folders or arguments.out is None:
-        raise ValueError("eval-images: expected folders and --out FILE")
     ids = sorted(evaluation_images(arguments.folders))
     if not ids:
         raise ValueError(f"{', '.join(map(str, arguments.folders))}: no evaluation split with image ids")
@@ -120,16 +115,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; a fault of the user's is one line on stderr and exit code 1."""
     arguments = parse_arguments(argv)
     of_shards = {"check": run_check, "eval-images": list_images}
-    builders = {"mini": build_mini, **dict.fromkeys(SOURCES, build_source)}
+    commands = {"mini": build_mini, **dict.fromkeys(SOURCES, build_source), **of_shards}
     try:
-        if arguments.source in of_shards:
-            return of_shards[arguments.source](arguments)
-        if arguments.source not in builders:
-            known = f"one of {', '.join(builders)}; or {', '.join(of_shards)}"
-            raise ValueError(f"source: expected {known}; got {arguments.source!r}")
-        if arguments.out is None:
-            raise ValueError(f"{arguments.source}: expected --out DIR, the folder to write shards into")
-        return builders[arguments.source](arguments)
+        if arguments.source not in commands:
+            raise ValueError(f"source: expected one of {', '.join(commands)}; got {arguments.source!r}")
+        if arguments.source in of_shards and not arguments.folders:
+            raise ValueError(f"{arguments.source}: expected a folder of shards")
+        if arguments.source != "check" and arguments.out is None:
+            raise ValueError(f"{arguments.source}: expected --out, a folder for shards (eval-images: a file)")
+        return commands[arguments.source](arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

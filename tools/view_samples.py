@@ -1,10 +1,10 @@
-"""Show samples of a shard folder: images with their regions, instruction, answer, and the exact tokens of training.
+"""Show samples of a shard folder as they are trained: images with their regions, texts, and on a page the tokens.
 
 python tools/view_samples.py DIR [key=value ...] [--split test] [--task res] [--n 24] [--run RUN] --out page.html|a.png
 
 Regions are drawn as stored, and over them in white what the tokens say. Tokens are those of --run (its vocabulary and
-settings), else of the mini model; `points=16` or `coords=text` changes a setting. A .png has no tokens. With
---answers RUN a .png holds the answers of that model:
+settings), else of the mini model; `points=16` or `coords=text` changes a setting. With --answers RUN a .png holds the
+answers of that model instead:
 
     python tools/view_samples.py data/mini --answers assets/mini --ids mini-test-res-000096 --out a.png
 """
@@ -14,17 +14,18 @@ from __future__ import annotations
 import argparse
 import base64
 import dataclasses
-import html
 import itertools
 import random
 import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
+import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from PIL import Image, ImageDraw, ImageFont
 
 from vistallm.coinit.images import decode_pixels
@@ -33,82 +34,95 @@ from vistallm.regions.overlay import COLOURS, draw_regions
 from vistallm.schema import IGNORE_INDEX, Region, Sample, SampleReject
 from vistallm.tasks import find_task, render
 
-if TYPE_CHECKING:  # torch is imported for pages alone
+if TYPE_CHECKING:  # torch is imported once the words on the command line are right
     from vistallm.data.sequence import Sequence, SequenceBuilder
 
-TILE, GAP, LINE = 340, 8, 17  # of the sheet: width of a tile, space around it, height of a text line, in pixels
-PAGE_SIDE = 480  # of the page: longer side of an image
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-:root {{ color-scheme: light }} * {{ box-sizing: border-box }}
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 12px; max-width: 1280px; color: #1a1a1a }}
-main {{ display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 560px), 1fr)) }}
-figure {{ margin: 0; padding: 12px; border: 1px solid #d8d8d8; border-radius: 8px; min-width: 0 }}
-h2 {{ font-size: 13px; font-weight: 600; color: #555; margin: 0 0 8px; overflow-wrap: anywhere }}
-.images {{ display: flex; flex-wrap: wrap; gap: 8px; align-items: end; font-size: 12px; color: #555 }}
-.images div:not(:only-child) {{ max-width: calc(50% - 4px) }}
-img {{ display: block; max-width: 100%; height: auto; border-radius: 3px }}
-p {{ margin: 8px 0 0; overflow-wrap: anywhere; white-space: pre-line }} p b {{ color: #05458f; font-weight: 500 }}
-i {{ font-style: normal; font-weight: 600; border-bottom: 3px solid }}
-details {{ margin-top: 8px }} summary {{ cursor: pointer; color: #555; font-size: 13px }}
-.tokens {{ font: 12px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; margin-top: 6px }}
-.tokens span {{ display: inline-block; max-width: 100%; line-height: 1.4; padding: 1px 3px; margin-right: 2px;
-  border-radius: 3px; background: #eee; color: #555 }} p.tokens {{ margin-bottom: 10px }}
-.tokens .s {{ background: #bfe8c6; color: #0a3d16 }} .tokens .r {{ font-weight: 600 }}
-</style></head><body><p>{title}: {number} samples</p>
-<p class="tokens"><span>given</span><span class="s">supervised</span>
-<span class="s r">&lt;bin_1&gt;</span> a token's id shows under the pointer; white shapes are what the tokens say</p>
-<main>
-{figures}
-</main></body></html>
-"""
+TILE, PAGE_TILE = 340, 520  # width of a sample's images side by side on a sheet and on a page, in pixels
+GAP, LINE = 8, 17  # of the sheet: space around a tile, height of a text line, in pixels
 
 
-def texts_of(sample: Sample, template: int) -> tuple[str, list[tuple[str, str]]]:
-    """Heading, and (instruction, answer) of each round; placeholders are shortened to [0,2], an empty one to []."""
-    rounds = [*sample.fields.get("rounds", ()), render(sample, template)]
-    short = [tuple(re.sub(r"\{regions:([\d,]*)(:\w+)?\}", r"[\1]", text) for text in pair) for pair in rounds]
-    return f"{sample.task}  {sample.id}" + ("  held out" if sample.meta.get("held_out") else ""), short
+def describe(sample: Sample, builder: SequenceBuilder | None, tile: int) -> dict[str, Any]:
+    """What is shown of a sample: `heading`, `rounds` of texts, `panels` (h, w, 3) uint8 RGB with the regions drawn.
 
-
-def draw_panels(sample: Sample, written: list[Region], scales: list[float]) -> list[np.ndarray]:
-    """The sample's images with their regions, and over them in white the `written` ones; each (h, w, 3) uint8 RGB."""
+    With a builder also its tokens and, in white, the regions they say; `fault` when training leaves the sample out.
+    """
+    rounds = [*sample.fields.get("rounds", ()), render(sample, builder.template if builder else 0)]
+    rounds = [[re.sub(r"\{regions:([\d,]*)(:\w+)?\}", r"[\1]", text) for text in pair] for pair in rounds]
+    heading = f"{sample.task}  {sample.id}" + ("  held out" if sample.meta.get("held_out") else "")
+    view, written = {"heading": heading, "rounds": rounds}, list[Region]()
+    try:
+        if builder:
+            sequence = builder.build(sample)
+            written = builder.codec.decode(sequence.answer, sequence.letterboxes).regions
+            supervised = int((sequence.labels != IGNORE_INDEX).sum())
+            view |= {"tokens": tokens(sequence, builder), "length": len(sequence.labels), "supervised": supervised}
+    except SampleReject as reject:
+        view["fault"] = f"No tokens, training would leave it out: {reject.reason}: {reject}"
+    width = (tile - GAP * (len(sample.images) - 1)) / sum(info.width for info in sample.images)
+    scales = [min(width, tile / 1.6 / info.height) for info in sample.images]
     here = [[[r for r in regions if r.image == i] for regions in (sample.regions, written)] for i in range(len(scales))]
-    return [
-        draw_regions(pixels, own, scale, over=over)
-        for pixels, (own, over), scale in zip(sample.pixels or (), here, scales, strict=True)
-    ]
+    drawn = zip(sample.pixels or (), here, scales, strict=True)
+    return view | {"panels": [draw_regions(pixels, own, scale, over=over) for pixels, (own, over), scale in drawn]}
 
 
-def png_sheet(samples: list[Sample], template: int, columns: int = 4) -> np.ndarray:
-    """Lay samples out in rows, their text below: (H, W, 3) uint8 RGB."""
+def tokens(sequence: Sequence, builder: SequenceBuilder) -> list[dict[str, Any]]:
+    """Name, id and kind (s = supervised, r = of regions) of every token in order; a row of image slots is one."""
+    vocabulary, rows = builder.vocabulary, list[dict[str, Any]]()
+    known, ids = set(vocabulary.region_tokens), sequence.input_ids.tolist()
+    named = zip(ids, sequence.labels.tolist(), vocabulary.lm.convert_ids_to_tokens(ids), strict=True)
+    for is_image, group in itertools.groupby(named, lambda token: token[0] == vocabulary.image_id):
+        row = list(group)
+        if is_image:
+            row = [(vocabulary.image_id, IGNORE_INDEX, f"<im_patch> × {len(row)}")]
+        for token_id, label, name in row:
+            kind = ["s"] * (label != IGNORE_INDEX) + ["r"] * (name in known)
+            rows.append({"name": name, "id": token_id, "kind": " ".join(kind)})
+    return rows
+
+
+def png_sheet(views: list[dict[str, Any]], columns: int = 4) -> Image.Image:
+    """Lay views out in rows, their texts below the images."""
     font, tiles = ImageFont.load_default(13), []
-    for sample in samples:
-        width = (TILE - GAP * (len(sample.images) - 1)) / sum(info.width for info in sample.images)
-        panels = draw_panels(sample, [], [min(width, TILE / 1.6 / info.height) for info in sample.images])
-        heading, rounds = texts_of(sample, template)
-        lines = [(heading, (150, 150, 150))]
-        for text, colour in zip(rounds[-1], ((0, 0, 0), (0, 90, 200)), strict=True):
-            lines += [(line, colour) for line in textwrap.wrap(text, 47)]
-        below = max(panel.shape[0] for panel in panels) + 3
-        tiles.append(Image.new("RGB", (TILE + 2 * GAP, below + LINE * len(lines) + 2 * GAP), "white"))
-        left = GAP
-        for panel in panels:
+    for view in views:
+        texts = [(view["heading"], (150, 150, 150))]
+        texts += [pair for texts in view["rounds"] for pair in zip(texts, ((0, 0, 0), (0, 90, 200)), strict=True)]
+        texts += [(view["fault"], (164, 0, 0))] if "fault" in view else []
+        lines = [(line, colour) for text, colour in texts for line in textwrap.wrap(text, 47)]
+        below, left = max(panel.shape[0] for panel in view["panels"]) + GAP + 3, GAP
+        tiles.append(Image.new("RGB", (TILE + 2 * GAP, below + LINE * len(lines) + GAP), "white"))
+        for panel in view["panels"]:
             tiles[-1].paste(Image.fromarray(panel), (left, GAP))
             left += panel.shape[1] + GAP
         for row, (line, colour) in enumerate(lines):
-            ImageDraw.Draw(tiles[-1]).text((GAP, GAP + below + row * LINE), line, fill=colour, font=font)
+            ImageDraw.Draw(tiles[-1]).text((GAP, below + row * LINE), line, fill=colour, font=font)
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) for row in rows]
     sheet = Image.new("RGB", (columns * (TILE + 2 * GAP), sum(heights)), "white")
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             sheet.paste(tile, (j * (TILE + 2 * GAP), sum(heights[:i])))
-    return np.asarray(sheet)
+    return sheet
+
+
+def html_page(views: list[dict[str, Any]], title: str) -> str:
+    """One self-contained page."""
+
+    def paragraph(text: str) -> Markup:  # the numbers of its placeholders [0,2] in the colours of their objects
+        def mark(number: re.Match[str]) -> str:
+            return f'<i style="border-color:rgb{COLOURS[int(number[0]) % len(COLOURS)]}">{number[0]}</i>'
+
+        return Markup(re.sub(r"\[\d+(?:,\d+)*\]", lambda slot: re.sub(r"\d+", mark, slot[0]), str(escape(text))))
+
+    def jpeg(panel: np.ndarray) -> str:
+        return base64.b64encode(cv2.imencode(".jpg", panel[:, :, ::-1])[1].tobytes()).decode()
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters |= {"paragraph": paragraph, "jpeg": jpeg}
+    return environment.get_template("view_samples.jinja").render(views=views, title=title)
 
 
 def load_builder(run: str | None, overrides: list[str], template: int) -> SequenceBuilder:
-    """The sequence builder and the ids of the region tokens, of a run or of the mini model."""
+    """The sequence builder of a run or of the mini model."""
     from vistallm.config import apply_overrides, config_from_file, load_config
     from vistallm.data.datamodule import build_codec, build_sequencer
     from vistallm.data.vocabulary import Vocabulary
@@ -120,60 +134,6 @@ def load_builder(run: str | None, overrides: list[str], template: int) -> Sequen
         config = apply_overrides(config_from_file(Path(run) / "config.yaml"), overrides)
         vocabulary = Vocabulary.load(Path(run) / "vocabulary")
     return dataclasses.replace(build_sequencer(config, vocabulary), template=template)
-
-
-def token_spans(sequence: Sequence, builder: SequenceBuilder) -> str:
-    """Every token of a sequence as HTML, in order; a row of image slots is one span, supervised tokens have class s."""
-    vocabulary, spans = builder.vocabulary, []
-    known = set(vocabulary.region_tokens)
-    ids, labels = sequence.input_ids.tolist(), sequence.labels.tolist()
-    tokens = zip(ids, labels, vocabulary.lm.convert_ids_to_tokens(ids), strict=True)
-    for is_image, group in itertools.groupby(tokens, lambda token: token[0] == vocabulary.image_id):
-        if is_image:
-            spans.append(f"<span>&lt;im_patch&gt; × {len(list(group))}</span>")
-            continue
-        for token_id, label, name in group:
-            kind = " ".join(("s",) * (label != IGNORE_INDEX) + ("r",) * (name in known))
-            spans.append(f'<span class="{kind}" title="{token_id}">{html.escape(name)}</span>')
-    return "".join(spans)
-
-
-def paragraph(text: str) -> str:
-    """A text as HTML, the numbers of its placeholders [0,2] underlined in the colours of their objects."""
-
-    def mark(number: re.Match[str]) -> str:
-        return f'<i style="border-color:rgb{COLOURS[int(number[0]) % len(COLOURS)]}">{number[0]}</i>'
-
-    return re.sub(r"\[\d+(?:,\d+)*\]", lambda slot: re.sub(r"\d+", mark, slot[0]), html.escape(text))
-
-
-def figure(sample: Sample, builder: SequenceBuilder) -> str:
-    """One sample of the page."""
-    written: list[Region] = []
-    try:
-        sequence = builder.build(sample)
-        written = builder.codec.decode(sequence.answer, sequence.letterboxes).regions
-        count, total = int((sequence.labels != IGNORE_INDEX).sum()), len(sequence.labels)
-        tokens = f"<summary>{total} tokens, {count} supervised</summary>"
-        tokens = f'<details open>{tokens}<div class="tokens">{token_spans(sequence, builder)}</div></details>'
-    except SampleReject as reject:
-        tokens = f"<p>No tokens, training would leave it out: {html.escape(f'{reject.reason}: {reject}')}</p>"
-    several = len(sample.images) > 1
-    scales = [PAGE_SIDE / max(info.width, info.height) / (1 + several) for info in sample.images]
-    pictures = ""
-    for number, panel in enumerate(draw_panels(sample, written, scales), 1):
-        data = base64.b64encode(cv2.imencode(".jpg", panel[:, :, ::-1])[1].tobytes()).decode()
-        caption = f"Image {number}" if several else ""
-        pictures += f'<div><img src="data:image/jpeg;base64,{data}" alt="">{caption}</div>'
-    heading, rounds = texts_of(sample, builder.template)
-    texts = "".join(f"<p>{paragraph(asked)}</p><p><b>{paragraph(answer)}</b></p>" for asked, answer in rounds)
-    return f'<figure><h2>{html.escape(heading)}</h2><div class="images">{pictures}</div>{texts}{tokens}</figure>'
-
-
-def html_page(samples: list[Sample], builder: SequenceBuilder, title: str) -> str:
-    """One self-contained page."""
-    figures = "\n".join(figure(sample, builder) for sample in samples)
-    return PAGE.format(title=html.escape(title), number=len(samples), figures=figures)
 
 
 def answered(samples: list[Sample], run: str) -> list[Sample]:
@@ -220,6 +180,8 @@ def choose(
             raise ValueError(f"--ids: expected samples of {folder}, got {missing[0]!r}, which is not in it")
         return [chosen[name] for name in ids]
     turns = [kept[i] for i in range(number) for kept in by_task.values() if i < len(kept)]
+    if not turns:
+        raise ValueError(f"{folder}: no sample of split {split} and task {task}")
     return sorted(turns[:number], key=lambda sample: list(by_task).index(sample.task))
 
 
@@ -233,36 +195,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=30, help="number of samples")
     parser.add_argument("--template", type=int, default=0, help="instruction template; 0 = evaluation's")
     parser.add_argument("--run", help="run folder whose vocabulary and settings make the tokens (default: mini)")
-    parser.add_argument(
-        "--answers", metavar="RUN", help="run folder whose model answers in place of the samples (.png)"
-    )
+    parser.add_argument("--answers", metavar="RUN", help="run folder whose model answers (.png)")
     parser.add_argument("--ids", nargs="+", help="these samples, in this order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="a .html or .png file")
-    arguments = parser.parse_intermixed_args(argv)
+    words = parser.parse_intermixed_args(argv)
     try:
-        if arguments.task is not None:
-            find_task(arguments.task)
-        if arguments.out.suffix not in (".png", ".html"):
-            raise ValueError(f"--out: expected a .html or .png file, got {arguments.out}")
-        if arguments.answers and arguments.out.suffix != ".png":
-            raise ValueError(f"--answers: expected --out with a .png file, got {arguments.out}")
-        samples = choose(arguments.folder, arguments.split, arguments.task, arguments.n, arguments.seed, arguments.ids)
-        if not samples:
-            raise ValueError(f"{arguments.folder}: no sample of split {arguments.split} and task {arguments.task}")
-        if arguments.out.suffix == ".png":
-            samples = answered(samples, arguments.answers) if arguments.answers else samples
-            sheet = Image.fromarray(png_sheet(samples, arguments.template))
-            if arguments.answers:  # a picture for a page: 256 colours are a third of the bytes
-                sheet = sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
-            sheet.save(arguments.out, optimize=True)
+        if words.task is not None:
+            find_task(words.task)
+        if words.out.suffix not in ((".png",) if words.answers else (".png", ".html")):
+            raise ValueError(f"--out: expected a .html or .png file (with --answers a .png), got {words.out}")
+        samples = choose(words.folder, words.split, words.task, words.n, words.seed, words.ids)
+        samples = answered(samples, words.answers) if words.answers else samples
+        builder = None if words.answers else load_builder(words.run, words.overrides, words.template)
+        is_page = words.out.suffix == ".html"
+        views = [describe(sample, builder, PAGE_TILE if is_page else TILE) for sample in samples]
+        if is_page:
+            words.out.write_text(html_page(views, str(words.folder)), encoding="utf-8")
         else:
-            builder = load_builder(arguments.run, arguments.overrides, arguments.template)
-            arguments.out.write_text(html_page(samples, builder, str(arguments.folder)), encoding="utf-8")
+            sheet = png_sheet(views)
+            if words.answers:  # a picture for a page: 256 colours are a third of the bytes
+                sheet = sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+            sheet.save(words.out, optimize=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(samples)} samples -> {arguments.out}")
+    print(f"{len(samples)} samples -> {words.out}")
     return 0
 
 

@@ -62,7 +62,7 @@ def test_check_counts_and_finds_faults(shards, build_coinit):
         (["mini"], "expected --out"),
         (["check"], "expected a folder"),
         (["check", "no-such-folder"], "which is not there"),
-        (["eval-images", "no-such-folder"], "and --out FILE"),
+        (["eval-images", "no-such-folder"], "expected --out"),
         (["jsonl", "--out", "x"], "expected --root DIR and --split NAME"),
         (["jsonl", "--out", "x", "--root", "no-such-folder", "--split", "train"], "check --root and --split"),
         (["jsonl", "--out", "x", "--root", ".", "--split", "train", "--part", "1of2"], "expected i/n such as 0/8"),

@@ -5,6 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vistallm.schema import IGNORE_INDEX
@@ -30,7 +31,8 @@ def spans(text):
 @pytest.mark.parametrize("task", ["res", "nlvr2", "vcr"])
 def test_tokens_are_those_of_training(viewer, samples, builder, task):
     sequence = builder.build(samples[task][0])
-    shown = spans(viewer.token_spans(sequence, builder))
+    shown = spans(viewer.html_page([viewer.describe(samples[task][0], builder, 340)], "one").partition("<main>")[2])
+    shown = [(kind, name) for kind, name in shown if " × " not in name]
     text = builder.vocabulary.lm
     kept = [(i, label) for i, label in zip(sequence.input_ids.tolist(), sequence.labels.tolist(), strict=True)]
     kept = [pair for pair in kept if pair[0] != builder.vocabulary.image_id]
@@ -42,7 +44,7 @@ def test_tokens_are_those_of_training(viewer, samples, builder, task):
 def test_page_of_a_mixed_folder(viewer, mini_root, builder):
     chosen = viewer.choose(mini_root, "test", None, 15, 0)
     assert len({sample.task for sample in chosen}) == 15
-    page = viewer.html_page(chosen, builder, "mini <set>")
+    page = viewer.html_page([viewer.describe(sample, builder, 340) for sample in chosen], "mini <set>")
     assert page.count("<figure>") == 15
     assert page.count("data:image/jpeg;base64,") == sum(len(sample.images) for sample in chosen)
     assert "mini &lt;set&gt;: 15 samples" in page
@@ -52,16 +54,28 @@ def test_page_of_a_mixed_folder(viewer, mini_root, builder):
 def test_a_sample_that_training_leaves_out_says_why(viewer, samples, builder):
     import dataclasses
 
-    page = viewer.figure(samples["res"][0], dataclasses.replace(builder, max_length=10))
+    view = viewer.describe(samples["res"][0], dataclasses.replace(builder, max_length=10), 340)
+    page = viewer.html_page([view], "one").partition("<main>")[2]
     assert "No tokens, training would leave it out: too-long" in page
     assert 'class="tokens"' not in page
+    assert np.asarray(viewer.png_sheet([view]))[..., 0].max() == 255
+
+
+def test_what_the_tokens_say_is_drawn_in_white(viewer, samples, builder):
+    """Stored and trained regions differ by the bins alone, so white lines lie on the stored box."""
+    sample = samples["rec"][0]
+    scale = 340 / 1.6 / sample.images[0].height
+    stored, trained = (viewer.describe(sample, one, 340)["panels"][0] for one in (None, builder))
+    y, x = np.nonzero((stored != trained).any(2) & (trained == 255).all(2))
+    seen = np.array([x.min(), y.min(), x.max(), y.max()]) / scale
+    assert np.abs(seen - sample.regions[0].box).max() < 6
 
 
 def test_sheet(viewer, mini_root):
     chosen = viewer.choose(mini_root, "test", "coseg", 2, 0)
     assert {sample.task for sample in chosen} == {"coseg"}
-    sheet = viewer.png_sheet(chosen, 0)
-    assert sheet.shape[1] == 4 * (viewer.TILE + 2 * viewer.GAP)
+    sheet = viewer.png_sheet([viewer.describe(sample, None, viewer.TILE) for sample in chosen])
+    assert sheet.width == 4 * (viewer.TILE + 2 * viewer.GAP)
 
 
 def test_sheet_of_a_models_answers(viewer, mini_root, tmp_path):
@@ -71,7 +85,7 @@ def test_sheet_of_a_models_answers(viewer, mini_root, tmp_path):
     assert (asked.id, shown.id) == ("mini-test-pointqa-000001", "mini-test-res-000000")
     assert [region.kind for region in asked.regions] == ["point"], "given by the prompt"
     assert "[point]" in asked.instruction
-    assert shown.instruction == viewer.texts_of(samples[1], 0)[1][-1][0]
+    assert shown.instruction == viewer.describe(samples[1], None, 340)["rounds"][-1][0]
     assert re.fullmatch(r"The mask is \[mask, \d+ points\]\.", shown.answer)
     assert shown.regions[0].polygons is not None
     words = [str(mini_root), "--split", "test", "--answers", str(ROOT / "assets/mini"), "--ids", shown.id, "--out"]

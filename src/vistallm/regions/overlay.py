@@ -42,6 +42,7 @@ def draw_regions(
             rings.append(np.rint(np.reshape(region.point, (1, 2)) * scale).astype(np.int32))
             for shade, radius in (WHITE, 3 * line), (colour, 2 * line):
                 cv2.circle(canvas, rings[-1][0].tolist(), radius, shade, -1, cv2.LINE_AA)
+            rings[-1] = rings[-1] - 4 * line  # the tag stands beside the disc
         if label and rings:
             _draw_tag(canvas, label, np.concatenate(rings).min(0), colour, line)
     for ring in (ring for region in over for ring in _outlines(canvas, region, scale, None)):
