@@ -19,6 +19,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
+from webdataset import DataPipeline
 
 from vistallm.coinit.shards import read_raw
 from vistallm.config import PAD_COLOUR, load_config
@@ -48,18 +50,7 @@ COVER = 0.3  # a patch is labelled with the object that covers at least this sha
 SLOTS, GRID, VERTICES = 4, 12, 12  # objects, cells of a mask per side of its box, vertices: at most
 ASKED = {"pope": "question", "vqa": "question", "vcr": "question", "nlvr2": "statement"}  # objects by their words
 NAMED = ("rec", "res", "grec", "gres", "v7w", "attcoseg", "pointqa", "boxqa", "reg")  # objects by their regions
-LossAndScores = tuple[Tensor, dict[str, float]]
-
-
-class Stream(IterableDataset):
-    """What a generator function yields, for a loader's process."""
-
-    def __init__(self, make: Callable[..., Iterator[tuple]], *arguments: object) -> None:
-        super().__init__()
-        self.make, self.arguments = make, arguments
-
-    def __iter__(self) -> Iterator[tuple]:
-        return self.make(*self.arguments)
+binary_loss = F.binary_cross_entropy_with_logits
 
 
 class Heads(nn.Module):
@@ -71,15 +62,13 @@ class Heads(nn.Module):
         self.sizes = [1, *(len(values) for values in ATTRIBUTES.values()), 4, sum(extra)]
         self.out = nn.Linear(width, sum(self.sizes))
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, boxes: Tensor
-    ) -> tuple[Tensor, dict[str, float], tuple[Tensor, ...]]:
+    def forward(self, tokens: Tensor, labels: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float], tuple]:
         """Tokens (N, P, D), labels (N, P, 4) with -1 for no object, boxes (N, P, 4) -> loss, scores, extra outputs."""
         there, *kinds, box, extra = self.out(tokens).float().split(self.sizes, -1)
-        on = labels[..., 0] >= 0
+        on, present = labels[..., 0] >= 0, there.squeeze(-1)
         distance = (box[on] - boxes[on]).abs().mean()
-        loss = F.binary_cross_entropy_with_logits(there.squeeze(-1), on.float()) + 5 * distance
-        scores = {"presence": ((there.squeeze(-1) > 0) == on).float().mean().item(), "box_error": distance.item()}
+        loss = binary_loss(present, on.float()) + 5 * distance
+        scores = {"presence": ((present > 0) == on).float().mean().item(), "box_error": distance.item()}
         for kind, label, name in zip(kinds, labels.unbind(-1), ATTRIBUTES, strict=True):
             loss = loss + self.weight * F.cross_entropy(kind[on], label[on])
             scores[name] = (kind[on].argmax(-1) == label[on]).float().mean().item()
@@ -87,20 +76,20 @@ class Heads(nn.Module):
 
 
 def optimise(
-    loss_of: Callable[..., LossAndScores],
+    loss_of: Callable[..., tuple[Tensor, dict[str, float]]],
     parameters: list[nn.Parameter],
     rows: Iterable[tuple],
     weights: dict[str, Tensor],
-    arguments: argparse.Namespace,
-    **metadata: str,
+    options: argparse.Namespace,
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """Train `parameters` on `--steps` rows; print, and write the `weights`, after each hundredth step and the last."""
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    start, steps = time.monotonic(), arguments.steps
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    """Train `parameters` on --steps rows; print, and write the `weights`, after each hundredth step and the last."""
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    start, steps = time.monotonic(), options.steps
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for step, row in zip(range(steps), rows, strict=False):
         rate = min((step + 1) / 200, 1.0) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = arguments.lr * rate
+        optimizer.param_groups[0]["lr"] = options.lr * rate
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss, scores = loss_of(*row)
@@ -111,7 +100,7 @@ def optimise(
             values = " ".join(f"{key} {value:.3f}" for key, value in scores.items())
             print(f"step {step} seconds {time.monotonic() - start:.0f} loss {loss:.6f} {values}", flush=True)
             half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in weights.items()}
-            save_file(half, arguments.out, metadata or None)
+            save_file(half, options.out, metadata)
 
 
 def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
@@ -125,11 +114,11 @@ def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
         scene = random_scene(rng, "train")
         image, masks = scene.render()
         square, box = square_resize(image, size, PAD_COLOUR)
-        spots = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2) * (box.side / size) - box.padding
-        x, y = np.floor(spots).astype(int).T
+        x, y = np.floor(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2) * (box.side / size) - box.padding).T
         inside = (x >= 0) & (y >= 0) & (x < box.width) & (y < box.height)
-        covered = masks[:, y.clip(0, box.height - 1), x.clip(0, box.width - 1)] & inside
-        tiles = covered.reshape(-1, grid, patch, grid, patch).swapaxes(2, 3).reshape(len(masks), -1, patch**2)
+        x, y = x.clip(0, box.width - 1).astype(int), y.clip(0, box.height - 1).astype(int)
+        tiles = (masks[:, y, x] & inside).reshape(-1, grid, patch, grid, patch).swapaxes(2, 3)
+        tiles = tiles.reshape(len(masks), -1, patch**2)
         cover = tiles.mean(-1)
         owner = cover.argmax(0)
         facts = np.array([[names.index(o.attributes[key]) for key, names in ATTRIBUTES.items()] for o in scene.objects])
@@ -140,24 +129,25 @@ def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(map(torch.from_numpy, arrays))
 
 
-def pretrain_encoder(arguments: argparse.Namespace) -> None:
+def pretrain_encoder(options: argparse.Namespace) -> None:
     """Train the encoder with its heads on patch tokens; writes the vision tower."""
     config = load_config(["model=mini", "model.encoder.weights="]).model.encoder
     encoder = ImageEncoder(config)
     patch = config.image_size // int(encoder.patches**0.5)
     norm, heads = nn.LayerNorm(encoder.width), Heads(encoder.width, [patch**2], weight=0.5)
 
-    def loss_of(images: Tensor, labels: Tensor, boxes: Tensor, pixels: Tensor) -> LossAndScores:
+    def loss_of(images: Tensor, labels: Tensor, boxes: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
         with training_attention():
             tokens = encoder(images)
         loss, scores, (outline,) = heads(norm(tokens), labels, boxes)
         on = labels[..., 0] >= 0
         scores["pixels"] = ((outline[on] > 0) == (pixels[on] > 0.5)).float().mean().item()
-        return loss + F.binary_cross_entropy_with_logits(outline[on], pixels[on]), scores
+        return loss + binary_loss(outline[on], pixels[on]), scores
 
-    rows = DataLoader(Stream(scenes, config.image_size, patch, arguments.seed), arguments.batch, num_workers=1)
+    dataset = DataPipeline(partial(scenes, config.image_size, patch, options.seed))
     parameters = [*encoder.parameters(), *norm.parameters(), *heads.parameters()]
-    optimise(loss_of, parameters, rows, encoder.visual.state_dict(), arguments)
+    rows = DataLoader(dataset, options.batch, num_workers=1)
+    optimise(loss_of, parameters, rows, encoder.visual.state_dict(), options)
 
 
 def slot_batches(shards: list[Path], builder: SequenceBuilder, size: int, seed: int) -> Iterator[tuple[Any, ...]]:
@@ -178,20 +168,20 @@ def slots(sequence: Sequence, image: int, builder: SequenceBuilder) -> tuple[Ten
     The fourth is the corners (SLOTS, VERTICES, 2) in [0, 1] that the codec writes, parts in a row, -1 beyond the last.
     Masks and corners are known (not -1) only where the sample holds the object's RLE.
     """
-    sample, letterbox, codec = sequence.sample, sequence.letterboxes[image], builder.codec
+    sample, letterboxes, codec = sequence.sample, sequence.letterboxes, builder.codec
+    to_unit = letterboxes[image].to_unit
     labels, boxes = torch.full((SLOTS, len(ATTRIBUTES)), -1), torch.zeros(SLOTS, 4)
     masks, corners = torch.full((SLOTS, GRID**2), -1.0), torch.full((SLOTS, VERTICES, 2), -1.0)
     for slot, (*names, x0, y0, x1, y1) in enumerate(relevant_objects(sample, image)[:SLOTS]):
         labels[slot] = torch.tensor([values.index(n) for n, values in zip(names, ATTRIBUTES.values(), strict=True)])
-        boxes[slot] = torch.from_numpy(letterbox.to_unit(np.array([[x0, y0], [x1, y1]], float)).ravel())
+        boxes[slot] = torch.from_numpy(to_unit(np.array([[x0, y0], [x1, y1]], float)).ravel())
         for region in sample.regions:
             if region.image == image and region.rle is not None and whole(rle_box(region.rle)) == (x0, y0, x1, y1):
                 crop = rle_to_mask(region.rle)[y0:y1, x0:x1].astype(np.uint8) * 255
                 cells = cv2.resize(crop, (GRID, GRID), interpolation=cv2.INTER_AREA) > 127
                 masks[slot] = torch.from_numpy(cells.astype(np.float32).ravel())
-                text = codec.encode([region], sequence.letterboxes, "mask")
-                polygons = codec.decode(text, sequence.letterboxes).regions[0].polygons or []
-                vertices = letterbox.to_unit(np.concatenate(polygons))[:VERTICES]
+                written = codec.decode(codec.encode([region], letterboxes, "mask"), letterboxes)
+                vertices = to_unit(np.concatenate(written.regions[0].polygons or []))[:VERTICES]
                 corners[slot, : len(vertices)] = torch.from_numpy(vertices).float()
     return labels, boxes, masks, corners
 
@@ -208,7 +198,7 @@ def relevant_objects(sample: Sample, image: int) -> list[tuple]:
         wanted = sample.fields.get("targets", [0])
         regions = [r for r in sample.regions if r.object in wanted and r.image == image]
         boxes = {whole(rle_box(r.rle) if r.rle is not None else r.box) for r in regions if r.rle or r.box}
-        boxes |= {nearest(r.point, [o[4:] for o in objects]) for r in regions if r.kind == "point"}
+        boxes |= {nearest(*r.point, [o[4:] for o in objects]) for r in regions if r.kind == "point"}
         objects = [o for o in objects if o[4:] in boxes]
     elif sample.task in ASKED:
         words = set(re.findall(r"[a-z]+", str(sample.fields[ASKED[sample.task]]).split("?")[0].lower()))
@@ -217,9 +207,8 @@ def relevant_objects(sample: Sample, image: int) -> list[tuple]:
     return sorted(objects, key=lambda o: o[4] + o[6])
 
 
-def nearest(point: tuple[float, ...], boxes: list[tuple]) -> tuple[int, ...]:
+def nearest(x: float, y: float, boxes: list[tuple]) -> tuple[int, ...]:
     """The box with the nearest centre among those that hold the point (among all where none does)."""
-    x, y = point
     holding = [b for b in boxes if b[0] <= x <= b[2] and b[1] <= y <= b[3]] or boxes
     return min(holding, key=lambda b: abs(x - (b[0] + b[2]) / 2) + abs(y - (b[1] + b[3]) / 2))
 
@@ -231,15 +220,17 @@ def bin_loss(logits: Tensor, values: Tensor) -> Tensor:
     return -(near * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def pretrain_tokenizer(arguments: argparse.Namespace) -> None:
+def pretrain_tokenizer(options: argparse.Namespace) -> None:
     """Train the QFormer with its heads on groups of queries; writes it without its projection."""
-    config = load_config(["model=mini", f"model.tokenizer.weights={arguments.init}"])
+    config = load_config(["model=mini", f"model.tokenizer.weights={options.init}"])
     vocabulary, bins = Vocabulary.build(config.model, build_codec(config)), config.num_bins
     model = build_model(config, vocabulary)
     model.encoder.requires_grad_(False)
     heads = Heads(config.model.tokenizer.hidden_size, [GRID**2, 4 * bins, 2 * VERTICES * bins, VERTICES], weight=0.3)
 
-    def loss_of(batch: Any, labels: Tensor, boxes: Tensor, masks: Tensor, corners: Tensor) -> LossAndScores:
+    def loss_of(
+        batch: Any, labels: Tensor, boxes: Tensor, masks: Tensor, corners: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             patch_tokens = model.encoder(batch.images)
         with training_attention():
@@ -249,39 +240,36 @@ def pretrain_tokenizer(arguments: argparse.Namespace) -> None:
         on, drawn = labels[..., 0] >= 0, masks[..., 0] >= 0
         # Coordinates as a language model writes them: one class per bin, the neighbours count too.
         walk, exists = walk[drawn].unflatten(-1, (VERTICES, 2, -1)), corners[drawn][..., 0] >= 0
-        loss = loss + F.binary_cross_entropy_with_logits(cells[drawn], masks[drawn])
+        loss = loss + binary_loss(cells[drawn], masks[drawn])
         loss = loss + 0.3 * bin_loss(sides[on].unflatten(-1, (4, -1)), boxes[on])
         loss = loss + 0.5 * bin_loss(walk[exists], corners[drawn][exists])
         scores["cells"] = ((cells[drawn] > 0) == (masks[drawn] > 0.5)).float().mean().item()
         scores["corner_error"] = (walk.argmax(-1) / (bins - 1) - corners[drawn])[exists].abs().mean().item()
-        return loss + F.binary_cross_entropy_with_logits(more[drawn], exists.float()), scores
+        return loss + binary_loss(more[drawn], exists.float()), scores
 
     weights = {k: p for k, p in model.tokenizer.named_parameters() if not k.startswith("projection.")}
     names = json.dumps([vocabulary.qformer.convert_ids_to_tokens(i) for i in range(len(vocabulary.qformer))])
-    builder, shards = build_sequencer(config, vocabulary), split_shards(arguments.root, "train")
-    rows = DataLoader(Stream(slot_batches, shards, builder, arguments.batch, arguments.seed), None, num_workers=1)
-    optimise(loss_of, [*weights.values(), *heads.parameters()], rows, weights, arguments, tokens=names)
-
-
-def main() -> None:
-    """Parse, seed, pretrain."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("encoder", "tokenizer"))
-    parser.add_argument("--root", type=Path, help="tokenizer: a mini set; its training split is used")
-    parser.add_argument("--init", default="", help="tokenizer: go on from this file (the heads start anew)")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: assets/mini_PART.safetensors")
-    arguments = parser.parse_args()
-    if arguments.part == "tokenizer" and arguments.root is None:
-        parser.error("tokenizer: expected --root, a mini set of tools/build_coinit.py")
-    arguments.out = arguments.out or Path(f"assets/mini_{arguments.part}.safetensors")
-    torch.manual_seed(arguments.seed)
-    (pretrain_encoder if arguments.part == "encoder" else pretrain_tokenizer)(arguments)
+    builder, shards = build_sequencer(config, vocabulary), split_shards(options.root, "train")
+    dataset = DataPipeline(partial(slot_batches, shards, builder, options.batch, options.seed))
+    rows = DataLoader(dataset, None, num_workers=1)
+    optimise(loss_of, [*weights.values(), *heads.parameters()], rows, weights, options, {"tokens": names})
 
 
 if __name__ == "__main__":
     cv2.setNumThreads(1)
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True, metavar="encoder|tokenizer")
+    for pretrain in (pretrain_encoder, pretrain_tokenizer):
+        name = pretrain.__name__.removeprefix("pretrain_")
+        part = parts.add_parser(name, description=pretrain.__doc__)
+        part.set_defaults(pretrain=pretrain)
+        part.add_argument("--steps", type=int, default=2500)
+        part.add_argument("--batch", type=int, default=48)
+        part.add_argument("--lr", type=float, default=1e-3)
+        part.add_argument("--seed", type=int, default=0)
+        part.add_argument("--out", type=Path, default=Path(f"assets/mini_{name}.safetensors"))
+    part.add_argument("--root", type=Path, required=True, help="a mini set; its training split is used")
+    part.add_argument("--init", default="", help="go on from this file (the heads start anew)")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    options.pretrain(options)
