@@ -6,7 +6,7 @@
     python tools/bench.py sharing [--images 2000 --per-image 5]  images stored once: bytes, distances in training
     python tools/bench.py generate --ckpt RUN --root DIR        answers, and what the grammar costs
     python tools/bench.py train [tokens=256 steps=10 key=value ...]     training steps of a configuration
-    python tools/bench.py builders [--samples 2000] [--photos 300]     building shards
+    python tools/bench.py builders [--samples 600] [--out DIR]         building shards
 
 What is compared takes turns, so that other work on the machine slows all alike; figures are medians over `--rounds`.
 """
@@ -111,9 +111,8 @@ def bench_masks(options: argparse.Namespace) -> None:
         rng = np.random.default_rng(0)
         masks = [mask_ops.polygons_to_mask([outline(rng)], HEIGHT, WIDTH) for _ in range(options.count)]
     drawn = [(mask_ops.mask_to_polygons(mask, options.points), *mask.shape) for mask in masks]
-    pairs = [
-        (mask_ops.mask_to_rle(mask), mask_ops.polygons_to_rle(*row)) for mask, row in zip(masks, drawn, strict=True)
-    ]
+    whole = [mask_ops.mask_to_rle(mask) for mask in masks]
+    pairs = [(rle, mask_ops.polygons_to_rle(*row)) for rle, row in zip(whole, drawn, strict=True)]
 
     def contours(mask: np.ndarray) -> Any:
         return cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -124,25 +123,17 @@ def bench_masks(options: argparse.Namespace) -> None:
     def runs(parts: list[np.ndarray], height: int, width: int) -> Any:
         return coco.merge(coco.frPyObjects([np.ravel(part).astype(float) for part in parts], height, width))
 
-    def bench(title: str, rows: list[tuple], **functions: Callable[..., Any]) -> None:
+    def bench(title: str, rows: list[tuple], functions: Calls) -> None:
         calls = {name: lambda call=call: [call(*row) for row in rows] for name, call in functions.items()}
         compare(title, calls, len(rows), "masks", options.rounds)
 
-    encoders = {
-        name: partial(mask_ops.mask_to_polygons, points=options.points, sampler=name) for name in mask_ops.SAMPLERS
-    }
-    bins = partial(mask_ops.mask_to_polygons, points=options.points, num_bins=1001)
-    title = f"encode at {options.points} points"
-    bench(title, [(mask,) for mask in masks], findContours=contours, **encoders, adaptive_on_bins=bins)
-    bench(
-        "draw",
-        drawn,
-        fillPoly=fill,
-        polygons_to_mask=mask_ops.polygons_to_mask,
-        pycocotools=runs,
-        polygons_to_rle=mask_ops.polygons_to_rle,
-    )
-    bench("overlap", pairs, pycocotools=lambda a, b: coco.iou([a], [b], [0]), rle_iou=mask_ops.rle_iou)
+    encode = partial(mask_ops.mask_to_polygons, points=options.points)
+    encoders: Calls = {name: partial(encode, sampler=name) for name in mask_ops.SAMPLERS}
+    encoders = {"findContours": contours, **encoders, "adaptive on bins": partial(encode, num_bins=1001)}
+    bench(f"encode at {options.points} points", [(mask,) for mask in masks], encoders)
+    ours = {"polygons_to_mask": mask_ops.polygons_to_mask, "polygons_to_rle": mask_ops.polygons_to_rle}
+    bench("draw", drawn, {"fillPoly": fill, "pycocotools": runs, **ours})
+    bench("overlap", pairs, {"pycocotools": lambda a, b: coco.iou([a], [b], [0]), "rle_iou": mask_ops.rle_iou})
 
 
 def bench_metrics(options: argparse.Namespace) -> None:
@@ -174,21 +165,20 @@ def bench_metrics(options: argparse.Namespace) -> None:
         compare(f"{options.count} masks of {WIDTH}x{HEIGHT}", calls, options.count, "answers", options.rounds)
 
 
-def write_source(root: Path, count: int, photographs: bool, per_image: int = 1) -> int:
+def write_source(root: Path, count: int, per_image: int = 1) -> int:
     """A folder for the jsonl source: RES, REC, VQA and caption samples in turn; returns the bytes of all images.
 
-    Images are grey, or have the spectrum of a photograph: noise at every scale, less at the finer ones.
+    Images have the spectrum of a photograph: noise at every scale, less at the finer ones.
     """
     root.mkdir(parents=True)
     rng, files, lines = np.random.default_rng(0), list[bytes](), list[str]()
-    for _ in range(20 if photographs else 1):
+    for _ in range(20):
         image = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
-        for octave in range(1, 9) if photographs else ():
+        for octave in range(1, 9):
             grid = rng.normal(size=(max(2, HEIGHT * 2**octave // 512), max(2, WIDTH * 2**octave // 512), 3))
-            grid = cv2.resize(grid.astype(np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-            image += 50 / octave * grid
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
-        files.append(cv2.imencode(".jpg", np.clip(image, 0, 255).astype(np.uint8), quality)[1].tobytes())
+            image += 50 / octave * cv2.resize(grid.astype(np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        pixels = np.clip(image, 0, 255).astype(np.uint8)
+        files.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes())
     for i in range(count):
         if i % per_image == 0:  # a comment in the file makes each image another one
             data = files[i // per_image % len(files)]
@@ -196,19 +186,11 @@ def write_source(root: Path, count: int, photographs: bool, per_image: int = 1) 
         words = " ".join(rng.choice(["the", "red", "small", "circle", "left", "two"], int(rng.integers(2, 14))))
         fields = {"expr": words, "question": f"{words}?", "answer": "red", "caption": words}
         polygon = outline(rng).round(2)
-        regions = (
-            [{"polygons": [polygon.ravel().tolist()]}],
-            [{"box": [*polygon.min(0).tolist(), *polygon.max(0).tolist()]}],
-            [],
-            [],
-        )
-        line = {
-            "id": str(i),
-            "task": ("res", "rec", "vqa", "caption")[i % 4],
-            "images": [f"{i // per_image * per_image}.jpg"],
-        }
-        lines.append(json.dumps(line | {"fields": fields, "regions": regions[i % 4]}))
-    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+        region = {"polygons": [polygon.ravel().tolist()]}, {"box": [*polygon.min(0).tolist(), *polygon.max(0).tolist()]}
+        image, task = f"{i // per_image * per_image}.jpg", ("res", "rec", "vqa", "caption")[i % 4]
+        line = {"id": str(i), "task": task, "images": [image], "fields": fields}
+        lines.append(json.dumps(line | {"regions": [region[i % 4]] if i % 4 < 2 else []}) + "\n")
+    (root / "train.jsonl").write_text("".join(lines))
     return sum(path.stat().st_size for path in root.glob("*.jpg"))
 
 
@@ -235,7 +217,7 @@ def bench_loader(options: argparse.Namespace) -> None:
             root = options.root or Path(folder) / "shards"
             if options.root is None:
                 print(f"-- photographs, {per_image} sample(s) of each")
-                write_source(Path(folder) / "made", options.samples * per_image, True, per_image)
+                write_source(Path(folder) / "made", options.samples * per_image, per_image)
                 build_source(Path(folder) / "made", root)
             data = loader_data(root, options.words)
             data.builder.codec = RegionCodec(points=32, num_bins=1001, cache_size=0)
@@ -259,7 +241,7 @@ def bench_sharing(options: argparse.Namespace) -> None:
     samples = options.images * options.per_image
     for shared in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            size = write_source(Path(folder) / "made", samples, True, options.per_image)
+            size = write_source(Path(folder) / "made", samples, options.per_image)
             build_source(Path(folder) / "made", root := Path(folder) / "shards")
             if not shared:  # as builders did before: samples are shuffled, each brings its image
                 pairs = [pair for path in sorted(root.glob("*.tar")) for pair in read_shard(path)]
@@ -367,16 +349,16 @@ def train_steps(model: VistaLLM, work: Workload, config: Config, steps: int, war
     half, trained = resolve_precision(config) == "bf16-mixed", [p for p in model.parameters() if p.requires_grad]
     began: dict[str, float] = {}
 
-    def start(name: str) -> None:
+    def start(name: str, *_: Any) -> None:
         began[name] = now()
 
-    def stop(name: str) -> None:
+    def stop(name: str, *_: Any) -> None:
         seconds.setdefault(name, []).append(now() - began[name])
 
     parts = {"encoder": model.encoder, "tokenizer": model.tokenizer, "decoder": model.language_model()}
     for name, part in parts.items():
-        part.register_forward_pre_hook(lambda *_, name=name: start(name))
-        part.register_forward_hook(lambda *_, name=name: stop(name))
+        part.register_forward_pre_hook(partial(start, name))
+        part.register_forward_hook(partial(stop, name))
     for _ in range(warm + steps):
         start("step")
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
@@ -426,36 +408,27 @@ def bench_train(options: argparse.Namespace) -> None:
 
 
 def bench_builders(options: argparse.Namespace) -> None:
-    """Samples of grey images beside json and tarfile on finished samples; photographs beside a copy of the files."""
-    cv2.setNumThreads(1)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        grey, photographs, out, copied = (Path(name) / part for part in ("grey", "photographs", "out", "copy"))
-        write_source(grey, options.samples, photographs=False)
-        size = write_source(photographs, options.photos, photographs=True)
-        build_source(grey, out)
+    """Samples of photographs to the disk, beside json and tarfile on finished samples and a copy of the files."""
+    with tempfile.TemporaryDirectory(dir=options.out) as name:
+        made, out, copied = (Path(name) / part for part in ("made", "out", "copy"))
+        write_source(made, options.samples)
+        build_source(made, out)
         finished = [pair for path in sorted(out.glob("*.tar")) for pair in read_shard(path)]
 
-        def plain() -> None:
-            with tarfile.open(copied, "w", format=tarfile.USTAR_FORMAT) as tar:
+        def write_tar() -> None:
+            with tarfile.open(f"{copied}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
                 for i, (sample, images) in enumerate(finished):
                     for suffix, data in (("json", json.dumps(sample.to_json()).encode()), ("0.jpg", images[0])):
                         member = tarfile.TarInfo(f"{i:08d}.{suffix}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
 
-        calls: Calls = {"json and tarfile alone": plain, "builder": lambda: build_source(grey, out)}
-        compare("grey images, one core", calls, len(finished), "samples", options.rounds, time.process_time)
-        copied.unlink()
-
-        def copy() -> None:
-            shutil.rmtree(copied, ignore_errors=True)
-            shutil.copytree(photographs, copied, copy_function=shutil.copyfile)
-
-        calls = {
-            "file copy": lambda: (copy(), os.sync()),
-            "builder": lambda: (build_source(photographs, out), os.sync()),
+        calls: Calls = {
+            "json and tarfile alone": lambda: (write_tar(), os.sync()),
+            "file copy": lambda: (shutil.copytree(made, copied, dirs_exist_ok=True), os.sync()),
+            "builder": lambda: (build_source(made, out), os.sync()),
         }
-        compare("photographs, to the disk", calls, size / 1e6, "MB", 3 * options.rounds)
+        compare("photographs, one core, to the disk", calls, len(finished), "samples", options.rounds)
 
 
 def main(argv: list[str]) -> None:
@@ -491,9 +464,8 @@ def main(argv: list[str]) -> None:
     for one in (loader, train):
         one.add_argument("words", nargs="*", metavar="key=value", help="as for train.py")
     builders = command(bench_builders, 3)
-    builders.add_argument("--samples", type=int, default=2000, help="samples with a grey image")
-    builders.add_argument("--photos", type=int, default=300)
-    builders.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    builders.add_argument("--samples", type=int, default=600)
+    builders.add_argument("--out", type=Path, help="where to write (default: the system's temporary folder)")
     options = parser.parse_args(argv)
     options.run(options)
 

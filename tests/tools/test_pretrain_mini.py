@@ -44,4 +44,4 @@ def test_both_parts_are_written_and_load(tmp_path, mini_root):
 def test_the_tokenizer_needs_a_set():
     done = pretrain("tokenizer", "unused")
     assert done.returncode == 2
-    assert "--root" in done.stderr
+    assert "required: --root" in done.stderr
