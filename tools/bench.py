@@ -52,7 +52,7 @@ from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.benchmarks import load_benchmarks, score
 from vistallm.evaluate.generate import Answerer
-from vistallm.evaluate.predictions import read_predictions, write_predictions
+from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
 from vistallm.model.checkpoint import load_run
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions import masks as mask_ops
@@ -160,7 +160,7 @@ def bench_metrics(options: argparse.Namespace) -> None:
         calls: Calls = {
             "pycocotools": floor,
             "all scores": lambda: score(predictions, benchmarks),
-            "all scores, from the file": lambda: score(read_predictions(path), benchmarks),
+            "all scores, from the file": lambda: score(read_predictions(path, Faults()), benchmarks),
         }
         compare(f"{options.count} masks of {WIDTH}x{HEIGHT}", calls, options.count, "answers", options.rounds)
 

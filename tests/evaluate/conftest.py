@@ -4,8 +4,7 @@ import copy
 
 import pytest
 
-from vistallm.evaluate.generate import target_of
-from vistallm.evaluate.parse import read_answer
+from vistallm.evaluate.generate import read_answer, target_of
 from vistallm.mini.build import MiniRecipe, make_sample
 from vistallm.mini.tasks import MAKERS
 from vistallm.regions.codec import RegionCodec

@@ -157,7 +157,7 @@ def test_errors_name_what_is_wrong(predictions, tmp_path):
     for text in ("not json", '{"id": "a"}'):
         (tmp_path / "bad.jsonl").write_text(text + "\n")
         with pytest.raises(ValueError, match="line 1"):
-            P.read_predictions(tmp_path / "bad.jsonl")
+            P.read_predictions(tmp_path / "bad.jsonl", P.Faults())
     (tmp_path / "bad.yaml").write_text("x: {task: nope, data: mini, split: test}\ny: {task: res, colour: red}\n")
     with pytest.raises(ValueError, match=r"nope[\s\S]*y: [\s\S]*unexpected[\s\S]*colour"):
         B.load_benchmarks(tmp_path / "bad.yaml")

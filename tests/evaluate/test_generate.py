@@ -15,14 +15,13 @@ from vistallm.evaluate.generate import (
     Answerer,
     Pace,
     answer_limit,
-    by_folder,
     generate_predictions,
     picked_images,
     prompt_length,
+    read_answer,
     read_units,
 )
 from vistallm.evaluate.grammar import RegionGrammar, rule_of
-from vistallm.evaluate.parse import read_answer
 from vistallm.tasks import find_task
 
 TASKS = ("attcoseg", "pope", "rec", "nlvr2", "res", "caption", "coseg", "vcr", "gres")
@@ -87,7 +86,7 @@ def test_predictions_and_their_pace(livelier, tiny_config, mini_root, tmp_path):
     assert [p.benchmark for p in found] == ["mini_rec"] * 2 + ["mini_coseg"] * 2
     assert all(p.failure is None for p in found)
     assert all(p.parsed.regions[0].confidence is not None for p in found[:2])
-    assert (pace.samples, pace.images) == (4, sum(len(p.images) for p in found))
+    assert (pace["samples"], pace["images"]) == (4, sum(len(p.images) for p in found))
     images = picked_images(mini_root, chosen, found[1:])
     assert set(images) == {p.id for p in found[1:]}
     for prediction in found[1:]:
@@ -101,7 +100,7 @@ def test_samples_of_like_length_share_a_batch_and_come_back_in_the_order_of_the_
 ):
     config = tiny_config("decode.batch_size=3", "decode.limit=null", f"run_dir={tmp_path}")
     one = dataclasses.replace(load_benchmarks()["mini_nlvr2"], split="train")
-    (unit, *rest) = read_units(mini_root, [one], 12, None)
+    (unit, *rest) = read_units(mini_root, [one], 12, None, {})
     answerer, batches = Answerer(livelier, config), []
     answer = answerer.answer
 
@@ -119,21 +118,21 @@ def test_samples_of_like_length_share_a_batch_and_come_back_in_the_order_of_the_
     assert [unit.number for unit in rest] == list(range(1, len(rest) + 1))
     alone, _ = answerer.answer_unit(dataclasses.replace(unit, raws=unit.raws[5:6]), reject_log(config))
     assert alone[0].text == made[5].text
-    assert pace.samples == 12
+    assert pace["samples"] == 12
 
 
 def test_shards_are_read_once_for_all_benchmarks(mini_root, monkeypatch):
     read = []
     monkeypatch.setattr(generate, "read_raw", lambda shard, keep: read.append(shard) or read_raw(shard, keep))
     mini = [one for one in load_benchmarks().values() if one.data == "mini"]
-    units = [unit for members in by_folder(mini) for unit in read_units(mini_root, members, 8, None)]
+    units = list(read_units(mini_root, mini, 8, None, {}))
     assert sorted(read) == sorted(set(split_shards(mini_root, "test")))
     assert sum(len(unit.raws) for unit in units) == 30
 
 
 def test_the_prompt_alone_decides_whether_a_sample_fits(livelier, tiny_config, mini_root, tmp_path):
     one = load_benchmarks()["mini_gres"]
-    (unit,) = read_units(mini_root, [one], 9, None)
+    (unit,) = read_units(mini_root, [one], 9, None, {})
     config = tiny_config(f"run_dir={tmp_path}", "data.max_reject_share=1")
     made = [Answerer(livelier, config)._prompt(raw) for raw in unit.raws]
     longest = max(prompt_length(sequence) for sequence in made)
@@ -142,7 +141,7 @@ def test_the_prompt_alone_decides_whether_a_sample_fits(livelier, tiny_config, m
     assert len(Answerer(livelier, config).answer_unit(unit, reject_log(config))[0]) == len(unit.raws)
     config.data.max_length, rejects = longest - 1, reject_log(config)
     kept, pace = Answerer(livelier, config).answer_unit(unit, rejects)
-    assert pace.rejected == len(unit.raws) - len(kept) == rejects.counts["too-long"] > 0
+    assert pace["rejected"] == len(unit.raws) - len(kept) == rejects.counts["too-long"] > 0
 
 
 def test_a_cut_answer_is_marked_and_without_a_limit_the_form_decides(livelier, tiny_config, mini_root, tmp_path):

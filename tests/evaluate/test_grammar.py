@@ -8,8 +8,8 @@ import torch
 from vistallm.config import load_config
 from vistallm.data.datamodule import build_codec
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.evaluate.generate import read_answer
 from vistallm.evaluate.grammar import RegionGrammar, Rule, rule_of
-from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.token_table import Token, TokenTable
 from vistallm.regions.codec import RegionParseError
 from vistallm.regions.letterbox import Letterbox

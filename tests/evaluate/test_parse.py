@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vistallm.evaluate.parse import read_answer
+from vistallm.evaluate.generate import read_answer
 from vistallm.metrics.regions import box_of
 from vistallm.metrics.words import READERS
 from vistallm.regions.codec import RegionCodec

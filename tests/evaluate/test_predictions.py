@@ -12,7 +12,7 @@ def test_scores_from_the_file_are_the_same(predictions, tmp_path):
     predictions[3].parsed, predictions[3].failure = None, "unclosed"
     path = tmp_path / "predictions.jsonl"
     P.write_predictions(predictions, path)
-    read = P.read_predictions(path)
+    read = P.read_predictions(path, P.Faults())
     P.write_predictions(read, tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_text() == path.read_text()
     assert B.score(read, BENCHMARKS) == B.score(predictions, BENCHMARKS)

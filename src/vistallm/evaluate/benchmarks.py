@@ -38,18 +38,7 @@ T = TypeVar("T")
 
 @dataclass
 class Benchmark:
-    """One test set and how it is scored.
-
-    Attributes:
-        name: the key in benchmarks.yaml, and `Prediction.benchmark`.
-        task: name in the task table; its first template is the prompt, its kind says how answers are read.
-        data: the data config it belongs to ("mini" or "coinit"); shards: their folder, relative to data.root.
-        metric: a key of `METRICS`, by default the task's.
-        headline: the score that stands for it, by default the metric's.
-        average: "ref_id" or "class": the metric's means are also averaged over the groups that share this meta value.
-        export: submission file, a key of `EXPORTS`, or None.
-        paper: published rows: {"model", "source", "scores": in the table's own unit (per cent), by our names}.
-    """
+    """One test set and how it is scored: an entry of configs/benchmarks.yaml, which describes the fields."""
 
     name: str
     task: str

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +24,20 @@ from vistallm.data.stream import RejectLog
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
 from vistallm.evaluate.grammar import MAX_OBJECTS, RegionGrammar, Rule, rule_of
-from vistallm.evaluate.parse import read_answer
 from vistallm.evaluate.token_table import TokenTable
 from vistallm.metrics.regions import box_of
+from vistallm.metrics.words import read_words
 from vistallm.model.vistallm import VistaLLM
-from vistallm.schema import IGNORE_INDEX, Prediction, Sample
-from vistallm.tasks import find_task
+from vistallm.regions.codec import RegionCodec, RegionParseError
+from vistallm.regions.letterbox import Letterbox
+from vistallm.schema import IGNORE_INDEX, Parsed, Prediction, Region, Sample
+from vistallm.tasks import Task, find_task
 
 WINDOW = 4  # batches of samples that are read together, so that prompts of like length share a batch
 WORDS = 512  # tokens of an answer in words
 SENTENCE = 64  # tokens of an answer beside its regions: words, `image k:`, markers, the end
-
-
-@dataclass
-class Pace:
-    """What generation took: samples, their images, new tokens and seconds (model time only); rejected samples."""
-
-    samples: int = 0
-    images: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    rejected: int = 0
-
-    def add(self, other: Mapping[str, float]) -> None:
-        """Add another one's fields."""
-        for name, value in other.items():
-            setattr(self, name, getattr(self, name) + value)
+ONE_REGION = ("box", "candidates")  # metrics of tasks whose answer is one region
+Pace = Counter[str]  # of generation: samples, rejected ones, images, new tokens, milliseconds
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,7 @@ class Unit:
 
     benchmark: Benchmark
     number: int
-    raws: list[RawSample]
+    raws: list[RawSample] = field(default_factory=list)
 
 
 @dataclass
@@ -133,13 +121,13 @@ class Answerer:
                 rejects.add(raw, reject)
         order = sorted(range(len(sequences)), key=lambda i: prompt_length(sequences[i]))
         answers: dict[int, Answer] = {}
-        for places in (order[start : start + size] for start in range(0, len(order), size)):
-            start = time.perf_counter()
-            answers |= dict(zip(places, self.answer([sequences[i] for i in places]), strict=True))
-            pace.seconds += time.perf_counter() - start
-        pace.samples, pace.rejected = len(sequences), len(unit.raws) - len(sequences)
-        pace.images = sum(len(sequence.images) for sequence in sequences)
-        pace.tokens = sum(answer.tokens for answer in answers.values())
+        start = time.perf_counter()
+        for rows in (order[first : first + size] for first in range(0, len(order), size)):
+            answers |= dict(zip(rows, self.answer([sequences[i] for i in rows]), strict=True))
+        pace["milliseconds"] = round(1000 * (time.perf_counter() - start))
+        pace["samples"], pace["rejected"] = len(sequences), len(unit.raws) - len(sequences)
+        pace["images"] = sum(len(sequence.images) for sequence in sequences)
+        pace["tokens"] = sum(answer.tokens for answer in answers.values())
         made = [make_prediction(one, answers[i], self.builder, unit.benchmark.name) for i, one in enumerate(sequences)]
         return made, pace
 
@@ -169,43 +157,44 @@ def answer_limit(config: Config, task: str) -> int:
     return SENTENCE + each * (1 if metric in ("box", "mask", "candidates") else MAX_OBJECTS)
 
 
-def read_units(root: Path, benchmarks: list[Benchmark], size: int, limit: int | None) -> Iterator[Unit]:
+def read_units(
+    root: Path, benchmarks: Iterable[Benchmark], size: int, limit: int | None, failed: dict[str, str]
+) -> Iterator[Unit]:
     """Yield windows of `size` samples, at most `limit` samples of each benchmark; a shard is read once for all of them.
 
-    `benchmarks` share their shards and their split. Raises ValueError where the shards are missing.
+    Benchmarks whose shards can't be read are added to `failed`: name -> why.
     """
-    by_task: dict[str, list[Benchmark]] = {}
+    folders: dict[tuple[str, str], list[Benchmark]] = {}
     for benchmark in benchmarks:
-        by_task.setdefault(benchmark.task, []).append(benchmark)
-    windows: dict[str, list[RawSample]] = {benchmark.name: [] for benchmark in benchmarks}
-    read, numbers = Counter[str](), Counter[str]()
+        folders.setdefault((benchmark.shards, benchmark.split), []).append(benchmark)
+    for (folder, split), members in folders.items():
+        try:
+            yield from _read_folder(split_shards(root / folder, split), members, size, limit)
+        except ValueError as error:
+            failed |= {one.name: str(error) for one in members}
 
-    def unit(benchmark: Benchmark) -> Unit:
-        raws, windows[benchmark.name] = windows[benchmark.name], []
-        numbers[benchmark.name] += 1
-        return Unit(benchmark, numbers[benchmark.name] - 1, raws)
 
-    for shard in split_shards(root / benchmarks[0].shards, benchmarks[0].split):
-        if limit is not None and all(read[task] >= limit for task in by_task):
+def _read_folder(
+    shards: Iterable[str | Path], benchmarks: list[Benchmark], size: int, limit: int | None
+) -> Iterator[Unit]:
+    tasks, read = {one.task for one in benchmarks}, Counter[str | None]()
+    windows = {one.name: Unit(one, 0) for one in benchmarks}
+    for shard in shards:
+        if limit is not None and all(read[task] >= limit for task in tasks):
             break
-        for raw in read_raw(shard, by_task.__contains__):
-            task = raw.task or ""
-            if limit is not None and read[task] >= limit:
+        for raw in read_raw(shard, tasks.__contains__):
+            read[raw.task] += 1
+            if limit is not None and read[raw.task] > limit:
                 continue
-            read[task] += 1
-            for benchmark in by_task.get(task, benchmarks if raw.task is None else ()):
-                windows[benchmark.name].append(raw)
-                if len(windows[benchmark.name]) == size:
-                    yield unit(benchmark)
-    yield from (unit(benchmark) for benchmark in benchmarks if windows[benchmark.name])
-
-
-def by_folder(benchmarks: Iterable[Benchmark]) -> list[list[Benchmark]]:
-    """Group benchmarks that read the same shards and split."""
-    groups: dict[tuple[str, str], list[Benchmark]] = {}
-    for benchmark in benchmarks:
-        groups.setdefault((benchmark.shards, benchmark.split), []).append(benchmark)
-    return list(groups.values())
+            for one in benchmarks:
+                if raw.task not in (one.task, None):  # None: it can't be read, a reject of all
+                    continue
+                unit = windows[one.name]
+                unit.raws.append(raw)
+                if len(unit.raws) == size:
+                    windows[one.name] = Unit(one, unit.number + 1)
+                    yield unit
+    yield from (unit for unit in windows.values() if unit.raws)
 
 
 def generate_predictions(
@@ -216,13 +205,14 @@ def generate_predictions(
     Raises:
         ValueError: a benchmark's shards are missing, or too many samples are rejected.
     """
-    answerer = Answerer(model, config)
-    for members in by_folder(benchmarks.values()):
-        rejects = {one.name: reject_log(config) for one in members}
-        for unit in read_units(root, members, WINDOW * config.decode.batch_size, config.decode.limit):
-            predictions, took = answerer.answer_unit(unit, rejects[unit.benchmark.name])
-            pace.add(asdict(took))
-            yield from predictions
+    answerer, failed = Answerer(model, config), dict[str, str]()
+    rejects = {name: reject_log(config) for name in benchmarks}
+    for unit in read_units(root, benchmarks.values(), WINDOW * config.decode.batch_size, config.decode.limit, failed):
+        predictions, took = answerer.answer_unit(unit, rejects[unit.benchmark.name])
+        pace.update(took)
+        yield from predictions
+    if failed:
+        raise ValueError("; ".join(failed.values()))
 
 
 def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder, benchmark: str) -> Prediction:
@@ -245,6 +235,34 @@ def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder
     )
 
 
+def read_answer(
+    text: str, letterboxes: list[Letterbox], codec: RegionCodec, task: Task
+) -> tuple[Parsed | None, str | None]:
+    """Read a generated answer: its text with markers, without the end token. Nothing is repaired or guessed.
+
+    Returns:
+        (Parsed, None), with regions in original pixels and, for a text task, `answer` cut down to the answer itself
+        ("B", "yes", "True", "red"); or (None, reason), the reason being the codec's ("unclosed", "odd-count", ...) or
+        "no-region", "wrong-kind", "wrong-count", "empty", "no-choice", "no-yes-or-no", "no-true-or-false".
+    """
+    try:
+        parsed = codec.decode(text, letterboxes, None if task.kind == "text" else task.kind)
+    except RegionParseError as error:
+        return None, error.reason
+    # rounded as in predictions.jsonl: the file scores exactly as the run behind it
+    parsed.regions = [Region.from_json(region.to_json()) for region in parsed.regions]
+    if task.kind == "text":
+        answer, failure = read_words(parsed.answer, task.metric)
+        return (None, failure) if answer is None else (replace(parsed, answer=answer), None)
+    if parsed.kind == "text":
+        return None, "no-region"
+    if parsed.kind != task.kind and not (task.metric == "candidates" and parsed.kind == "point"):
+        return None, "wrong-kind"
+    if task.metric in ONE_REGION and len(parsed.regions) != 1:
+        return None, "wrong-count"
+    return parsed, None
+
+
 def target_of(sample: Sample, answer: str) -> dict[str, Any]:
     """Return the `target` of a sample's Prediction, JSON-ready; `answer` is its rendered answer text.
 
@@ -254,16 +272,12 @@ def target_of(sample: Sample, answer: str) -> dict[str, Any]:
     """
     task = find_task(sample.task)
     wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []
-    regions = [region.to_json() for number in wanted for region in sample.regions if region.object == number]
+    meta = {k: v for k, v in sample.meta.items() if isinstance(v, (bool, int, float, str)) or k == "image_ids"}
     target: dict[str, Any] = {
-        "regions": regions,
+        "regions": [one.to_json() for number in wanted for one in sample.regions if one.object == number],
         "answer": answer,
         "empty": task.kind != "text" and not wanted,
-        "meta": {
-            key: value
-            for key, value in sample.meta.items()
-            if isinstance(value, (bool, int, float, str)) or key == "image_ids"
-        },
+        "meta": meta,
     }
     if task.metric == "candidates":
         target["candidates"] = [list(box_of(region)) for region in sample.regions]
@@ -277,22 +291,17 @@ def target_of(sample: Sample, answer: str) -> dict[str, Any]:
 def picked_images(
     root: Path, benchmarks: Mapping[str, Benchmark], predictions: Iterable[Prediction]
 ) -> dict[str, list[np.ndarray]]:
-    """Read the images of `predictions` (those a gallery shows) from their shards, at the end: none is kept before.
-
-    Returns:
-        Prediction id -> its images, (H, W, 3) uint8 RGB; without those whose shards are not at hand.
-    """
+    """Return prediction id -> its images, (H, W, 3) uint8 RGB, of those `predictions` whose shards are at hand."""
     wanted: dict[tuple[str, str], set[str]] = {}
     for one in predictions:
         if (benchmark := benchmarks.get(one.benchmark)) is not None:
             wanted.setdefault((benchmark.shards, benchmark.split), set()).add(one.id)
-    found: dict[str, list[np.ndarray]] = {}
+    images: dict[str, list[np.ndarray]] = {}
     for (folder, split), ids in wanted.items():
         with contextlib.suppress(ValueError):  # no such shards here: the page draws on a plain canvas
-            raws = (raw for shard in split_shards(root / folder, split) for raw in read_raw(shard))
-            for raw in raws:
-                if ids <= found.keys():
+            for raw in (raw for shard in split_shards(root / folder, split) for raw in read_raw(shard)):
+                if ids <= images.keys():
                     break
-                if raw.record and (key := raw.record.get("id")) in ids and key not in found:
-                    found[key] = decode_sample(raw).pixels or []
-    return found
+                if raw.record and (key := raw.record.get("id")) in ids and key not in images:
+                    images[key] = decode_sample(raw).pixels or []
+    return images

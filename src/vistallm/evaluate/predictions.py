@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from vistallm.schema import Prediction
@@ -18,44 +19,37 @@ class Faults:
     found: dict[str, list[str]] = field(default_factory=dict)
     lines: dict[tuple[str, str], str] = field(default_factory=dict)  # (benchmark, id) -> file and line number
 
-    def add(self, benchmark: str, fault: str, id: str | None = None) -> None:
+    def add(self, benchmark: str, fault: str, id: str = "") -> None:
         """Add a fault, with the line of the prediction `id` where it was read from a file."""
-        where = self.lines.get((benchmark, id or ""))
+        where = self.lines.get((benchmark, id))
         self.found.setdefault(benchmark, []).append(f"{where}: {fault}" if where else fault)
 
 
-def read_predictions(path: Path, faults: Faults | None = None) -> list[Prediction]:
-    """Read predictions.jsonl, blank lines skipped.
+def read_predictions(path: Path, faults: Faults) -> list[Prediction]:
+    """Read predictions.jsonl; a malformed or repeated line is a fault of the benchmark it names, and left out.
 
-    With `faults`, a malformed or repeated line is added to those of the benchmark it names, and left out.
-
-    Raises:
-        ValueError: a malformed line (without `faults`), or a file without any prediction.
+    Raises ValueError for a file without any prediction.
     """
     predictions: list[Prediction] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
                 prediction = Prediction.from_json(json.loads(line))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                fault = f"{path}, line {number}: {str(error) or repr(error)}"
-                if faults is None:
-                    raise ValueError(fault) from error
                 named = re.search(r'"benchmark": *"([^"]+)"', line)
-                faults.add(named[1] if named else "", fault)
+                faults.add(named[1] if named else "", f"{where}: {str(error) or repr(error)}")
                 continue
-            if faults is not None:
-                where, key = f"{path}, line {number}", (prediction.benchmark, prediction.id)
-                if faults.lines.setdefault(key, where) != where:
-                    fault = f"{where}: prediction {prediction.id} occurs more than once, first in {faults.lines[key]}"
-                    faults.add(prediction.benchmark, fault)
-                    continue
-            predictions.append(prediction)
+            first = faults.lines.setdefault((prediction.benchmark, prediction.id), where)
+            if first == where:
+                predictions.append(prediction)
+            else:
+                fault = f"{where}: prediction {prediction.id} occurs more than once, first in {first}"
+                faults.add(prediction.benchmark, fault)
     if not predictions:
-        known = [fault for some in (faults.found.values() if faults else ()) for fault in some]
-        raise ValueError("; ".join([f"{path}: expected one prediction per line, found none", *known]))
+        raise ValueError("; ".join([f"{path}: expected predictions, found none", *chain(*faults.found.values())]))
     return predictions
 
 
@@ -63,8 +57,7 @@ def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
     """Write predictions.jsonl, which appears whole or not at all: inverse of `read_predictions`."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as lines:
-        for prediction in predictions:
-            lines.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
+        lines.writelines(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in predictions)
     temporary.replace(path)
 
 

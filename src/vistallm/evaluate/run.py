@@ -14,8 +14,9 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,17 @@ from vistallm.evaluate.export import write_exports
 from vistallm.evaluate.gallery import shown
 from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
 from vistallm.evaluate.report import write_report
+from vistallm.metrics.scores import labelled
 from vistallm.model.checkpoint import find_checkpoint, load_run
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Prediction
 from vistallm.train.run import quiet
 
-# settings that no answer depends on: a run may go on under others
 PROGRESS_SECONDS = 30
-PLACES: dict[str, Any] = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}  # the keys of `trainer.*` in use
-FREE = ("run_dir", "name", "ckpt", "resume", "benchmarks", "predictions", "trainer", "log", "checkpoint")
+DEVICES: dict[str, Any] = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}  # the keys of `trainer.*` in use
+# settings that no answer depends on: a run may go on under others
+FREE = ("run_dir", "name", "ckpt", "resume", "benchmarks", "predictions", "trainer", "log", "checkpoint", "val")
+LAUNCHER = "VISTALLM_LAUNCHER"  # environment variable: id of the process that started the others of this machine
 
 
 def run(argv: list[str]) -> int:
@@ -66,20 +69,21 @@ def run(argv: list[str]) -> int:
     config, known, faults, pace = evaluation_config(argv), load_benchmarks(), Faults(), gen.Pace()
     out = Path(str(config.run_dir))
     out.mkdir(parents=True, exist_ok=True)
-    source = Path(config.predictions or out / "predictions.jsonl")
-    if config.predictions is None:
+    if config.predictions is not None:
+        predictions = read_predictions(Path(config.predictions), faults)
+    else:
         root, chosen = find_data(config, known, faults)
         fabric = launch(config)
         if fabric.global_rank == 0 and not (out / "config.yaml").is_file():
             save_config(config, out / "config.yaml")  # scoring the file again then uses the same coordinates
-        pace = generate(config, fabric.device, root, chosen, out, faults)
-    predictions = read_predictions(source, faults)
-    damaged = config.predictions is not None and bool(faults.found)
+        predictions, pace = generate(config, fabric.device, root, chosen, out / "parts", faults)
+        if fabric.global_rank == 0:
+            write_predictions(predictions, out / "predictions.jsonl")
     scores = score(predictions, known, build_codec(config), faults)
     if rank_and_size()[0] > 0:
-        return 0  # the first process says how it went
-    if not damaged:  # a file with lines that can't be read stays as it is, for its owner to look at
-        write_predictions(predictions, out / "predictions.jsonl")
+        return 0  # the first process prints how it went
+    if config.predictions is None:
+        write_predictions(predictions, out / "predictions.jsonl")  # with each one's score
     write_results(config, known, scores, predictions, faults, pace)
     if config.predictions is None and not faults.found:
         shutil.rmtree(out / "parts")
@@ -127,84 +131,80 @@ def find_data(config: Config, known: Mapping[str, Benchmark], faults: Faults) ->
 def missing(root: Path, benchmark: Benchmark) -> str | None:
     """Return what a benchmark's data lacks in `root`, or None when its shards hold samples of its task."""
     try:
-        index = read_index(root / benchmark.shards)
+        tasks = read_index(root / benchmark.shards)["tasks"]
     except ValueError as error:
         return str(error)
-    tasks = index["tasks"].get(benchmark.split, {})
-    if tasks.get(benchmark.task):
+    if benchmark.task in (there := tasks.get(benchmark.split, {})):
         return None
-    had = ", ".join(tasks) or f"nothing; its splits are {', '.join(index['tasks'])}"
+    had = ", ".join(there) or f"nothing; its splits are {', '.join(tasks)}"
     return f"{root / benchmark.shards}: expected {benchmark.task} samples in split {benchmark.split}, it has {had}"
 
 
 def launch(config: Config) -> Fabric:
     """Start a process per device: all at hand, or those of `trainer.accelerator`, `.devices` and `.num_nodes`."""
-    places = {key: config.trainer.get(key, default) for key, default in PLACES.items()}
-    if unknown := set(config.trainer) - set(PLACES):
+    if unknown := set(config.trainer) - set(DEVICES):
         raise ValueError(
-            f"trainer.{min(unknown)}: evaluation takes only {', '.join(f'trainer.{key}' for key in PLACES)}"
+            f"trainer.{min(unknown)}: evaluation takes only {', '.join(f'trainer.{key}' for key in DEVICES)}"
         )
-    fabric = Fabric(**places)
+    devices = {key: config.trainer.get(key, default) for key, default in DEVICES.items()}
+    fabric = Fabric(**devices)
     if fabric.world_size > 1:  # a process waits for the others as long as their last unit takes
-        fabric = Fabric(**places, strategy=DDPStrategy(timeout=timedelta(days=1)))
+        fabric = Fabric(**devices, strategy=DDPStrategy(timeout=timedelta(days=1)))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[LAUNCHER] = str(os.getpid())  # Lightning's launcher hands it to the processes that it starts
+    elif LAUNCHER in os.environ:
+        threading.Thread(target=end_with_launcher, daemon=True).start()
     fabric.launch()
     return fabric
 
 
+def end_with_launcher() -> None:
+    """End this process when the one that started it is gone; it would wait for that one, and keep its device."""
+    while os.getppid() == int(os.environ[LAUNCHER]):
+        time.sleep(1)
+    os._exit(1)
+
+
 def generate(
-    config: Config, device: torch.device, root: Path, chosen: Mapping[str, Benchmark], out: Path, faults: Faults
-) -> gen.Pace:
-    """Answer this process's share of the units that are not in `out/parts` yet; the first process joins all of them.
+    config: Config, device: torch.device, root: Path, chosen: Mapping[str, Benchmark], parts: Path, faults: Faults
+) -> tuple[list[Prediction], gen.Pace]:
+    """Answer this process's share of the units that are not in `parts` yet.
 
     Returns:
-        What generation took, earlier starts of the same command included.
+        The predictions of all processes, in the order of the data, and what they took, earlier starts included.
     """
-    answerer, parent = gen.Answerer(load_run(str(config.ckpt), config)[0].to(device), config), os.getppid()
-    rank, size = rank_and_size()
-    (out / "parts").mkdir(exist_ok=True)
+    answerer, (rank, size) = gen.Answerer(load_run(str(config.ckpt), config)[0].to(device), config), rank_and_size()
+    parts.mkdir(exist_ok=True)
     stamps = {name: stamp(config, root, one) for name, one in chosen.items()}
-    done, failed = find_parts(out / "parts"), dict[str, str]()
+    done, failed, printed = read_parts(parts), dict[str, str](), time.monotonic()
     keys: dict[str, list[str]] = {name: [] for name in chosen}
-    rejects, told = {name: reject_log(config) for name in chosen}, time.monotonic()
-    with (out / "parts" / f"{time.time_ns()}-{rank}.jsonl").open("w", encoding="utf-8") as file:
-        for turn, unit in enumerate(read_all(root, chosen.values(), config, failed)):
+    rejects, window = {name: reject_log(config) for name in chosen}, gen.WINDOW * config.decode.batch_size
+    with (parts / f"{time.time_ns()}-{rank}.jsonl").open("w", encoding="utf-8") as file:
+        units = gen.read_units(root, chosen.values(), window, config.decode.limit, failed)
+        for turn, unit in enumerate(units):
             name = unit.benchmark.name
             key = f"{stamps[name]}-{unit.number}"
             keys[name].append(key)
             if turn % size != rank or key in done or name in failed:
                 continue
-            if os.getppid() != parent:
-                raise ValueError("the process that started this one is gone; start the command again to go on")
             try:
                 predictions, pace = answerer.answer_unit(unit, rejects[name])
             except (ValueError, RuntimeError, OSError) as error:
                 failed[name] = f"{type(error).__name__}: {error}"
                 continue
-            record = {"unit": key, "pace": dataclasses.asdict(pace), "predictions": [p.to_json() for p in predictions]}
+            record = {"unit": key, "pace": pace, "predictions": [one.to_json() for one in predictions]}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            if rank == 0 and time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                print(f"{name}: answers of {pace.samples} samples in {pace.seconds:.0f} s", flush=True)
+            if rank == 0 and time.monotonic() - printed > PROGRESS_SECONDS:
+                printed = time.monotonic()
+                print(f"{name}: {len(predictions)} samples answered in {pace['milliseconds'] / 1000:.0f} s", flush=True)
     failed |= {name: f"{root}: found no {chosen[name].task} sample" for name, some in keys.items() if not some}
-    for name, why in sorted({pair for found in from_all(failed) for pair in found.items()}):
+    for name, why in sorted({pair for some in from_all(failed) for pair in some.items()}):  # all are here from now on
         faults.add(name, why)
-    total = gen.Pace()
-    if rank == 0:
-        join(out, {name: some for name, some in keys.items() if name not in faults.found}, total)
-    from_all(None)
-    return total
-
-
-def read_all(
-    root: Path, benchmarks: Iterable[Benchmark], config: Config, failed: dict[str, str], batches: int = gen.WINDOW
-) -> Iterator[gen.Unit]:
-    """Yield the units of all benchmarks, the same on every process; those whose shards can't be read have failed."""
-    for members in gen.by_folder(benchmarks):
-        try:
-            yield from gen.read_units(root, members, batches * config.decode.batch_size, config.decode.limit)
-        except ValueError as error:
-            failed |= {one.name: str(error) for one in members}
+    done = read_parts(parts)
+    answered = [done[key] for name, some in keys.items() if name not in faults.found for key in some]
+    total = sum((gen.Pace(unit["pace"]) for unit in answered), gen.Pace())
+    return [Prediction.from_json(record) for unit in answered for record in unit["predictions"]], total
 
 
 def stamp(config: Config, root: Path, benchmark: Benchmark) -> str:
@@ -218,36 +218,11 @@ def stamp(config: Config, root: Path, benchmark: Benchmark) -> str:
     return hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=12).hexdigest()
 
 
-def find_parts(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Return where each unit is: key -> file and offset in bytes. A line that a kill has cut short is left out."""
-    found: dict[str, tuple[Path, int]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        offset = 0
-        with path.open("rb") as lines:
-            for line in lines:
-                if line.endswith(b"\n"):
-                    found.setdefault(json.loads(line)["unit"], (path, offset))
-                offset += len(line)
-    return found
-
-
-def join(out: Path, keys: Mapping[str, Sequence[str]], total: gen.Pace) -> None:
-    """Write predictions.jsonl from all units, in order, and add up what they took."""
-    parts = find_parts(out / "parts")
-
-    def units() -> Iterator[dict[str, Any]]:
-        for key in (key for some in keys.values() for key in some):
-            path, offset = parts[key]
-            with path.open("rb") as file:
-                file.seek(offset)
-                yield json.loads(file.readline())
-
-    def predictions() -> Iterator[Prediction]:
-        for unit in units():
-            total.add(unit["pace"])
-            yield from map(Prediction.from_json, unit["predictions"])
-
-    write_predictions(predictions(), out / "predictions.jsonl")
+def read_parts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the answered units by their key; a line that a kill has cut short is left out."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
+    units = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return {unit["unit"]: unit for unit in reversed(units)}
 
 
 def write_results(
@@ -259,20 +234,26 @@ def write_results(
     pace: gen.Pace,
 ) -> None:
     """Write scores.json, the report and the submission files, and print the headlines and all faults."""
-    out = Path(str(config.run_dir))
-    run: dict[str, Any] = {"checkpoint": config.ckpt or "none", "samples": len(predictions)}
+    out, seconds = Path(str(config.run_dir)), pace["milliseconds"] / 1000
+    facts: dict[str, Any] = {"checkpoint": config.ckpt or "none", "samples": len(predictions)}
     if config.predictions is None:
-        run["rejected samples"] = pace.rejected
+        facts["rejected samples"] = pace["rejected"]
     if faults.found:
-        run["incomplete"] = ", ".join(filter(None, faults.found))
-    write_scores(scores, out / "scores.json", run)
+        facts["incomplete"] = ", ".join(filter(None, faults.found))
+    write_scores(scores, out / "scores.json", facts)
+    if seconds:  # of all processes together
+        cpu = f"CPU, {torch.get_num_threads()} threads"
+        facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+        facts |= {"seconds of generation": round(seconds, 1), "seconds per image": round(seconds / pace["images"], 4)}
+        facts |= {f"{what} per second": round(pace[what] / seconds, 1) for what in ("samples", "tokens")}
+    scored = [one for one in predictions if one.score is not None or not labelled([one])]
     write_report(
         out / "report.html",
         scores,
-        [prediction for prediction in predictions if prediction.benchmark in scores],
-        gen.picked_images(Path(config.data.root or MINI_ROOT), known, shown(predictions)),
+        scored,
+        gen.picked_images(Path(config.data.root or MINI_ROOT), known, shown(scored)),
         history=histories(config.ckpt),
-        run=run | speed(pace),
+        run=facts,
         config=(out / "config.yaml").read_text() if (out / "config.yaml").is_file() else "",
     )
     for one in scores.values():
@@ -282,44 +263,28 @@ def write_results(
         more = "".join(f", {number} {text}" for text, number in notes.items() if number)
         share = f"n {one.n}, unreadable {100 * one.unreadable:.1f}%{more}"
         print(f"{one.name:<26} {one.headline:<16} {headline}   {share}{', INCOMPLETE' if one.faults else ''}")
-    for name in scores:
-        if (kind := known[name].export) is None:
-            continue
-        try:
-            own = [one for one in predictions if one.benchmark == name]
-            print(f"wrote {write_exports(out / 'exports', kind, name, own)}")
-        except ValueError as error:
-            print(f"eval.py: no submission file of {name}: {error}", file=sys.stderr)
+        if (kind := known[one.name].export) is not None:
+            try:
+                own = [prediction for prediction in predictions if prediction.benchmark == one.name]
+                print(f"wrote {write_exports(out / 'exports', kind, one.name, own)}")
+            except ValueError as error:
+                print(f"eval.py: no submission file of {one.name}: {error}", file=sys.stderr)
     print(f"look at {out / 'report.html'}")
-    for name, found in faults.found.items():
-        for fault in found:
+    for name, some in faults.found.items():
+        for fault in some:
             state = "incomplete" if name in scores else "no score"
             print(f"eval.py: {name or 'no benchmark'}: {state}: {fault}", file=sys.stderr)
 
 
-def speed(pace: gen.Pace) -> dict[str, object]:
-    """Return what generation took, for the report."""
-    if not pace.seconds:
-        return {}
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "seconds of generation": round(pace.seconds, 1),  # of all processes together
-        "samples per second": round(pace.samples / pace.seconds, 1),
-        "tokens per second": round(pace.tokens / pace.seconds, 1),
-        "seconds per image": round(pace.seconds / pace.images, 4),
-    }
-
-
 def histories(ckpt: str | None) -> dict[str, Path]:
     """Return label -> metrics.csv of the run and of those it started from, as far back as they are still on disk."""
-    found: dict[str, Path] = {}
+    runs: dict[str, Path] = {}
     while ckpt is not None and Path(ckpt).exists():
         run_dir = find_checkpoint(ckpt)[0]
         config = config_from_file(run_dir / "config.yaml")
-        found = {f"Stage {config.stage}": run_dir / "metrics.csv", **found}
+        runs = {f"Stage {config.stage}": run_dir / "metrics.csv", **runs}
         ckpt = config.ckpt if config.ckpt != ckpt else None
-    return found
+    return runs
 
 
 def validator(config: Config, root: Path) -> Callable[[VistaLLM], dict[str, float]]:
@@ -336,23 +301,22 @@ def validator(config: Config, root: Path) -> Callable[[VistaLLM], dict[str, floa
     Raises:
         ValueError: a benchmark is unknown, or `root` has no data of it.
     """
-    known = select_benchmarks(load_benchmarks(), config.val.benchmarks, config.data.name)
-    chosen = {name: _on_val(root, one) for name, one in known.items()}
+    chosen = select_benchmarks(load_benchmarks(), config.val.benchmarks, config.data.name)
+    on_val = {name: dataclasses.replace(one, split="val") for name, one in chosen.items()}
+    chosen |= {name: one for name, one in on_val.items() if missing(root, one) is None}
     if absent := [f"{name}: {why}" for name, one in chosen.items() if (why := missing(root, one))]:
         raise ValueError("val.benchmarks: " + "; ".join(absent))
-    decode = dataclasses.replace(config.decode, limit=math.ceil(config.val.samples / len(chosen)))
-    return functools.partial(_validate, dataclasses.replace(config, decode=decode), root, chosen)
+    return functools.partial(_validate, config, root, chosen)
 
 
 def _validate(config: Config, root: Path, chosen: Mapping[str, Benchmark], model: VistaLLM) -> dict[str, float]:
-    sharded = config.strategy == "fsdp"
-    answerer, (rank, size) = gen.Answerer(model, config, sharded), rank_and_size()
-    metrics = {name: one.new_metric() for name, one in chosen.items()}
-    rejects, modes = reject_log(config), [(module, module.training) for module in model.modules()]
-    failed: dict[str, str] = {}
-    units = list(read_all(root, chosen.values(), config, failed, batches=1))
+    sharded, limit = config.strategy == "fsdp", math.ceil(config.val.samples / len(chosen))
+    answerer, (rank, size), failed = gen.Answerer(model, config, sharded), rank_and_size(), dict[str, str]()
+    units = list(gen.read_units(root, chosen.values(), config.decode.batch_size, limit, failed))
     if failed:
         raise ValueError("; ".join(failed.values()))
+    metrics, rejects = {name: one.new_metric() for name, one in chosen.items()}, reject_log(config)
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for turn in range(math.ceil(len(units) / size)):
         # the last turn may lack a unit: in step with the others means that some then answer one for nothing
@@ -363,17 +327,9 @@ def _validate(config: Config, root: Path, chosen: Mapping[str, Benchmark], model
             metrics[unit.benchmark.name].update(predictions if number < len(units) else [])
     for module, training in modes:
         module.training = training
-    tasks = [one.task for one in chosen.values()]
-    labels = {name: one.task if tasks.count(one.task) == 1 else name for name, one in chosen.items()}
-    found = {name: metric.compute() for name, metric in metrics.items()}
-    return {
-        f"val/{labels[name]}_{score}": value
-        for name, scores in found.items()
-        for score, value in scores.items()
-        if value is not None
-    }
-
-
-def _on_val(root: Path, benchmark: Benchmark) -> Benchmark:
-    has_val = read_index(root / benchmark.shards)["tasks"].get("val", {}).get(benchmark.task)
-    return dataclasses.replace(benchmark, split="val") if has_val else benchmark
+    tasks, values = [one.task for one in chosen.values()], dict[str, float]()
+    for name, one in chosen.items():
+        label = one.task if tasks.count(one.task) == 1 else name
+        scores = metrics[name].compute()
+        values |= {f"val/{label}_{key}": value for key, value in scores.items() if value is not None}
+    return values
