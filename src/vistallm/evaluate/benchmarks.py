@@ -120,7 +120,7 @@ def select_benchmarks(
     names = [name for name, one in benchmarks.items() if one.data == data] if names is None else list(names)
     if unknown := [name for name in names if name not in benchmarks]:
         near = {name: ", ".join(difflib.get_close_matches(name, benchmarks, 1)) or "none" for name in unknown}
-        lines = [f"benchmark {name!r}: not in benchmarks.yaml; nearest: {other}" for name, other in near.items()]
+        lines = [f"benchmark {name!r}: no such entry in {BENCHMARKS_FILE.name}; nearest: {near[name]}" for name in near]
         raise ValueError("\n".join(lines))
     return {name: benchmarks[name] for name in names}
 
