@@ -51,6 +51,7 @@ class TokenizerConfig:
     sees_instruction: bool = True  # false = the ablation without guidance
     max_instruction_tokens: int = 128
     norm_eps: float = 1e-5  # of the norm of patch tokens
+    class_token: bool = False  # the encoder's class token comes before the patch tokens, as InstructBLIP was trained
 
 
 @dataclass

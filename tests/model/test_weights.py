@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vistallm.config import CLIP_MEAN, CLIP_STD
 from vistallm.data.datamodule import build_codec
 from vistallm.data.sequence import collate
 from vistallm.data.vocabulary import Vocabulary
@@ -25,7 +28,7 @@ from vistallm.model.qformer import load_tokenizer_weights
 NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "mask"]
 
 
-def instructblip(folder):
+def instructblip(folder, layers=1):
     """Write a tiny InstructBLIP in several files, as the real ones are; return its model."""
     qformer = InstructBlipQFormerConfig(
         vocab_size=len(NAMES),
@@ -37,12 +40,12 @@ def instructblip(folder):
         encoder_hidden_size=192,
     )
     vision = InstructBlipVisionConfig(
-        hidden_size=192, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=42
+        hidden_size=192, intermediate_size=768, num_hidden_layers=layers, num_attention_heads=2, image_size=42
     )
     text = LlamaConfig(vocab_size=60, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     parts = {"vision_config": vision.to_dict(), "qformer_config": qformer.to_dict(), "text_config": text.to_dict()}
     torch.manual_seed(4)
-    made = InstructBlipForConditionalGeneration(InstructBlipConfig(**parts, num_query_tokens=4))
+    made = InstructBlipForConditionalGeneration(InstructBlipConfig(**parts, num_query_tokens=4, image_token_index=59))
     for parameter in made.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     made.eval().save_pretrained(folder, max_shard_size="100KB")
@@ -133,6 +136,63 @@ def test_tokens_are_those_that_transformers_gives_its_language_model(tiny_config
     assert not torch.allclose(tokenizer(features, ids.flip(0), mask.flip(0)), expected, atol=1e-3)
 
 
+@torch.no_grad()
+def test_whole_path_is_that_of_instructblip(tiny_config, tmp_path, monkeypatch):
+    """Pixels to logits on one set of weights: tower, class token and patches, norm, QFormer, projection, slots.
+
+    The tower is timm's, as in the real model, with a block more than theirs, which `layer=-2` leaves out.
+    """
+    theirs, made = instructblip(tmp_path, layers=2), timm.create_model
+    sizes = {"img_size": 42, "embed_dim": 192, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0}
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: made(name, **settings, **sizes))
+    words = [f"model.tokenizer.weights={tmp_path}", f"model.tokenizer.text_tokenizer={tmp_path}"]
+    words += ["model.encoder.name=EVA01-g-14", "model.encoder.image_size=42", "model.encoder.layer=-2"]
+    words += ["model.tokenizer.norm_eps=1e-6", "model.tokenizer.class_token=true"]
+    config = tiny_config(*words)
+    model = build_model(config, Vocabulary.build(config.model, build_codec(config))).eval()
+    assert (model.encoder.patches, model.encoder.tokens) == (9, 10)
+    state = model.encoder.visual.trunk.state_dict()
+    for key, value in theirs.state_dict().items():
+        if ".vision_model." in f".{key}" and "post_layernorm" not in key:
+            name = key.partition("vision_model.")[2]
+            for old, new in NAMES_IN_TIMM.items():
+                name = name.replace(old, new)
+            if name.endswith("qkv.bias"):  # the bias of keys changes no attention, and timm has none
+                query, _, value = value.chunk(3)
+                state[name.replace("qkv.bias", "q_bias")].copy_(query)
+                name = name.replace("qkv.bias", "v_bias")
+            state[name].copy_(value)
+    model.decoder = next(part for key, part in theirs.named_modules() if key.endswith("language_model"))
+    ids = torch.tensor([[2, 4, 5, 3, 0], [2, 5, 4, 4, 3]])
+    images = torch.randint(256, (2, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    text = torch.tensor([[1, 59, 59, 59, 59, 7, 8, 9], [1, 59, 59, 59, 59, 10, 11, 12]])
+    pixels = (images / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    expected = theirs(
+        pixel_values=pixels,
+        qformer_input_ids=ids,
+        qformer_attention_mask=(ids != 0).long(),
+        input_ids=text,
+        attention_mask=torch.ones_like(text),
+    ).logits
+    seen = {"images": images, "image_owner": torch.arange(2), "instruction_ids": ids}
+    batch = SimpleNamespace(input_ids=text, instruction_mask=(ids != 0).long(), **seen)
+    model.vocabulary = SimpleNamespace(image_id=59)
+    logits = model.decoder(inputs_embeds=model.input_embeddings(batch)).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    model.encoder.class_token = False
+    logits = model.decoder(inputs_embeds=model.input_embeddings(batch)).logits
+    assert (logits - expected).abs().max() > 1e-2, "the class token counts"
+
+
+NAMES_IN_TIMM = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "encoder.layers.": "blocks.",
+    "layer_norm": "norm",
+    "self_attn.projection": "attn.proj",
+    "self_attn.": "attn.",
+}
 FIRST = "qformer.encoder.layer.0.attention.attention.query.weight"
 
 

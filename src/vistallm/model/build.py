@@ -36,13 +36,13 @@ def build_model(
     Raises:
         ValueError: weights are missing or broken, or settings do not fit them.
     """
-    encoder = ImageEncoder(config.model.encoder)
+    encoder = ImageEncoder(config.model.encoder, config.model.tokenizer.class_token)
     decoder: Any = build_decoder(config.model.decoder, vocabulary.lm, dtype, decoder_config)
     bins = torch.as_tensor(vocabulary.bin_values)
     for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
         initialise_new_rows(matrix, vocabulary.first_new, vocabulary.bin_ids, bins)
     rows, width = len(vocabulary.qformer), decoder.config.hidden_size
-    tokenizer = build_tokenizer(config.model.tokenizer, rows, encoder.patches, encoder.width, width)
+    tokenizer = build_tokenizer(config.model.tokenizer, rows, encoder.tokens, encoder.width, width)
     if isinstance(tokenizer, InstructionGuidedTokenizer):
         load_tokenizer_weights(tokenizer, config.model.tokenizer.weights, vocabulary)
     if config.train.decoder == "lora":

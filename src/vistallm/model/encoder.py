@@ -20,12 +20,12 @@ open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
 
 
 class ImageEncoder(nn.Module):
-    """Patch tokens of block `layer` of the vision tower `name`; the class token is dropped."""
+    """Tokens of block `layer` of the vision tower `name`: patches, with `class_token` the class token before them."""
 
     mean: Tensor  # (3, 1, 1) float32, of pixels in 0..255
     std: Tensor
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, class_token: bool = False) -> None:
         super().__init__()
         if config.name not in open_clip.list_models():
             raise ValueError(
@@ -42,21 +42,28 @@ class ImageEncoder(nn.Module):
         logging.getLogger().removeFilter(_is_not_about_random_weights)
         if is_file:
             self._load(str(config.weights))
-        self.layer, self.image_size = config.layer, size
+        self.layer, self.image_size, self.class_token = config.layer, size, class_token
         self.register_buffer("mean", 255 * torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
         trunk = getattr(self.visual, "trunk", None)
         stem = self.visual.conv1 if trunk is None else trunk.patch_embed.proj  # open_clip's own, or timm's
         self.patches, self.width = (size // stem.kernel_size[0]) ** 2, stem.out_channels
+        self.tokens = self.patches + class_token
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode (N, 3, S, S) uint8 RGB images to patch tokens (N, P, D), row by row from the top left."""
+        """Encode (N, 3, S, S) uint8 RGB images to tokens (N, P, D): patches row by row from the top left."""
         weight = next(self.visual.parameters())
         pixels = ((images.to(self.mean) - self.mean) / self.std).to(weight.dtype)
         result = self.visual.forward_intermediates(
-            pixels, indices=[self._block()], stop_early=True, intermediates_only=True, output_fmt="NLC"
+            pixels,
+            indices=[self._block()],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=self.class_token,
         )
-        return result["image_intermediates"][0]
+        class_tokens = result["image_intermediates_prefix"] if self.class_token else []
+        return torch.cat([*class_tokens, *result["image_intermediates"]], 1)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -90,7 +90,7 @@ class PatchProjection(nn.Module):
         super().__init__()
         if config.queries != patches or config.weights is not None:
             raise ValueError(
-                f"model.tokenizer.kind=patches: expected queries={patches}, the encoder patches, and no weights; "
+                f"model.tokenizer.kind=patches: expected queries={patches}, the tokens of the encoder, and no weights; "
                 f"got queries={config.queries} weights={config.weights}; set model.tokenizer.queries={patches} "
                 "model.tokenizer.weights="
             )

@@ -169,9 +169,9 @@ def make_plan(config: Config, work: Workload, gpus: int = 1) -> Plan:
 def build_parts(config: Config) -> tuple[ImageEncoder, Tokenizer, Any]:
     """Build encoder, tokenizer and decoder with random weights and their trainable sets, on the current device."""
     model, train = config.model, config.train
-    encoder = ImageEncoder(replace(model.encoder, weights=None))
+    encoder = ImageEncoder(replace(model.encoder, weights=None), model.tokenizer.class_token)
     words, width = len(RegionCodec(coords=config.coords, num_bins=config.num_bins).tokens), model.decoder.hidden_size
-    tokenizer = build_tokenizer(model.tokenizer, BERT_ROWS + words, encoder.patches, encoder.width, width)
+    tokenizer = build_tokenizer(model.tokenizer, BERT_ROWS + words, encoder.tokens, encoder.width, width)
     rows = VICUNA_ROWS + len(IMAGE_TOKENS) + words
     decoder: Any = AutoModelForCausalLM.from_config(llama_config(model.decoder, rows), attn_implementation="sdpa")
     if train.decoder == "lora":
@@ -200,7 +200,7 @@ def _measure_parts(
     """Run each part alone, its inputs with a gradient where one has to pass to an earlier part."""
     train = config.train
     images = torch.zeros(work.images, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
-    patch_tokens = torch.zeros(work.images, encoder.patches, encoder.width, requires_grad=train.encoder)
+    patch_tokens = torch.zeros(work.images, encoder.tokens, encoder.width, requires_grad=train.encoder)
     ids = torch.zeros(work.images, work.instruction, dtype=torch.long)
     mask = torch.ones_like(ids)
     earlier = train.encoder or train.tokenizer
@@ -214,7 +214,7 @@ def _measure_parts(
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
     return [
-        measure("encoder", encoder, encoder.blocks, lambda: encoder(images), work.images * encoder.patches),
+        measure("encoder", encoder, encoder.blocks, lambda: encoder(images), work.images * encoder.tokens),
         measure("tokenizer", tokenizer, tokenizer.layers, lambda: tokenizer(patch_tokens, ids, mask), read),
         measure("decoder", decoder, llama.model.layers, answer, written),
     ]
