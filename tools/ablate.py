@@ -2,7 +2,7 @@
 
     python tools/ablate.py NAME[,NAME...]|all [--seeds 3] [--jobs 1] [--out runs/ablations] [any train.py key=value ...]
     python tools/ablate.py list
-    python tools/ablate.py all --slurm [--submit]      # the sbatch lines of an array; --submit sends them
+    python tools/ablate.py all --slurm | bash          # sends an array; without `| bash` the sbatch lines are printed
     python tools/ablate.py all --part i/n              # every n-th run from i on: a task of that array
 
 Writes results.csv, results.md, results.html and plots/ into --out. The same command resumes after a stop: finished runs
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ from vistallm.ablation.results import collect, write_results
 from vistallm.ablation.runner import PREEMPTED, ROOT, Runner, Stopped, in_order
 
 
-def read_arguments(argv: list[str]) -> argparse.Namespace:
-    """Read the command line; exits with a message for an unknown option, ValueError for a wrong value."""
+def main(argv: list[str]) -> int:
+    """Run, print, write; returns the exit code: 1 when a run failed, 75 when a signal stopped it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", help="ablations of the file, comma-separated; all; or list")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of train.py for every run")
@@ -32,35 +33,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--part", default="0/1", metavar="i/n", help="every n-th run from i on")
     parser.add_argument("--slurm", action="store_true", help="print the sbatch lines")
-    parser.add_argument("--submit", action="store_true", help="with --slurm: send them")
     arguments = parser.parse_intermixed_args(argv)
     part = re.fullmatch(r"(\d+)/(\d+)", arguments.part)
     if part is None or int(part[1]) >= int(part[2]):
         raise ValueError(f"--part {arguments.part}: expected i/n with 0 <= i < n")
     if min(arguments.seeds, arguments.jobs) < 1:
         raise ValueError(f"--seeds {arguments.seeds} --jobs {arguments.jobs}: expected numbers of 1 or more")
-    if wrong := [word for word in arguments.overrides if "=" not in word]:
-        raise ValueError(f"{' '.join(wrong)}: expected key=value")
-    arguments.part = slice(int(part[1]), None, int(part[2]))
-    return arguments
-
-
-def submit(arguments: argparse.Namespace, tasks: int) -> None:
-    """Print the sbatch line of the array and the one that writes the results after it, or send them."""
-    words = [arguments.names, "--seeds", str(arguments.seeds), "--out", str(arguments.out), *arguments.overrides]
-    job = ["tools/slurm/ablations.sbatch", *words]
-    array = ["sbatch", "--parsable", f"--array=0-{tasks - 1}", *job]
-    if not arguments.submit:
-        print(f"array=$({subprocess.list2cmdline(array)})")
-        print(subprocess.list2cmdline(["sbatch", "--dependency=afterany:$array", *job]))
-        return
-    sent = subprocess.run(array, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    subprocess.run(["sbatch", f"--dependency=afterany:{sent.partition(';')[0]}", *job], check=True, cwd=ROOT)
-
-
-def main(argv: list[str]) -> int:
-    """Run, print, write; returns the exit code: 1 when a run failed, 75 when a signal stopped it."""
-    arguments = read_arguments(argv)
     file = load_ablations(tuple(arguments.overrides))
     if arguments.names == "list":
         for one in file.ablations.values():
@@ -68,18 +46,22 @@ def main(argv: list[str]) -> int:
         return 0
     chosen = file.choose(arguments.names)
     trials = in_order([run for ablation in chosen for run in ablation.runs.values()], arguments.seeds)
-    if arguments.slurm:
-        submit(arguments, len(trials))
+    if arguments.slurm:  # the second job waits for the array and writes the results
+        words = [arguments.names, "--seeds", str(arguments.seeds), "--out", str(arguments.out), *arguments.overrides]
+        job = shlex.join(["tools/slurm/ablations.sbatch", *words])
+        print(
+            f"array=$(sbatch --parsable --array=0-{len(trials) - 1} {job})\nsbatch --dependency=afterany:$array {job}"
+        )
         return 0
     if not any(word.startswith(("data=", "data.root=")) for word in arguments.overrides):
         subprocess.run([sys.executable, *file.prepare], check=True, cwd=ROOT)
     runner = Runner(arguments.out.resolve(), arguments.jobs)
     try:
-        failures = runner.run(trials[arguments.part])
+        failures = runner.run(trials[int(part[1]) :: int(part[2])])
     except Stopped:
         print(f"stopped by a signal; the same command resumes ({arguments.out})")
         return PREEMPTED
-    if arguments.part.step == 1:
+    if arguments.part == "0/1":
         results = [collect(ablation, runner, arguments.seeds) for ablation in chosen]
         write_results(results, arguments.out, " ".join(["python tools/ablate.py", *argv]))
         print((arguments.out / "results.md").read_text(encoding="utf-8"))

@@ -34,7 +34,8 @@ def run_dir(tiny_config, tmp_path_factory):
 
 def test_every_template_is_answered(tool, run_dir, tmp_path, capsys):
     out = tmp_path / "out.json"
-    tool.main([str(run_dir), "--benchmarks", "mini_pope", "mini_rec", "--json", str(out), "decode.max_new_tokens=4"])
+    words = [f"ckpt={run_dir}", "benchmarks=[mini_pope,mini_rec]", "decode.max_new_tokens=4"]
+    tool.main([*words, "--json", str(out)])
     record = json.loads(out.read_text())["benchmarks"]
     assert [row["text"] for row in record["mini_pope"]["rows"]] == list(load_templates("pope")[:9])
     assert len(record["mini_rec"]["rows"]) == 10
@@ -60,7 +61,7 @@ def test_the_table_tells_wordings_apart(tool, run_dir, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(tool, "generate_predictions", answers)
     out = tmp_path / "out.json"
-    tool.main([str(run_dir), "--benchmarks", "mini_vqa", "--templates", "5", "--json", str(out)])
+    tool.main([f"ckpt={run_dir}", "benchmarks=[mini_vqa]", "data.templates=5", "--json", str(out)])
     found = json.loads(out.read_text())["benchmarks"]["mini_vqa"]
     assert [row["score"] for row in found["rows"]] == [0.5, 0.5, 0.5, 1.0, 0.5]
     assert (found["fixed"], found["worst"], found["best"], found["best_template"]) == (0.5, 0.5, 1.0, 3)
@@ -80,11 +81,11 @@ def test_a_benchmark_without_a_score(tool):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--templates", "many"], "expected a number, mini or all"),
-        (["--benchmarks", "mini_vqu"], "nearest: mini_vqa"),
+        (["data.templates=many"], "expected a number, mini or null"),
+        (["benchmarks=[mini_vqu]"], "nearest: mini_vqa"),
         (["decode.limitt=3"], "decode.limit"),
     ],
 )
 def test_errors(tool, run_dir, words, message):
     with pytest.raises(ValueError, match=message):
-        tool.main([str(run_dir), *words])
+        tool.main([f"ckpt={run_dir}", *words])

@@ -23,8 +23,8 @@ Overrides = tuple[str, ...]
 class Run:
     """One training run and its evaluation.
 
-    name: folder under the output folder, without the seed; overrides: of train.py; start: the run whose weights it
-    begins with (same seed), None = those of its configuration; decode: overrides of eval.py alone; benchmarks: names.
+    name: folder under the output folder, without the seed; overrides: of train.py; start: the run (same seed) whose
+    weights it starts from, None = those of its configuration; decode: overrides of eval.py alone; benchmarks: names.
     """
 
     name: str
@@ -104,10 +104,10 @@ def load_ablations(extra: Overrides = (), path: Path = ARMS_FILE) -> ArmsFile:
     for name, ablation in file.ablations.items():
         ablation.name = name
         try:
-            _check(ablation, file.recipes)
             for arm, own in ablation.arms.items():
                 ablation.runs[arm] = make_run(file.recipes, ablation.recipe, tuple(own), extra)
                 runs |= set(ablation.runs[arm].chain)
+            _check(ablation, file.recipes[ablation.recipe].benchmarks)
         except ValueError as error:
             problems.append(f"ablation {name}: {error}")
     for run in runs:
@@ -120,13 +120,10 @@ def load_ablations(extra: Overrides = (), path: Path = ARMS_FILE) -> ArmsFile:
     return file
 
 
-def _check(ablation: Ablation, recipes: dict[str, Recipe]) -> None:
-    if ablation.recipe not in recipes:
-        raise ValueError(f"no recipe {ablation.recipe!r}; there are {', '.join(recipes)}")
+def _check(ablation: Ablation, scored: list[str]) -> None:
     if len(ablation.arms) < 2 or ablation.better not in ablation.arms:
         raise ValueError(f"better={ablation.better}: expected one of two arms or more, got {', '.join(ablation.arms)}")
     benchmark, _, score = ablation.metric.partition(".")
-    scored = recipes[ablation.recipe].benchmarks
     if benchmark not in load_benchmarks() or benchmark not in scored or not score:
         raise ValueError(f"metric={ablation.metric}: expected BENCHMARK.SCORE, a benchmark among {', '.join(scored)}")
     if ablation.axis and not all(re.fullmatch(r"\d+(\.\d+)?", arm) for arm in ablation.arms):
@@ -137,9 +134,10 @@ def make_run(recipes: dict[str, Recipe], name: str, arm: Overrides, extra: Overr
     """Return the run of a recipe with an arm's overrides; its start is the plain run of the recipe named by `start`."""
     if name not in recipes:
         raise ValueError(f"no recipe {name!r}; there are {', '.join(recipes)}")
-    recipe = recipes[name]
+    recipe, start = recipes[name], recipes[name].start
     own = [word for word in arm if not word.startswith("decode.")]
-    start = [recipe.start, *(word.removeprefix("start=") for word in own if word.startswith("start="))][-1]
+    for word in own:
+        start = word.removeprefix("start=") if word.startswith("start=") else start
     return Run(
         name=f"{name}/{_folder_name(own, plain='plain')}",
         overrides=(*recipe.overrides, *(word for word in own if not word.startswith("start=")), *extra),

@@ -49,11 +49,6 @@ class Arm:
         return interval([value for run in self.runs if (value := getattr(run, column)) is not None])
 
     @property
-    def ceiling(self) -> Interval:
-        """Mean ceiling, without an interval: it depends on the targets alone."""
-        return self.mean("ceiling")[0], np.nan
-
-    @property
     def verdict(self) -> str:
         """Confirmed where the whole interval of the difference is above 0, not confirmed where it is below."""
         mean, half = self.difference or (np.nan, np.nan)
@@ -83,29 +78,29 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def collect(ablation: Ablation, runner: Runner, seeds: int) -> AblationScores:
-    """Read the scores and the training logs of an ablation's finished runs, and compare its arms."""
-    arms = [Arm(name) for name in ablation.runs]
-    for arm, run in zip(arms, ablation.runs.values(), strict=True):
+    """Read the scores and the training logs of an ablation's finished runs, and compare its arms.
+
+    Raises:
+        ValueError: the benchmark has no such score.
+    """
+    benchmark, _, name = ablation.metric.partition(".")
+    arms = {name: Arm(name) for name in ablation.runs}
+    for arm, run in ablation.runs.items():
         for seed in range(seeds):
-            if (path := runner.scores((run, seed))).is_file():
-                logs = [read_columns(runner.folder((link, seed)) / "metrics.csv") for link in run.chain]
-                samples, tokens = (float(sum(log[name].sum() for log in logs)) for name in ("samples", "tokens"))
-                score, ceiling = read_score(path, ablation.metric)
-                seconds = float(logs[-1]["seconds"].sum())
-                arm.runs.append(SeedScore(seed, score, ceiling, samples, tokens, seconds))
-    best = next(arm for arm in arms if arm.name == ablation.better)
-    for arm in arms:
-        arm.difference = None if arm is best else paired_difference(best, arm)
-    return AblationScores(ablation, arms)
-
-
-def read_score(path: Path, metric: str) -> tuple[float, float | None]:
-    """Read BENCHMARK.SCORE of a scores.json and its ceiling, None without one; ValueError for no such score."""
-    benchmark, _, score = metric.partition(".")
-    row = json.loads(path.read_text(encoding="utf-8"))["benchmarks"][benchmark]
-    if score not in row["scores"]:
-        raise ValueError(f"{benchmark} has no score {score!r}; it has {', '.join(row['scores'])}")
-    return row["scores"][score], row["ceiling"][score] if row["ceiling"] else None
+            if not (path := runner.scores((run, seed))).is_file():
+                continue
+            row = json.loads(path.read_text(encoding="utf-8"))["benchmarks"][benchmark]
+            if name not in row["scores"]:
+                raise ValueError(f"{benchmark} has no score {name!r}; it has {', '.join(row['scores'])}")
+            logs = [read_columns(runner.folder((link, seed)) / "metrics.csv") for link in run.chain]
+            samples, tokens = (float(sum(np.nansum(log[key]) for log in logs)) for key in ("samples", "tokens"))
+            ceiling = row["ceiling"][name] if row["ceiling"] else None
+            seconds = float(np.nansum(logs[-1]["seconds"]))
+            arms[arm].runs.append(SeedScore(seed, row["scores"][name], ceiling, samples, tokens, seconds))
+    best = arms[ablation.better]
+    for one in arms.values():
+        one.difference = None if one is best else paired_difference(best, one)
+    return AblationScores(ablation, list(arms.values()))
 
 
 def paired_difference(best: Arm, other: Arm) -> Interval:
@@ -120,12 +115,13 @@ def write_results(results: list[AblationScores], out: Path, command: str) -> Non
     with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["ablation", "arm", "seed", "metric", "score", "ceiling", "samples", "tokens", "seconds"])
-        for ablation, arms in ((result.ablation, result.arms) for result in results):
-            rows = [[ablation.name, arm.name, run.seed, ablation.metric, *run[1:]] for arm in arms for run in arm.runs]
-            writer.writerows(rows)
-            columns = {arm.name: ([r.score for r in arm.runs], *arm.mean("score"), arm.ceiling[0]) for arm in arms}
-            label = f"{ablation.metric.replace('.', ' ')} x 100"
-            draw_arms(out / "plots" / ablation.name, columns, ablation.better, ablation.axis or "", label)
+        for one, arms in ((result.ablation, result.arms) for result in results):
+            writer.writerows([one.name, arm.name, run.seed, one.metric, *run[1:]] for arm in arms for run in arm.runs)
+            columns = {
+                arm.name: ([run.score for run in arm.runs], *arm.mean("score"), arm.mean("ceiling")[0]) for arm in arms
+            }
+            label = f"{one.metric.replace('.', ' ')} x 100"
+            draw_arms(out / "plots" / one.name, columns, one.better, one.axis or "", label)
     templates = Environment(loader=PackageLoader("vistallm.ablation", "."), trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"spread": spread, "amount": amount}
     for name in ("results.md", "results.html"):
@@ -134,10 +130,10 @@ def write_results(results: list[AblationScores], out: Path, command: str) -> Non
         (out / name).write_text(page, encoding="utf-8")
 
 
-def spread(value: Interval, sign: str = "") -> str:
+def spread(value: Interval, sign: str = "", interval: bool = True) -> str:
     """Mean and interval as points of 100, `68.2 ± 1.4`; blank without a mean, no interval with one seed."""
     mean, half = 100 * value[0], 100 * value[1]
-    return "" if np.isnan(mean) else f"{mean:{sign}.1f}" + ("" if np.isnan(half) else f" ± {half:.1f}")
+    return "" if np.isnan(mean) else f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if interval and half == half else "")
 
 
 def amount(value: Interval) -> str:

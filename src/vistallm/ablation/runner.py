@@ -1,7 +1,7 @@
 """Runs in, finished run folders with scores out: train.py and eval.py as processes, several at a time, resumable.
 
-One thread of one runner works in a run's folder at a time (a file lock); whoever needs the same run waits. Finished
-runs are skipped, interrupted ones resume from their checkpoints.
+One runner works in a run's folder at a time (a file lock); whoever needs the same run waits. Finished runs are skipped,
+interrupted ones resume from their checkpoints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from vistallm.config import CONFIG_ROOT
 from vistallm.train.callbacks import PREEMPTED
 
 ROOT = CONFIG_ROOT.parent
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Trial = tuple[Run, int]  # a run and its seed
 
 
@@ -61,28 +60,34 @@ class Runner:
     def run(self, trials: Sequence[Trial]) -> dict[str, str]:
         """Finish all trials and what they start from; returns the failures, folder of the scores -> reason.
 
-        SIGNALS are passed on to the processes, which then write their checkpoints; raises Stopped.
+        SIGINT, SIGTERM and SIGUSR1 are passed on to the processes, which then write their checkpoints; raises Stopped.
         """
-        former = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        former = {number: signal.signal(number, self._stop) for number in signals}
         failures: dict[str, str] = {}
         try:
             futures = {self._pool.submit(self._finish, trial): self.scores(trial).parent for trial in trials}
             for number, future in enumerate(as_completed(futures), 1):
-                name, error = str(futures[future].relative_to(self.out)), future.exception()
-                if isinstance(error, Stopped):
+                name = str(futures[future].relative_to(self.out))
+                try:
+                    future.result()
+                except Stopped:
                     continue
-                if isinstance(error, ValueError):
+                except ValueError as error:
                     failures[name] = str(error)
-                elif error is not None:
-                    raise error
-                clock = time.strftime("%H:%M:%S")
-                print(f"{clock} [{number}/{len(futures)}] {error or f'{name} is done'}", flush=True)
+                clock, words = time.strftime("%H:%M:%S"), failures.get(name, f"{name} is done")
+                print(f"{clock} [{number}/{len(futures)}] {words}", flush=True)
         finally:
             for sign, handler in former.items():
                 signal.signal(sign, handler)
         if self.stopped:
             raise Stopped
         return failures
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped = True
+        for process in list(self._started):
+            process.send_signal(number)
 
     def _finish(self, trial: Trial) -> None:
         """Train the runs of the chain that are not trained, then evaluate the last one."""
@@ -107,9 +112,9 @@ class Runner:
             words = ", ".join(sorted(changed))
             raise ValueError(f"{folder}: holds a run with other overrides ({words}); use another --out, or delete it")
         if not done.is_file():
-            overrides += [f"run_dir={folder}", "trainer.enable_progress_bar=false"]
-            overrides += [f"ckpt={self.folder((run.start, seed))}"] if run.start else []
-            self._call("train.py", overrides, folder)
+            start = [f"ckpt={self.folder((run.start, seed))}"] if run.start else []
+            places = [f"run_dir={folder}", "trainer.enable_progress_bar=false"]
+            self._call("train.py", overrides + places + start, folder)
             done.touch()
 
     def _call(self, script: str, overrides: list[str], folder: Path) -> None:
@@ -133,11 +138,6 @@ class Runner:
             last = log.read_text(errors="replace").strip().rpartition("\n")[2]
             self._failed[folder] = f"{folder}: {script} ended with {code}: {last}; see output.txt there"
             raise ValueError(self._failed[folder])
-
-    def _stop(self, number: int, _: object) -> None:
-        self.stopped = True
-        for process in list(self._started):
-            process.send_signal(number)
 
 
 def in_order(runs: Sequence[Run], seeds: int) -> list[Trial]:
