@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from vistallm.coinit.build import run_forked
 
 PROGRAM = """
@@ -40,3 +42,12 @@ def test_workers_end_when_their_parent_is_killed():
         os.kill(pid, signal.SIGKILL)
     assert len(workers) == 3
     assert not left
+
+
+def test_a_killed_worker_ends_the_run():
+    with pytest.raises(ValueError, match=r"a worker was killed .*lower --workers"):
+        list(run_forked(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == 5 else n, range(10), 3))
+
+
+def test_arguments_sent_in_chunks_keep_their_order():
+    assert list(run_forked(lambda n: -n, range(2500), 3, chunk=1000)) == [-n for n in range(2500)]

@@ -1,9 +1,6 @@
 """Source -> shards: plans fixed slices of units, forks workers, writes whole shards, and goes on after a kill.
 
-The bytes depend on the recipe alone, never on workers, parts or interruptions: shard k of a split holds the samples of
-a fixed slice of the units, those of one image next to one another (the images shuffled by the seed for training
-splits). A shard is done when its row lies in `.build/<split>/`; index.json and rejects.jsonl are written from the rows
-when a split has them all.
+Bytes depend on the recipe alone, not on workers, parts or stops. A shard is done when its row is in `.build/<split>`.
 """
 
 from __future__ import annotations
@@ -90,7 +87,6 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
     source = load(source_options)
     if not len(source):
         raise ValueError(f"{name}, split {split!r}: no unit in {source_options.root}; check --split")
-    # Drafts from all over the source.
     numbers = sorted(set(np.linspace(0, len(source) - 1, PROBES).astype(int).tolist()))
     probes = [draft for number in numbers for draft in source.unit(number)]
     paths = [path for draft in probes if isinstance(draft, Draft) for path in draft.images]
@@ -102,18 +98,11 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
     units, starts = _order(source, source_options.seed if is_training(split) else None, step, options.workers)
     slices = _Slices(source, split, options, units, starts, excluded)
     shown = [[probe.reason] if isinstance(probe, Reject) else probe.sample.to_json() for probe in probes]
-    slices.claim(
-        {
-            "source": name,
-            "seed": source_options.seed,
-            "settings": source_options.settings,
-            "order": _digest(units.tobytes() + starts.tobytes()),
-            "max_side": options.max_side,
-            "excluded": _digest("\n".join(sorted(excluded)).encode()) if excluded else None,
-            "annotations": _digest(json.dumps(shown, sort_keys=True).encode()),
-        }
-    )
-    report, todo = BuildReport(shards=len(starts)), []
+    recipe = {"source": name, "seed": source_options.seed, "settings": source_options.settings}
+    recipe |= {"order": _digest(units.tobytes() + starts.tobytes()), "max_side": options.max_side}
+    recipe["excluded"] = _digest("\n".join(sorted(excluded)).encode()) if excluded else None
+    slices.claim(recipe | {"annotations": _digest(json.dumps(shown, sort_keys=True).encode())})
+    report, todo = BuildReport(shards=len(starts)), list[int]()
     for number in range(options.part[0], len(starts), options.part[1]):
         if (record := slices.record(number)) is not None:
             report.add(record)

@@ -1,7 +1,4 @@
-"""The check of shard folders: hashes, records, images, regions, texts and leaks; in: folders, out: counts and faults.
-
-Shards are checked by all cores, one shard at a time each; what is kept per sample is one 64-bit number of its id.
-"""
+"""The check of shard folders: hashes, records, images, regions, texts and leaks; folders in, counts and faults out."""
 
 from __future__ import annotations
 
@@ -77,15 +74,10 @@ class _CheckedShard:
 def check(
     roots: Iterable[Path | str], exclude: frozenset[str] = frozenset(), workers: int | None = None
 ) -> CheckReport:
-    """Read every byte of shard folders and list what is wrong.
+    """Read every byte of shard folders and list what is wrong; raises ValueError when one has no index.
 
-    Args:
-        roots: folders; those of evaluation splits too, so that leaks between sources are seen.
-        exclude: image ids that no training sample may use, beside those of the evaluation splits given.
-        workers: processes; None = one per CPU.
-
-    Raises:
-        ValueError: a folder has no index.
+    Give folders of evaluation splits too, so that leaks are seen: neither their images nor those of `exclude` may be in
+    training samples. `workers`: processes, None = one per CPU.
     """
     report, listed = CheckReport(), []
     for root in map(Path, roots):

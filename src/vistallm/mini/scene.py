@@ -283,15 +283,11 @@ def random_scene(
     allow: Callable[[Attributes], bool] | None = None,
     accept: Callable[[Scene], bool] | None = None,
 ) -> Scene:
-    """A scene of 1 to 4 objects (mostly 2 or 3) on a canvas of 80..160 px a side, drawn by `rng`.
+    """A scene of 1 to 4 objects (mostly 2 or 3) on a canvas of 80..160 px a side.
 
-    Args:
-        rng: the scene is a pure function of its state.
-        split: "train" holds no held-out pair; in "val" and "test" half of the scenes get one, as the focus object.
-        wanted: fixed attributes of the first objects; the first is the scene's `focus`.
-        count: number of objects, at least len(wanted).
-        allow: which attributes the other objects may have.
-        accept: a last test of the scene (positions).
+    "train" holds no held-out pair of shape and colour; in other splits half of the scenes get one, as the focus object.
+    The first of `count` objects have the `wanted` attributes, and the very first is the focus; `allow` says which
+    attributes the others may have, and `accept` tests the scene (positions).
 
     Raises:
         RuntimeError: no scene passes after many draws: the conditions contradict each other.
