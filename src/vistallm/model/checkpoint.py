@@ -205,6 +205,13 @@ def _checked_state(model: VistaLLM, path: Path) -> dict[str, Tensor]:
     return state
 
 
+def save_beside(model: VistaLLM, config: Config, folder: Path) -> None:
+    """Write what `load_run` needs beside the weights: config.yaml, vocabulary/ and the language model's shape."""
+    save_config(config, folder / "config.yaml")
+    model.vocabulary.save(folder / "vocabulary")
+    model.decoder_config.save_pretrained(folder / "decoder")
+
+
 def save_exported(model: VistaLLM, config: Config, folder: Path, dtype: torch.dtype, **facts: Any) -> Path:
     """Write `model` to `folder` for `load_run`; return its manifest, which holds `facts` (step, differences ...), too.
 
@@ -216,9 +223,7 @@ def save_exported(model: VistaLLM, config: Config, folder: Path, dtype: torch.dt
     config.model.encoder.weights = config.model.tokenizer.weights = config.model.tokenizer.text_tokenizer = None
     sizes = {own: getattr(model.decoder_config, theirs) for own, theirs in SIZES.items()}
     config.model.decoder = replace(config.model.decoder, weights=None, **sizes)
-    save_config(config, folder / "config.yaml")
-    model.vocabulary.save(folder / "vocabulary")
-    model.decoder_config.save_pretrained(folder / "decoder")
+    save_beside(model, config, folder)
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     save_torch_state_dict({k: v for k, v in state.items() if k not in model.tied_weights()}, folder)
     files = {}

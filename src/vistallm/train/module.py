@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vistallm.config import Config
-from vistallm.model.vistallm import Output, VistaLLM
+from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Batch
 from vistallm.tasks import TASKS
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
@@ -79,7 +79,14 @@ class VistaModule(L.LightningModule):
         output = self.model(batch)
         weights = token_weights(output.row, len(batch), self.config.train.loss_weight)
         losses = output.token_loss * weights
-        self._add(batch, output, weights, losses.detach())
+        self._ids += batch.ids
+        index = torch.tensor([TASK_NAMES.index(name) for name in batch.tasks]).to(losses.device, non_blocking=True)
+        by_task = losses.new_zeros(2, len(TASK_NAMES))
+        by_task.index_add_(1, index[output.row], torch.stack([losses.detach(), weights]))
+        counts = torch.tensor([len(losses), len(batch), batch.input_ids.numel(), batch.rejects, 0.0])
+        computed = torch.stack([weights.sum(), losses.detach().sum(), output.correct.sum(), batch.attention_mask.sum()])
+        sums = torch.cat([computed, counts.to(losses.device, non_blocking=True), by_task.flatten()])
+        self._sums = sums if self._sums is None else self._sums + sums
         return losses.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -144,34 +151,18 @@ class VistaModule(L.LightningModule):
             "padding": 1 - facts["tokens"] / facts["cells"],
             **{f"loss/{task}": a / b for task, a, b in zip(TASK_NAMES, losses, weights, strict=True) if b},
         }
-        self._guard(known["step"], known["ids"])
-        return self.report
-
-    def _guard(self, step: int, ids: list[str]) -> None:
-        """Note the samples of a step that was skipped, this rank's own, and stop the run at the third in a row."""
         self._bad_steps = self._bad_steps + 1 if self.report["skipped"] else 0
-        if not self._bad_steps:
-            return
-        path = Path(str(self.config.run_dir)) / "nonfinite.jsonl"
-        record = {"step": step, "rank": self.global_rank, "loss": self.report["loss"], "ids": ids}
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._bad_steps >= BAD_STEPS:
+        if self._bad_steps:
+            path = Path(str(self.config.run_dir)) / "nonfinite.jsonl"
+            record = {"step": known["step"], "rank": self.global_rank, "loss": self.report["loss"], "ids": known["ids"]}
+            with path.open("a") as file:  # the samples of this rank
+                file.write(json.dumps(record) + "\n")
+        if self._bad_steps == BAD_STEPS:
             raise ValueError(
-                f"step {step}: the gradient was not finite {BAD_STEPS} times in a row; the samples are in {path}; "
-                "lower train.lr, train with precision=fp32, or go back to an earlier checkpoint (resume=PATH)"
+                f"step {known['step']}: the gradient was not finite {BAD_STEPS} times in a row; the samples are in "
+                f"{path}; lower train.lr, train with precision=fp32, or go back to an earlier checkpoint (resume=PATH)"
             )
-
-    def _add(self, batch: Batch, output: Output, weights: Tensor, losses: Tensor) -> None:
-        """Add a micro-batch to the running sums of this optimizer step."""
-        self._ids += batch.ids
-        device = losses.device
-        tasks = torch.tensor([TASK_NAMES.index(name) for name in batch.tasks]).to(device, non_blocking=True)
-        by_task = losses.new_zeros(2, len(TASK_NAMES)).index_add_(1, tasks[output.row], torch.stack([losses, weights]))
-        counts = torch.tensor([len(losses), len(batch), batch.input_ids.numel(), batch.rejects, 0.0])
-        computed = torch.stack([weights.sum(), losses.sum(), output.correct.sum(), batch.attention_mask.sum()])
-        sums = torch.cat([computed, counts.to(device, non_blocking=True), by_task.flatten()])
-        self._sums = sums if self._sums is None else self._sums + sums
+        return self.report
 
 
 def token_weights(row: Tensor, samples: int, kind: str) -> Tensor:

@@ -25,11 +25,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-from vistallm.config import Config, config_from_file, save_config
+from vistallm.config import Config, config_from_file
 from vistallm.data.datamodule import CoinItDataModule, build_codec, dataset_statistics, describe_data, training_root
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_empty, build_model, wrap_with_lora
-from vistallm.model.checkpoint import find_checkpoint, is_whole, load_weights, newest_checkpoint, refuse_code
+from vistallm.model.checkpoint import (
+    find_checkpoint,
+    is_whole,
+    load_weights,
+    newest_checkpoint,
+    refuse_code,
+    save_beside,
+)
 from vistallm.model.language_model import check_sizes
 from vistallm.model.vistallm import VistaLLM
 from vistallm.train.callbacks import (
@@ -72,15 +79,11 @@ def train(config: Config, validator: Validator | None = None) -> Path:
             return run_dir
         trainer = build_trainer(config, run_dir, score)
         if trainer.is_global_zero:
-            save_config(config, run_dir / "config.yaml")
-            module.model.vocabulary.save(run_dir / "vocabulary")
-            module.model.decoder_config.save_pretrained(run_dir / "decoder")
+            save_beside(module.model, config, run_dir)
         if resume is not None:
             print(f"resuming from {resume}")
         fit(trainer, module, data, resume)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    stopped = any(isinstance(callback, StopAtSignal) and callback.stopped for callback in callbacks)
-    if stopped and trainer.global_step < module.steps:
+    if module.stop_seen and trainer.global_step < module.steps:
         raise Preempted(f"stopped by a signal at step {trainer.global_step}; start it again to go on ({run_dir})")
     if trainer.is_global_zero:
         print(f"stage {config.stage} is done: {run_dir}")
@@ -96,13 +99,12 @@ def one_run(run_dir: Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"run_dir={run_dir}: another process trains there; wait, or choose another one") from error
     except OSError as error:
         raise ValueError(f"run_dir={run_dir}: can't be written ({error}); choose another folder") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"run_dir={run_dir}: another process trains there; wait, or choose another one") from error
         yield
 
 
@@ -134,19 +136,16 @@ def fit(trainer: L.Trainer, module: VistaModule, data: CoinItDataModule, resume:
 
 def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
     """Print what the run would read and do."""
-    print("\n".join(["data", *describe_data(data, _world_size(config))]))
-    means = dataset_statistics(data)
-    print("\n".join(means.lines()))
-    samples = steps * config.data.batch_size * _world_size(config)
-    samples *= int(config.trainer.get("accumulate_grad_batches", 1))
-    size, cells = config.data.batch_size, means.tokens / (1 - means.padding)
-    work = (size * means.images, cells, means.supervised, means.instruction)
-    plan = make_plan(config, Workload(size, *(max(1, round(mean)) for mean in work)), _world_size(config))
-    seconds = samples / size / _world_size(config) * plan.operations / EFFICIENCY
+    size, world, means = config.data.batch_size, _world_size(config), dataset_statistics(data)
+    print("\n".join(["data", *describe_data(data, world), *means.lines()]))
+    samples = steps * size * world * int(config.trainer.get("accumulate_grad_batches", 1))
+    work = (size * means.images, means.tokens / (1 - means.padding), means.supervised, means.instruction)
+    plan = make_plan(config, Workload(size, *(max(1, round(mean)) for mean in work)), world)
+    seconds = samples / size / world * plan.operations / EFFICIENCY
     hours = ", ".join(f"{seconds / gpu.peak / 3600:,.3g} on {name}" for name, gpu in GPUS.items())
     print(
         f"  cost model: {plan.operations / 1e12:,.2f} T operations a micro-batch, {EFFICIENCY:.0%} of the peak; hours "
-        f"with {_world_size(config)} GPU(s): {hours} (tools/plan.py says what fits)"
+        f"with {world} GPU(s): {hours} (tools/plan.py says what fits)"
     )
     print(
         f"dry run: {steps:,} steps, {samples:,} samples, {samples * means.tokens:,.0f} tokens from {data.root}; "
@@ -175,10 +174,9 @@ def check_settings(config: Config) -> None:
 
 def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModule]:
     """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
-    start = find_checkpoint(config.ckpt) if config.ckpt else None
+    start, codec = find_checkpoint(config.ckpt) if config.ckpt else None, build_codec(config)
     if start:
         check_sizes(config.model.decoder, start[0])
-    codec = build_codec(config)
     vocabulary = Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, codec)
     if vocabulary.region_tokens != codec.tokens:
         raise ValueError(
@@ -224,19 +222,16 @@ def resume_path(config: Config) -> Path | None:
         ValueError: PATH holds no checkpoint, the file is broken, or `never` meets the checkpoints of an earlier run,
             which a later `resume=auto` or `ckpt=` would take for its own.
     """
-    newest = newest_checkpoint(Path(str(config.run_dir)))
-    match config.resume:
-        case "never":
-            if newest is not None:
-                raise ValueError(f"{newest} is of an earlier run: resume=never needs another run_dir=, or delete it")
-            return None
-        case "auto":
-            chosen = newest
-        case path:
-            chosen = find_checkpoint(path)[1]
-    if chosen is not None and not is_whole(chosen):
+    chosen = newest_checkpoint(Path(str(config.run_dir)))
+    if config.resume == "never" and chosen is not None:
+        raise ValueError(f"{chosen} is of an earlier run: resume=never needs another run_dir=, or delete it")
+    if config.resume not in ("auto", "never"):
+        chosen = find_checkpoint(config.resume)[1]
+    if chosen is None:
+        return None
+    if not is_whole(chosen):
         raise ValueError(f"{chosen}: not a readable checkpoint (cut short?); delete it to resume from the one before")
-    if chosen is not None and chosen.is_dir() and config.strategy != "fsdp":
+    if chosen.is_dir() and config.strategy != "fsdp":
         raise ValueError(
             f"{chosen}: the processes of a sharded run have written a part each; resume it with strategy=fsdp on any "
             "number of them, or start a new run from its weights with ckpt="
@@ -251,13 +246,9 @@ def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path],
     """
     former, wanted = config_from_file(start[0] / "config.yaml"), config.train.decoder == "lora"
     had = former.train.decoder == "lora"
-    shape = former.model.decoder if had and not wanted else config.model.decoder
-    built = replace(
-        config,
-        model=replace(config.model, decoder=shape),
-        train=replace(config.train, decoder="lora" if had else "full"),
-    )
-    model = build_model(built, vocabulary, dtype)
+    shape = replace(config.model, decoder=former.model.decoder) if had and not wanted else config.model
+    trained = replace(config.train, decoder="lora" if had else "full")
+    model = build_model(replace(config, model=shape, train=trained), vocabulary, dtype)
     load_weights(model, start[1])
     if had and not wanted:
         model.decoder = model.decoder.merge_and_unload()
@@ -268,16 +259,9 @@ def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path],
 
 def build_trainer(config: Config, run_dir: Path, score: Score | None = None) -> L.Trainer:
     """Build the Lightning Trainer: endless stream, steps from the config, checkpoints in the run folder."""
-    arguments: dict[str, Any] = {
-        "precision": resolve_precision(config),
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "check_val_every_n_epoch": None,
-        "enable_model_summary": False,
-        "enable_progress_bar": sys.stdout.isatty(),
-    }
-    if config.strategy == "single":
-        arguments["devices"] = 1
+    arguments: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "check_val_every_n_epoch": None}
+    arguments |= {"enable_model_summary": False, "enable_progress_bar": sys.stdout.isatty()}
+    arguments |= {"devices": 1} if config.strategy == "single" else {}
     arguments |= config.trainer  # `build` has put max_steps there
     bar, best = arguments["enable_progress_bar"], config.checkpoint.best
     callbacks: list[Callback] = [
@@ -286,6 +270,7 @@ def build_trainer(config: Config, run_dir: Path, score: Score | None = None) -> 
         StopAtSignal(),
         Checkpoints(run_dir / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep),
         *([keep_best(run_dir / "checkpoints", best)] if best else []),
+        *([StageBar(config.stage)] if bar else []),
     ]
     loggers: list[Logger] = []
     if config.log.tensorboard:
@@ -295,10 +280,11 @@ def build_trainer(config: Config, run_dir: Path, score: Score | None = None) -> 
     try:
         return L.Trainer(
             **arguments,
+            precision=resolve_precision(config),  # type: ignore[arg-type]
             strategy=build_strategy(config),
             default_root_dir=run_dir,
             logger=loggers,
-            callbacks=[*callbacks, *([StageBar(config.stage)] if bar else [])],
+            callbacks=callbacks,
             # The sbatch script requeues; Lightning would write a checkpoint of its own kind and place.
             plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         )
@@ -318,13 +304,10 @@ def quiet() -> None:
 
 def _steps(config: Config, data: CoinItDataModule) -> int:
     """Optimizer steps of the run: trainer.max_steps, else trainer.max_epochs (1) over the mixture."""
-    steps = config.trainer.get("max_steps")
-    if steps is not None:
-        return int(steps)
-    per_epoch = data.steps_per_epoch(_world_size(config), int(config.trainer.get("accumulate_grad_batches", 1)))
-    steps = per_epoch * int(config.trainer.get("max_epochs", 1))
-    config.trainer = {k: v for k, v in config.trainer.items() if k != "max_epochs"} | {"max_steps": steps}
-    return steps
+    if "max_steps" not in config.trainer:
+        per_epoch = data.steps_per_epoch(_world_size(config), int(config.trainer.get("accumulate_grad_batches", 1)))
+        config.trainer["max_steps"] = per_epoch * int(config.trainer.pop("max_epochs", 1))
+    return int(config.trainer["max_steps"])
 
 
 def _world_size(config: Config) -> int:
