@@ -7,6 +7,7 @@ Java and is the same on every machine. Where Java is at hand the public tokenise
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -38,33 +39,24 @@ def caption_tokens(text: str) -> str:
     return " ".join(_BRACKETS.get(word, word) for word in words)
 
 
-def _split_groups(groups: References) -> list[list[str]]:
-    return [[caption_tokens(text) for text in group] for group in groups]
-
-
-def _split_groups_by_java(groups: References) -> list[list[str]]:
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    tokens = PTBTokenizer().tokenize({i: [{"caption": text} for text in group] for i, group in enumerate(groups)})
-    return [tokens[i] for i in range(len(groups))]
-
-
-def cider_scores(
-    captions: Captions, references: References, split: Callable[[References], list[list[str]]] = _split_groups
-) -> np.ndarray:
+def cider_scores(captions: Captions, references: References, public: bool = False) -> np.ndarray | None:
     """Return (N,) float64 CIDEr-D of N captions (1.0 is printed as 100); the mean is the corpus score.
 
-    Word weights come from the references of these N samples together, so with one sample every weight is 0.
+    Word weights come from the references of these N samples together, so with one sample every weight is 0. `public`:
+    words by the public Java tokeniser; None where there is no Java.
     """
-    if not captions:
-        return np.zeros(0)
-    answers = dict(enumerate(split([[caption or ""] for caption in captions])))
-    return np.asarray(Cider().compute_score(dict(enumerate(split(references))), answers)[1], float)
 
+    def split(groups: References) -> dict[int, list[str]]:
+        if not public:
+            return {i: [caption_tokens(text) for text in group] for i, group in enumerate(groups)}
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-def cider_scores_ptb(captions: Captions, references: References) -> np.ndarray | None:
-    """As `cider_scores`, with the public Java tokeniser; None where there is no Java."""
-    return cider_scores(captions, references, _split_groups_by_java) if captions and shutil.which("java") else None
+        return PTBTokenizer().tokenize({i: [{"caption": text} for text in group] for i, group in enumerate(groups)})
+
+    if not captions or (public and shutil.which("java") is None):
+        return None if public else np.zeros(0)
+    answers = split([[caption or ""] for caption in captions])
+    return np.asarray(Cider().compute_score(split(references), answers)[1], float)
 
 
 def spice_scores(captions: Captions, references: References) -> np.ndarray | None:
@@ -85,7 +77,7 @@ def spice_scores(captions: Captions, references: References) -> np.ndarray | Non
 
 SCORERS: dict[str, Callable[[Captions, References], np.ndarray | None]] = {
     "cider": cider_scores,
-    "cider_ptb": cider_scores_ptb,
+    "cider_ptb": functools.partial(cider_scores, public=True),
     "spice": spice_scores,
 }
 

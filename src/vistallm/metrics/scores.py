@@ -47,7 +47,7 @@ class SampleScores(Metric):
     lines: list[torch.Tensor]
 
     def __init__(self, average: str | None = None, names: tuple[str, ...] | None = None) -> None:
-        """Start without a sample; `average`: a key of `GROUPS` to average means over; `names`: only these scores."""
+        """Start without a sample; `average`: a key of `GROUPS` to average means over; `names`: these scores only."""
         super().__init__()
         self.average, self.names = average, names or self.names
         self.add_state("lines", [], dist_reduce_fx="cat")

@@ -103,20 +103,15 @@ class AnswerAccuracy(SampleScores):
     names: tuple[str, ...] = ("accuracy",)
     reader = "exact"  # a key of `READERS`
 
-    def _texts(self, prediction: Prediction) -> tuple[str | None, str]:
-        """Return the answer, None where it could not be read, and the reference."""
+    def _measure(self, prediction: Prediction) -> Sums:
         reference, reason = read_words(str(prediction.target.get("answer") or ""), self.reader)
         if reference is None:
             raise ValueError(f"its target's answer can't be read as {self.reader}: {reason}")
-        return prediction.parsed.answer if prediction.parsed else None, reference
+        right = prediction.parsed is not None and prediction.parsed.answer.casefold() == reference.casefold()
+        return dict.fromkeys(("score", "accuracy"), (right, 1)) | self._parts(prediction, reference, right)
 
-    def _measure(self, prediction: Prediction) -> Sums:
-        answer, reference = self._texts(prediction)
-        right = answer is not None and answer.casefold() == reference.casefold()
-        return dict.fromkeys(("score", "accuracy"), (right, 1)) | self._parts(prediction, right)
-
-    def _parts(self, prediction: Prediction, right: bool) -> Sums:
-        """What the sample adds to the scores that count only some samples."""
+    def _parts(self, prediction: Prediction, reference: str, right: bool) -> Sums:
+        """What the sample adds to the other scores."""
         return {}
 
 
@@ -131,7 +126,7 @@ class AskedAccuracy(AnswerAccuracy):
 
     names = ("accuracy", "accuracy_general", "accuracy_super", "accuracy_object")
 
-    def _parts(self, prediction: Prediction, right: bool) -> Sums:
+    def _parts(self, prediction: Prediction, reference: str, right: bool) -> Sums:
         asks = f"accuracy_{fact(prediction, 'asks', 'general')}"
         return {name: (right and name == asks, name == asks) for name in self.names[1:]}
 
@@ -142,7 +137,7 @@ class StatementScores(AnswerAccuracy):
     names = ("accuracy", "consistency")
     reader, group_key = "truth", "group"
 
-    def _parts(self, prediction: Prediction, right: bool) -> Sums:
+    def _parts(self, prediction: Prediction, reference: str, right: bool) -> Sums:
         return {"consistency": (0, 0)}
 
     def _ratios(self, rows: Sequence[Row]) -> NamedScores:
@@ -159,7 +154,7 @@ class ChoiceScores(AnswerAccuracy):
     names, headline = ("q_a", "qa_r", "q_ar"), "q_ar"
     reader, group_key = "choice", "group"
 
-    def _parts(self, prediction: Prediction, right: bool) -> Sums:
+    def _parts(self, prediction: Prediction, reference: str, right: bool) -> Sums:
         mode = fact(prediction, "mode", "q_a")
         return {name: (right and name == mode, name == mode) for name in self.names}
 
@@ -176,17 +171,14 @@ class YesNoScores(AnswerAccuracy):
     names, headline = ("accuracy", "precision", "recall", "f1", "yes_share"), "f1"
     reader = "yesno"
 
-    def _measure(self, prediction: Prediction) -> Sums:
-        answer, reference = self._texts(prediction)
+    def _parts(self, prediction: Prediction, reference: str, right: bool) -> Sums:
         truth = reference == "yes"
-        counted = not truth if answer is None else answer == "yes"
-        hit = counted and truth
+        counted = truth == right  # as a "yes"
         return {
-            **dict.fromkeys(("score", "accuracy"), (counted == truth, 1)),
-            "precision": (hit, counted),
-            "recall": (hit, truth),
-            "f1": (2 * hit, counted + truth),
-            "yes_share": (answer == "yes", 1),
+            "precision": (right and truth, counted),
+            "recall": (right and truth, truth),
+            "f1": (2 * (right and truth), counted + truth),
+            "yes_share": (counted and prediction.parsed is not None, 1),
         }
 
 
