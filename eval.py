@@ -12,5 +12,5 @@ from vistallm.evaluate.run import run
 if __name__ == "__main__":
     try:
         sys.exit(run(sys.argv[1:]))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"eval.py: {error}")

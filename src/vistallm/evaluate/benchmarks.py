@@ -158,11 +158,8 @@ def score(
         predictions: of any benchmarks.
         benchmarks: by name; scores come in their order, those without predictions are left out.
         codec: with the run's settings; gives the mask ceilings, which are left out without it.
-        faults: predictions and benchmarks that can't be scored are added to it, and the rest is scored.
-
-    Raises:
-        ValueError: without `faults`, for an unknown benchmark, an id that occurs twice in one, or a missing or
-            malformed target.
+        faults: gets unknown benchmarks, ids that occur twice in one, and missing or malformed targets; the rest is
+            scored. Without it they raise ValueError.
     """
     groups, scores, found = by_benchmark(predictions), {}, Faults() if faults is None else faults
     for name in [*(name for name in benchmarks if name in groups), *sorted(set(groups) - set(benchmarks))]:

@@ -130,39 +130,36 @@ def find_data(config: Config, known: Mapping[str, Benchmark], faults: Faults) ->
 
 def missing(root: Path, benchmark: Benchmark) -> str | None:
     """Return what a benchmark's data lacks in `root`, or None when its shards hold samples of its task."""
+    folder, task, split = root / benchmark.shards, benchmark.task, benchmark.split
     try:
-        tasks = read_index(root / benchmark.shards)["tasks"]
+        tasks = read_index(folder)["tasks"]
     except ValueError as error:
         return str(error)
-    if benchmark.task in (there := tasks.get(benchmark.split, {})):
-        return None
-    had = ", ".join(there) or f"nothing; its splits are {', '.join(tasks)}"
-    return f"{root / benchmark.shards}: expected {benchmark.task} samples in split {benchmark.split}, it has {had}"
+    had = ", ".join(tasks.get(split, {})) or f"nothing; its splits are {', '.join(tasks)}"
+    expected = f"{folder}: expected {task} samples in split {split}, it has {had}"
+    return None if task in tasks.get(split, {}) else expected
 
 
 def launch(config: Config) -> Fabric:
     """Start a process per device: all at hand, or those of `trainer.accelerator`, `.devices` and `.num_nodes`."""
-    if unknown := set(config.trainer) - set(DEVICES):
-        raise ValueError(
-            f"trainer.{min(unknown)}: evaluation takes only {', '.join(f'trainer.{key}' for key in DEVICES)}"
-        )
-    devices = {key: config.trainer.get(key, default) for key, default in DEVICES.items()}
+    devices = DEVICES | config.trainer
+    if unknown := set(devices) - set(DEVICES):
+        raise ValueError(f"trainer.{min(unknown)}: evaluation takes only trainer.{', trainer.'.join(DEVICES)}")
     fabric = Fabric(**devices)
     if fabric.world_size > 1:  # a process waits for the others as long as their last unit takes
         fabric = Fabric(**devices, strategy=DDPStrategy(timeout=timedelta(days=1)))
+
+    def end_with_launcher() -> None:  # a process would wait for one that is gone, and keep its device
+        while os.getppid() == int(os.environ[LAUNCHER]):
+            time.sleep(1)
+        os._exit(1)
+
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[LAUNCHER] = str(os.getpid())  # Lightning's launcher hands it to the processes that it starts
     elif LAUNCHER in os.environ:
         threading.Thread(target=end_with_launcher, daemon=True).start()
     fabric.launch()
     return fabric
-
-
-def end_with_launcher() -> None:
-    """End this process when the one that started it is gone; it would wait for that one, and keep its device."""
-    while os.getppid() == int(os.environ[LAUNCHER]):
-        time.sleep(1)
-    os._exit(1)
 
 
 def generate(
@@ -258,11 +255,9 @@ def write_results(
     )
     for one in scores.values():
         value = one.scores[one.headline]
-        headline = "no sample counts" if value is None else f"{100 * value:6.1f}"
-        notes = {"without a public answer": one.unlabelled, "cut by decode.max_new_tokens": one.cut}
-        more = "".join(f", {number} {text}" for text, number in notes.items() if number)
-        share = f"n {one.n}, unreadable {100 * one.unreadable:.1f}%{more}"
-        print(f"{one.name:<26} {one.headline:<16} {headline}   {share}{', INCOMPLETE' if one.faults else ''}")
+        share = "no sample counts" if value is None else f"{100 * value:6.1f}"
+        counts = f"n {one.n}, unreadable {100 * one.unreadable:.1f}%, cut {one.cut}, unlabelled {one.unlabelled}"
+        print(f"{one.name:<26} {one.headline:<16} {share}   {counts}{', INCOMPLETE' if one.faults else ''}")
         if (kind := known[one.name].export) is not None:
             try:
                 own = [prediction for prediction in predictions if prediction.benchmark == one.name]
@@ -270,10 +265,9 @@ def write_results(
             except ValueError as error:
                 print(f"eval.py: no submission file of {one.name}: {error}", file=sys.stderr)
     print(f"look at {out / 'report.html'}")
-    for name, some in faults.found.items():
-        for fault in some:
-            state = "incomplete" if name in scores else "no score"
-            print(f"eval.py: {name or 'no benchmark'}: {state}: {fault}", file=sys.stderr)
+    for name, fault in ((name, fault) for name, some in faults.found.items() for fault in some):
+        state = "incomplete" if name in scores else "no score"
+        print(f"eval.py: {name or 'no benchmark'}: {state}: {fault}", file=sys.stderr)
 
 
 def histories(ckpt: str | None) -> dict[str, Path]:
