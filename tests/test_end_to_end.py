@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from vistallm.config import PAD_COLOUR
-
 ROOT = Path(__file__).parents[1]
 STEPS = ["model=mini", "trainer.max_steps=3", "checkpoint.every_n_steps=2"]
 PROMPT = "Can you segment the red circle in this picture?"
@@ -258,17 +256,6 @@ def test_predict_refuses_a_save_before_it_loads_anything(refuse, images, tmp_pat
     (tmp_path / "file").write_text("")
     assert "File exists" in refuse(*ask, tmp_path / "file" / "o.png")
     assert "--save" in refuse(*ask, tmp_path)
-
-
-def test_predict_lays_transparent_pixels_on_the_letterbox_colour(tmp_path):
-    tool = runpy.run_path(str(ROOT / "tools/predict.py"))
-    pixels = np.full((2, 3, 4), 200, np.uint8)
-    pixels[0, :, 3], pixels[1, 0, 3] = 0, 255
-    cv2.imwrite(str(tmp_path / "clear.png"), pixels)
-    read = tool["read_image"](tmp_path / "clear.png").astype(int)
-    assert (read[0] == PAD_COLOUR).all()
-    assert (read[1, 0] == 200).all()
-    assert (abs(read[1, 1] - (200 * 200 + 55 * np.array(PAD_COLOUR)) / 255) <= 1).all()
 
 
 def test_a_missing_image_in_a_shard_is_counted_and_too_many_stop_the_run(refuse, mini_root, tmp_path, tiny_words):

@@ -17,25 +17,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from vistallm.coinit.images import decode_pixels
-from vistallm.config import PAD_COLOUR
 from vistallm.regions.overlay import draw_regions
 from vistallm.schema import ImageInfo, Region, Sample
 
 _GIVEN = re.compile(r"\{(box|point):([^{}@]*)(?:@(\d+))?\}")
-
-
-def read_image(path: Path) -> np.ndarray:
-    """The stored pixels of a whole image, (H, W, 3) uint8 RGB, transparent ones on the letterbox colour."""
-    pixels = decode_pixels(path.read_bytes(), f"--image {path}")
-    with Image.open(path) as image:
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if alpha is None:
-        return pixels
-    opacity = np.asarray(alpha)[..., None] / 255
-    return np.rint(opacity * pixels + (1 - opacity) * PAD_COLOUR).astype(np.uint8)
 
 
 def make_sample(images: list[np.ndarray], prompt: str) -> Sample:
@@ -95,7 +82,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--out", "--save", type=Path, help="write the overlay here; the folder is made")
     arguments = parser.parse_args(argv)
-    images, out = [read_image(path) for path in arguments.image], arguments.out
+    images, out = [decode_pixels(path.read_bytes(), f"--image {path}") for path in arguments.image], arguments.out
     sample = make_sample(images, arguments.prompt)
     if out:
         if not cv2.haveImageWriter(str(out)) or out.is_dir():

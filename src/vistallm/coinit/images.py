@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vistallm.config import PAD_COLOUR
 from vistallm.regions.masks import mask_to_rle, rle_to_mask
 from vistallm.schema import Region
 
@@ -32,13 +33,17 @@ def decode_pixels(data: bytes, name: object) -> np.ndarray:
     """The pixels of an encoded image, (H, W, 3) uint8 RGB; raises ValueError, with `name`, when it does not decode.
 
     The one rule for an EXIF orientation, here and wherever an image is read: it is not applied. Annotations are in the
-    stored pixels (COCO's are), and so are shards, masks and answers.
+    stored pixels (COCO's are), and so are shards, masks and answers. What is transparent has the colour of padding.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if pixels is None:
         raise ValueError(f"{name}: expected a whole image, its {len(data)} bytes do not decode; is the file cut off?")
-    return pixels
+    with Image.open(io.BytesIO(data)) as image:
+        if not image.has_transparency_data:
+            return pixels
+        opacity = np.asarray(image.convert("RGBA").getchannel("A"))[..., None] / 255
+    return np.rint(opacity * pixels + (1 - opacity) * PAD_COLOUR).astype(np.uint8)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -48,16 +53,18 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[str, tuple[int, int]]:
-    """Format and size of the image as it is stored."""
+    """Format ("" where a shard can't hold the bytes as they are) and size of the image as it is stored."""
     try:
         with Image.open(file) as header:
-            return str(header.format), header.size
+            return "" if header.has_transparency_data else str(header.format), header.size
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError) as error:
         raise ValueError(f"{path}: expected an image, got {type(error).__name__} at its header") from error
 
 
 def read_image(path: Path, max_side: int | None = None) -> ImageFile:
-    """Read a file; one with a side of over `max_side` pixels is made smaller, other formats than JPEG and PNG are PNG.
+    """Read a file; one with a side of over `max_side` pixels is made smaller.
+
+    JPEG stays JPEG; all else is PNG, without transparency.
 
     Raises:
         OSError: the file is not there or can't be read.
