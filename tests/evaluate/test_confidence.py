@@ -13,16 +13,16 @@ from vistallm.data.sequence import collate
 from vistallm.evaluate import confidence as C
 from vistallm.evaluate.benchmarks import load_benchmarks, score
 from vistallm.evaluate.generate import Answerer, make_prediction
-from vistallm.evaluate.token_table import Token
+from vistallm.evaluate.grammar import Role
 from vistallm.schema import Prediction
 
 
-def classes(*names):
-    return np.array([Token[name] for name in names])
+def roles(*names):
+    return np.array([Role[name] for name in names])
 
 
 def test_a_region_is_the_geometric_mean_of_its_tokens():
-    row = classes("CONTENT", "START_B", "BIN", "BIN", "SEPARATOR_B", "BIN", "STOP_B", "END")
+    row = roles("WORD", "START", "BIN", "BIN", "SEPARATOR", "BIN", "STOP", "WORD")
     probability = np.array([0.9, 0.8, 0.5, 0.4, 0.25, 0.6, 0.3, 1.0])
     ended = np.log([0.9, 0.9, 0.125, 0.9, 0.9, 0.9, 0.9, 0.9])
     found, presence = C.read_confidence(row, np.log(probability), ended)
@@ -31,10 +31,10 @@ def test_a_region_is_the_geometric_mean_of_its_tokens():
 
 
 def test_an_empty_pair_has_a_presence_and_no_region():
-    found, presence = C.read_confidence(classes("START_M", "STOP_M"), np.log([0.9, 0.7]), np.log([0.1, 0.7]))
+    found, presence = C.read_confidence(roles("START", "STOP"), np.log([0.9, 0.7]), np.log([0.1, 0.7]))
     assert found == []
     assert presence == pytest.approx(0.3)
-    assert C.read_confidence(classes("CONTENT"), np.zeros(1), np.zeros(1)) == ([], None)
+    assert C.read_confidence(roles("WORD"), np.zeros(1), np.zeros(1)) == ([], None)
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +48,23 @@ def world_samples(mini_root):
 
 
 @torch.no_grad()
-def test_confidences_equal_those_of_one_pass_over_the_answer(tiny_model, tiny_config, builder, world_samples):
+def test_confidences_equal_those_of_one_pass_over_the_answer(
+    tiny_model, tiny_config, builder, world_samples, monkeypatch
+):
     """A generated answer, read anew by the model in one uncached pass: the same probabilities."""
     sequences = [builder.build(world_samples[task][0]) for task in ("rec", "attcoseg", "gres", "res")]
     answerer = Answerer(tiny_model, tiny_config("decode.max_new_tokens=40"))
+    written, generate = [], tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda *a, **k: written.append(generate(*a, **k)) or written[0])
     answers = answerer.answer(sequences)
-    text = tiny_model.vocabulary.lm
-    for sequence, answer in zip(sequences, answers, strict=True):
-        ids = text.encode(answer.text, add_special_tokens=False)
+    for sequence, answer, row in zip(sequences, answers, written[0].tolist(), strict=True):
+        ids = row[: answer.tokens - 1]
         batch = collate([sequence], tiny_model.vocabulary, generation=True)
         words = tiny_model.decoder.get_input_embeddings()(torch.tensor([ids]))
         embeddings = torch.cat([tiny_model.input_embeddings(batch), words], 1)
         logits = tiny_model.decoder(inputs_embeds=embeddings).logits[0, -len(ids) - 1 : -1].double()
         taken = logits.log_softmax(1).gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
-        found, _ = C.read_confidence(answerer.table.classes[ids], taken, np.zeros(len(ids)))
+        found, _ = C.read_confidence(answerer.grammars.roles[ids], taken, np.zeros(len(ids)))
         assert answer.regions == pytest.approx(found, rel=1e-3)
     assert sum(len(answer.regions) for answer in answers) >= 3
     prediction = make_prediction(sequences[0], answers[0], builder, "mini_rec")

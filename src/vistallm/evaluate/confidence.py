@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from vistallm.evaluate.grammar import RegionGrammar
-from vistallm.evaluate.token_table import SEPARATORS, STARTS, STOPS, Token, TokenTable
+from vistallm.evaluate.grammar import RegionGrammar, Role
 from vistallm.schema import Parsed, Prediction
 
 RIGHT_FROM = {"mask": 0.5, "masks": 0.5, "coseg": 0.5, "box": 0.5, "boxes": 1.0, "candidates": 1.0}
@@ -28,9 +27,9 @@ RIGHT_FROM = {"mask": 0.5, "masks": 0.5, "coseg": 0.5, "box": 0.5, "boxes": 1.0,
 class TokenLog(LogitsProcessor):
     """Runs the grammar, if there is one, and notes how probable the token was that greedy decoding takes."""
 
-    def __init__(self, table: TokenTable, grammar: RegionGrammar | None = None) -> None:
-        self.table, self.grammar = table, grammar
-        self.stops = torch.from_numpy(np.flatnonzero(np.isin(table.classes, STOPS)))
+    def __init__(self, roles: np.ndarray, grammar: RegionGrammar | None = None) -> None:
+        self.roles, self.grammar = roles, grammar
+        self.stops = torch.from_numpy(np.flatnonzero(roles == Role.STOP))
         self.taken: list[Tensor] = []
         self.ended: list[Tensor] = []
 
@@ -45,28 +44,25 @@ class TokenLog(LogitsProcessor):
     def read(self, rows: Sequence[Sequence[int]]) -> list[tuple[list[float], float | None]]:
         """Return, for each answer (token ids without the end token), its regions' confidences and its presence."""
         taken, ended = (torch.stack(steps, 1).double().cpu().numpy() for steps in (self.taken, self.ended))
-        return [
-            read_confidence(self.table.classes[list(row)], taken[number], ended[number])
-            for number, row in enumerate(rows)
-        ]
+        return [read_confidence(self.roles[list(row)], taken[number], ended[number]) for number, row in enumerate(rows)]
 
 
-def read_confidence(classes: np.ndarray, taken: np.ndarray, ended: np.ndarray) -> tuple[list[float], float | None]:
+def read_confidence(roles: np.ndarray, taken: np.ndarray, ended: np.ndarray) -> tuple[list[float], float | None]:
     """Split an answer into its regions: one confidence in [0, 1] for each, and the presence, None without any group.
 
     Args:
-        classes: (T,) `Token` of each token.
+        roles: (T,) `Role` of each token.
         taken: (>= T,) log-probability of each.
         ended: (>= T,) log-probability of any closing marker in its place.
     """
     confidences, presence, start = [], None, 0
-    for index, token in enumerate(classes.tolist()):
-        if token in STARTS:
+    for index, token in enumerate(roles.tolist()):
+        if token == Role.START:
             start = index + 1
-            if presence is None and start < len(classes):
+            if presence is None and start < len(roles):
                 presence = float(1 - np.exp(min(0.0, ended[start])))
-        elif token in SEPARATORS or token in STOPS:
-            if (classes[start:index] == Token.BIN).any():
+        elif token in (Role.SEPARATOR, Role.STOP):
+            if (roles[start:index] == Role.BIN).any():
                 confidences.append(float(np.exp(taken[start : index + 1].mean())))
             start = index + 1
     return confidences, presence

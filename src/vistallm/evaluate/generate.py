@@ -23,8 +23,7 @@ from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.stream import RejectLog
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
-from vistallm.evaluate.grammar import MAX_OBJECTS, RegionGrammar, Rule, rule_of
-from vistallm.evaluate.token_table import TokenTable
+from vistallm.evaluate.grammar import AnswerGrammars, Rule, rule_of
 from vistallm.metrics.regions import box_of
 from vistallm.metrics.words import read_words
 from vistallm.model.vistallm import VistaLLM
@@ -34,8 +33,6 @@ from vistallm.schema import IGNORE_INDEX, Parsed, Prediction, Region, Sample
 from vistallm.tasks import Task, find_task
 
 WINDOW = 4  # batches of samples that are read together, so that prompts of like length share a batch
-WORDS = 512  # tokens of an answer in words
-SENTENCE = 64  # tokens of an answer beside its regions: words, `image k:`, markers, the end
 ONE_REGION = ("box", "candidates")  # metrics of tasks whose answer is one region
 Pace = Counter[str]  # of generation: samples, rejected ones, images, new tokens, milliseconds
 
@@ -44,7 +41,7 @@ Pace = Counter[str]  # of generation: samples, rejected ones, images, new tokens
 class Answer:
     """A generated answer: its text without end and padding tokens, the number of tokens written, its confidences.
 
-    cut: it has no end token within the limit. regions: one confidence per region, in order; presence: see
+    cut: it had to end at the limit. regions: one confidence per region, in order; presence: see
     `vistallm.evaluate.confidence`; both empty under coords=text.
     """
 
@@ -76,9 +73,9 @@ class Answerer:
     sharded: bool = False
 
     @functools.cached_property
-    def table(self) -> TokenTable | None:
-        """What the grammar knows of the vocabulary, None under coords=text."""
-        return TokenTable.build(self.model.vocabulary) if self.model.vocabulary.region_tokens else None
+    def grammars(self) -> AnswerGrammars:
+        """The compiled grammars of this model's answers."""
+        return AnswerGrammars(self.model.vocabulary, self.config.points, self.config.decode.max_new_tokens)
 
     @functools.cached_property
     def builder(self) -> SequenceBuilder:
@@ -87,24 +84,22 @@ class Answerer:
 
     def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
         """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
-        device, text, log = self.model.bin_ids.device, self.model.vocabulary.lm, None
-        limit = max(answer_limit(self.config, sequence.sample.task) for sequence in sequences)
-        if self.table is not None:
-            rules = rules or [rule_of(sequence.sample) for sequence in sequences]
-            grammar = RegionGrammar(self.table, rules, self.config.points, limit)
-            log = TokenLog(self.table, grammar if self.config.decode.grammar else None)
+        device, text, decode = self.model.bin_ids.device, self.model.vocabulary.lm, self.config.decode
+        grammar = self.grammars.constrain(rules or [rule_of(sequence.sample) for sequence in sequences])
+        log = TokenLog(self.grammars.roles, grammar if decode.grammar else None)
+        limit, lengths = grammar.limit, [one.length for one in grammar.grammars]
+        if not decode.grammar:
+            limit = decode.max_new_tokens or limit
+            lengths = [limit] * len(sequences)
         batch = collate(sequences, self.model.vocabulary, generation=True).to(device)
-        options = {"logits_processor": [log] if log else [], "synced_gpus": self.sharded}
         # bf16 on an accelerator; the CPU decodes in fp32, where small matrices leave bf16 nothing to gain
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            ids = self.model.generate(batch, limit, **options).tolist()
+            ids = self.model.generate(batch, limit, logits_processor=[log], synced_gpus=self.sharded).tolist()
         end = text.eos_token_id
         rows = [row[: row.index(end)] if end in row else row for row in ids]
-        texts = [str(text.decode(row, skip_special_tokens=False)) for row in rows]
-        sure: list[tuple[list[float], float | None]] = log.read(rows) if log else [([], None)] * len(rows)
         return [
-            Answer(written, len(row) + 1, len(row) + 1 >= limit, *confidences)
-            for written, row, confidences in zip(texts, rows, sure, strict=True)
+            Answer(str(text.decode(row, skip_special_tokens=False)), len(row) + 1, len(row) >= length, *confidences)
+            for row, length, confidences in zip(rows, lengths, log.read(rows), strict=True)
         ]
 
     def answer_unit(self, unit: Unit, rejects: RejectLog) -> tuple[list[Prediction], Pace]:
@@ -141,20 +136,6 @@ class Answerer:
 def prompt_length(sequence: Sequence) -> int:
     """Return the number of tokens before the last answer."""
     return int((sequence.labels == IGNORE_INDEX).nonzero()[-1]) + 1
-
-
-def answer_limit(config: Config, task: str) -> int:
-    """Return the most tokens of an answer: decode.max_new_tokens, or what the form of the task's answers takes."""
-    kind, metric = find_task(task).kind, find_task(task).metric
-    if config.decode.max_new_tokens is not None:
-        return config.decode.max_new_tokens
-    if kind == "text":
-        return WORDS
-    # an object: its numbers, a separator between parts of three vertices or more, and one to the next object
-    numbers = {"mask": 2 * config.points, "box": 4, "point": 2}[kind]
-    per_number = 1 if config.coords == "tokens" else len(str(config.num_bins)) + 1
-    each = numbers * per_number + (config.points // 3 if kind == "mask" else 0) + 1
-    return SENTENCE + each * (1 if metric in ("box", "mask", "candidates") else MAX_OBJECTS)
 
 
 def read_units(

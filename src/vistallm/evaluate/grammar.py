@@ -1,50 +1,61 @@
 """Grammar-constrained decoding: at each step, which tokens keep the answer readable (a transformers logits processor).
 
-In: what has been generated so far. Out: scores, -inf for every token that would make the answer unreadable.
-Regions hold legal bins: 4 for a box (ordered), 2 for a point, 3 to `points` vertices for a mask object over all its
-parts; every opened region closes before the tokens run out. Where the prompt shows several images, `image k:` stands
-before each group (ascending in a region task), and only an empty pair may do without. An answer that is one of a few
-(a letter, yes or no, True or False) is one of exactly these. Words are free otherwise, but must be there.
-
-All rows of a batch move together as NumPy columns; tokens are told apart by a class each (`token_table.py`), so a step
-costs some fifty operations on (B,) arrays and one (B, V) look-up, whatever the batch.
+In: what is generated so far. Out: scores, -inf for every token that leaves the grammar of the answer. The grammar is
+EBNF, written by `write_grammar` from the answer forms of the task table and compiled by xgrammar: words are matched by
+their bytes, so that byte tokens and word pieces are held to them alike, and region tokens by their ids. x0 <= x1 of a
+box is left to reading, which sorts the corners.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import re
 import string
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 import torch
+import xgrammar as xg
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from vistallm.data.vocabulary import Vocabulary
-from vistallm.evaluate.token_table import SAYS, SEPARATORS, STARTS, STOPS, Token, TokenTable
-from vistallm.schema import Sample
+from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, token_ids
+from vistallm.schema import REGION_KINDS, Sample
 from vistallm.tasks import find_task, write_answer
 
-KINDS = {None: 0, "mask": 1, "box": 2, "point": 3}
-NUMBERS = np.array([0, 0, 4, 2])  # of one object, by kind; a mask has no fixed number
-MIN_MASK_NUMBERS = 6  # three vertices
 MAX_OBJECTS = 16  # in one region group
-CLOSING = 4  # tokens kept free for what follows an object: a last number, a closing marker, the full stop, the end
-PREFIX = 3  # tokens of `image k:`
-EACH_KIND = np.arange(1, 4)[:, None]
-NO_ROW = np.zeros(0, bool)
+WORDS = 512  # tokens of free words
+GROUP = 32  # tokens of what stands around the objects of one image: its number twice, markers, a short word
+_SP = '" "?'
+_SPACE = r" \t\n\r\x0b\x0c"
+_LETTERS = r"0-9A-Za-z\u00C0-\u167F\u1681-\u1FFF\u3040-\uD7FF"  # characters that make a word
+Role = IntEnum("Role", "WORD BIN PART START SEPARATOR STOP", start=0)
+"""What a token is to a region: a bin, or the opening, separating or closing marker of a group."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What one answer may hold."""
+    """What one answer may hold.
 
-    kind: str | None = None  # "mask", "box", "point": at least one group of this kind; None = of any one kind, or none
-    single: bool = False  # exactly one object
-    images: int = 1  # of the prompt
-    choices: tuple[str, ...] = ()  # the whole answers to choose from; empty = any
-    words: bool = False  # the answer must say something beside its regions
+    Attributes:
+        kind: "mask", "box" or "point": at least one group of this kind; None = of any one kind, or none.
+        single: exactly one object.
+        images: images of the prompt; with several, `image k:` stands before each group that holds objects.
+        forms: the whole answers to choose from, where `{targets}` is the regions and `{images}` a list of image
+            numbers; empty = free words around the regions.
+        words: for free words without a kind: "any"; "some", there is a word beside the regions; "short", no regions,
+            and a word follows "answer is".
+    """
+
+    kind: str | None = None
+    single: bool = False
+    images: int = 1
+    forms: tuple[str, ...] = ()
+    words: Literal["any", "some", "short"] = "any"
 
 
 def rule_of(sample: Sample) -> Rule:
@@ -52,197 +63,247 @@ def rule_of(sample: Sample) -> Rule:
     task, images = find_task(sample.task), len(sample.images)
     if task.kind != "text":
         # REC, RES and candidate questions have one target by definition; GREC, GRES and the rest none, one or several.
-        return Rule(task.kind, task.metric in ("box", "mask", "candidates"), images)
-    said: list[str] = {"yesno": ["yes", "no"], "truth": ["True", "False"]}.get(task.metric, [])
+        single = task.metric in ("box", "mask", "candidates")
+        own = sample.answer is not None or "{targets}" not in task.answer
+        forms = (task.answer, *((task.plural,) if task.plural and not single else ()))
+        return Rule(task.kind, single, images, () if own else forms)
+    choices: list[str] = {"yesno": ["yes", "no"], "truth": ["True", "False"]}.get(task.metric, [])
     if task.metric == "choice":
         options, form = str(sample.fields.get("options", "")), str(sample.fields.get("answer", "A"))
         letters = [letter for letter in string.ascii_uppercase if f"({letter})" in options]
-        said = [f"({letter})" if "(" in form else letter for letter in letters]
-    forms = (dataclasses.replace(sample, answer=None, fields={**sample.fields, "answer": word}) for word in said)
-    return Rule(None, False, images, tuple(map(write_answer, forms)), words=True)
+        choices = [f"({letter})" if "(" in form else letter for letter in letters]
+    answers = (dataclasses.replace(sample, answer=None, fields={**sample.fields, "answer": word}) for word in choices)
+    words: Literal["some", "short"] = "short" if task.metric in ("vqa", "exact") else "some"
+    return Rule(None, False, images, tuple(map(write_answer, answers)), words)
 
 
-class Choices:
-    """What is left to write of every row's choices, as token ids; rows without choices have none."""
+def write_grammar(rule: Rule, vocabulary: Vocabulary, points: int, objects: int) -> str:
+    """Write a rule as EBNF.
 
-    def __init__(self, rules: list[Rule], vocabulary: Vocabulary) -> None:
-        text = vocabulary.lm
-        said = {choice for rule in rules for choice in rule.choices}
-        written = {choice: [*text.encode(choice, add_special_tokens=False), text.eos_token_id] for choice in said}
-        self.left = [[written[choice] for choice in rule.choices] for rule in rules]
-        self.tokens = len(text)
+    Words stand in the root itself, not in rules of their own: a token of several characters that leaves a rule is
+    looked up at every step, one that stays within is known beforehand.
 
-    def read(self, tokens: np.ndarray) -> None:
-        """Move every row on by its token: what began otherwise is no longer to choose."""
-        rows = zip(self.left, tokens.tolist(), strict=True)
-        self.left = [[choice[1:] for choice in choices if choice[:1] == [token]] for choices, token in rows]
+    Args:
+        rule: what the answer may hold.
+        vocabulary: its region tokens are terminals; where it has none, regions are bracketed numbers.
+        points: vertices of one mask object, all parts together: `more_k` has at most k left to write.
+        objects: of one group.
+    """
+    lines = [
+        *_terminals(vocabulary),
+        "point ::= bin comma bin",
+        "box ::= point comma point",
+        f"mask ::= mask_{points}",
+        *(f"mask_{k} ::= point comma point comma point more_{k - 3}" for k in range(3, points + 1)),
+        *(f'more_{k} ::= "" | comma point more_{k - 1} | part mask_{k}' for k in range(3, points - 2)),
+        *(f'more_{k} ::= "" | comma point more_{k - 1}' for k in (1, 2)),
+        'more_0 ::= ""',
+    ]
+    for kind in REGION_KINDS:
+        more = f"(separator_{kind} {kind}){{0,{objects - 1}}}" if objects > 1 else ""
+        lines.append(f"group_{kind} ::= start_{kind} ({kind} {more}) stop_{kind}")
+        lines.append(f"empty_{kind} ::= start_{kind} stop_{kind}")
+    named = [rf'{_SP} [iI] "mage" {_SP} "{k}" {_SP} ":" {_SP}' for k in range(1, rule.images + 1)]
+    if rule.forms:
+        roots = [_literal(form) for form in rule.forms]
+        numbers = f"({' | '.join(json.dumps(str(k)) for k in range(1, rule.images + 1))})"
+        lines.append(f'images ::= {numbers} ({_SP} ("," | "and") {_SP} {numbers}){{0,{rule.images - 1}}}')
+        lines += _targets(rule, named)
+    elif rule.words == "short":
+        roots = [_short_answer(vocabulary)]
+    else:
+        roots = [_words(rule, kind, named, vocabulary) for kind in ([rule.kind] if rule.kind else REGION_KINDS)]
+    return "\n".join([*lines, f"root ::= {' | '.join(roots)}"])
 
-    def allowed(self) -> Tensor:
-        """Return the tokens that may come next, (B, V) bool."""
-        allowed = np.zeros((len(self.left), self.tokens), bool)
-        for row, choices in enumerate(self.left):
-            allowed[row, [choice[0] for choice in choices if choice]] = True
-        return torch.from_numpy(allowed)
+
+def _terminals(vocabulary: Vocabulary) -> list[str]:
+    """`bin`, `comma`, `part`, and for each kind `start`, `separator` and `stop`."""
+    ends = {"start": ("st", '"["'), "separator": ("sep", f'"]" {_SP} "," {_SP} "["'), "stop": ("ed", '"]"')}
+    if vocabulary.region_tokens:
+        ids = dict(zip(vocabulary.region_tokens, token_ids(vocabulary.lm, vocabulary.region_tokens), strict=True))
+        lines = [f"bin ::= Token({', '.join(map(str, vocabulary.bin_ids))})", 'comma ::= ""']
+        lines += [f"part ::= Token({ids['<m_part>']})"]
+        return lines + [
+            f"{n}_{k} ::= Token({ids[f'<{k[0]}_{e}>']})" for n, (e, _) in ends.items() for k in REGION_KINDS
+        ]
+    top = str(len(vocabulary.bin_values) - 1)
+    lower = [f'"{top[:i]}" [0-{int(d) - 1}] [0-9]{{0,{len(top) - i - 1}}}' for i, d in enumerate(top) if d > "0"]
+    lines = [f'bin ::= {_SP} ("{top}" | {" | ".join(lower)})', f'comma ::= {_SP} ","', f'part ::= {_SP} ";"']
+    return lines + [f"{name}_{kind} ::= {_SP} {text}" for name, (_, text) in ends.items() for kind in REGION_KINDS]
+
+
+def _literal(form: str) -> str:
+    """An answer form as terminals; spaces beside marks are optional, as tokenizers write them or do not."""
+    terminals, before = [_SP], False
+    for field, word, mark in re.findall(r"\{(\w+)\}|(\w+)|([^\w\s])", form):
+        terminals += ['" "' if before and word else _SP, field or json.dumps(word or mark)]
+        before = bool(word)
+    return " ".join(terminals)
+
+
+def _targets(rule: Rule, named: list[str]) -> list[str]:
+    """`targets`, the regions of an answer form: image by image, ascending, each at most once."""
+    kind = rule.kind or "mask"
+    empty = "" if rule.single else f"empty_{kind} | "
+    if len(named) == 1:
+        return [f"targets ::= {empty}group_{kind}"]
+    if rule.single:
+        return [f"targets ::= ({' | '.join(named)}) group_{kind}"]
+    lines = [f"targets ::= {empty}from_1", f"from_{len(named)} ::= {named[-1]} group_{kind}"]
+    for k, name in enumerate(named[:-1], 1):
+        lines.append(f"from_{k} ::= {name} group_{kind} from_{k + 1}? | from_{k + 1}")
+    return lines
+
+
+def _words(rule: Rule, kind: str, named: list[str], vocabulary: Vocabulary) -> str:
+    """Free words, and groups of one kind among them: those of `rule.kind` must be there."""
+    x = _mark(vocabulary)
+    # Words before a group: they end in no number and colon, which would name an image.
+    lead = f'(([^{x}]* [^{x}:{_SPACE}])? [{_SPACE}]* | ([^{x}]* [^{x}0-9{_SPACE}])? [{_SPACE}]* ":" [{_SPACE}]*)'
+    between = rf"[,{_SPACE}]{{0,2}} [^{x}0-9:,{_SPACE}] {lead}"  # a comma alone would make two brackets one group
+    one = f"({' | '.join(named)}) group_{kind}" if len(named) > 1 else f"group_{kind}"
+    # Empty brackets do not say their kind: a mask, unless the task does.
+    if not rule.single and (rule.kind or kind == "mask" or vocabulary.region_tokens):
+        one = f"({one} | empty_{kind})"
+    if rule.single:
+        return f"{_SP if len(named) > 1 else lead} {one} [^{x}]*"
+    rest = f"{one} ({between} {one})* [^{x}]*"
+    if rule.kind:
+        return f"{lead} {rest}"
+    word = f"[^{x}{_LETTERS}]* [{_LETTERS}]"
+    if rule.words == "some":
+        return f"({_SP} {one})? {word} ([^{x}]* | {lead} {rest})"
+    return f"[^{x}]* | {lead} {rest}"
+
+
+def _short_answer(vocabulary: Vocabulary) -> str:
+    """Words without regions. What is read of them follows the last "answer is", so they do not end there.
+
+    Where the last letters are the last k of "answer is", the one before differs; after them come marks.
+    """
+    x = _mark(vocabulary)
+    pairs = [letter + letter.upper() if letter > " " else letter for letter in "answer is"]
+    ends = [f"[^{x}]* [{_LETTERS.replace('A-Za-z', 'A-RT-Za-rt-z')}]"]
+    for k in range(1, len(pairs)):
+        ends.append(f"([^{x}]* [^{x}{pairs[-k - 1]}])? {' '.join(f'[{pair}]' for pair in pairs[-k:])}")
+    return f"({' | '.join(ends)}) [^{x}{_LETTERS}]*"
+
+
+def _mark(vocabulary: Vocabulary) -> str:
+    """What begins and ends a region, for a character class: no word holds it."""
+    return "<" if vocabulary.region_tokens else r"\[\]"
+
+
+@dataclass(frozen=True)
+class AnswerGrammar:
+    """A compiled rule.
+
+    Attributes:
+        compiled: for a matcher.
+        length: the most tokens of an answer in a form. From there on free words take the next end that is permitted.
+        limit: tokens that this takes at most, the end token included.
+    """
+
+    compiled: xg.CompiledGrammar
+    length: int
+    limit: int
+
+
+class AnswerGrammars:
+    """The grammars of one model, compiled once for each rule.
+
+    Args:
+        vocabulary: of the model.
+        points: vertices of one mask object.
+        max_new_tokens: of an answer: free words end there, forms hold as many objects as fit, but at least one;
+            None = as many as the form may hold, and `WORDS`.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, points: int, max_new_tokens: int | None = None) -> None:
+        self.vocabulary, self.points, self.max_new_tokens = vocabulary, points, max_new_tokens
+        lm, tokens = vocabulary.lm, vocabulary.region_tokens
+        names = [str(name) for name in lm.convert_ids_to_tokens(list(range(len(lm))))]
+        self.roles = np.zeros(len(names), np.int64)
+        ends = {"part": Role.PART, "st": Role.START, "sep": Role.SEPARATOR, "ed": Role.STOP}
+        for number, name in zip(token_ids(lm, tokens), tokens, strict=True):
+            self.roles[number] = ends.get(name.strip("<>").partition("_")[2], Role.BIN)
+        for number in {*lm.all_special_ids, *token_ids(lm, IMAGE_TOKENS)}:
+            names[number] = ""  # no text matches it
+        style = xg.VocabType.BYTE_LEVEL if any("Ġ" in name for name in names) else xg.VocabType.BYTE_FALLBACK
+        if any(name.startswith("##") for name in names):  # WordPiece: all other tokens begin a word
+            style = xg.VocabType.RAW
+            names = [name[2:] if name.startswith("##") else name and f" {name}" for name in names]
+        self.info = xg.TokenizerInfo(names, style, stop_token_ids=[lm.eos_token_id])
+        self.ends = [torch.tensor([lm.eos_token_id])]
+        pieces = [piece.strip() for piece in self.info.decoded_vocab]
+        for role, bracket in ((Role.STOP, b"]"), (Role.START, b"[")):
+            found = self.roles == role if tokens else np.array([piece == bracket for piece in pieces])
+            self.ends.append(torch.from_numpy(np.flatnonzero(found)))
+        self.ends.append(torch.tensor([i for i, piece in enumerate(pieces) if len(piece) == 1 and piece.isalpha()]))
+        # xgrammar 0.2.8 takes rules for the same that differ in the ids of Token() alone: its cache mixes them up
+        self.compiler = xg.GrammarCompiler(self.info, max_threads=1, cache_enabled=False)
+        self.compile = functools.lru_cache(256)(self._compile)
+
+    def _compile(self, rule: Rule) -> AnswerGrammar:
+        """Tokens are counted as if each were a byte."""
+        number = 1 if self.vocabulary.region_tokens else len(str(len(self.vocabulary.bin_values))) + 3
+        numbers = {"mask": 2 * self.points, "box": 4, "point": 2, None: 0}[rule.kind]
+        each = number * (numbers + numbers // 6 + 1)
+        objects, length = 1 if rule.single else MAX_OBJECTS, self.max_new_tokens or WORDS
+        limit = length + 16 * number + GROUP  # what is open ends within three vertices, or a word
+        if rule.forms:
+            words = max(2 * len(form.encode()) for form in rule.forms)
+            if self.max_new_tokens is not None:
+                fitting = ((self.max_new_tokens - words) // rule.images - GROUP) // each
+                objects = max(1, min(objects, fitting))
+            length = words + rule.images * (GROUP + objects * each) * bool(rule.kind)
+            limit = length + 1
+        text = write_grammar(rule, self.vocabulary, self.points, objects)
+        return AnswerGrammar(self.compiler.compile_grammar(text), length, limit)
+
+    def constrain(self, rules: list[Rule]) -> RegionGrammar:
+        """Return the processor of one batch, a rule per row."""
+        return RegionGrammar([self.compile(rule) for rule in rules], self.info.vocab_size, self.ends)
 
 
 class RegionGrammar(LogitsProcessor):
-    """Masks the scores of a batch of answers: one rule per row, at most `points` vertices in a mask object.
+    """Masks the scores of a batch of answers; `limit` is how many tokens to generate at most.
 
-    From 12 `max_new_tokens` on, every answer can be read whatever the scores are.
+    `ends`: the ids that end an answer, that end a group, that begin one, and letters.
     """
 
-    def __init__(self, table: TokenTable, rules: list[Rule], points: int, max_new_tokens: int) -> None:
-        self.table, self.points, self.limit, self.seen = table, points, max_new_tokens, 0
-        self.classes = torch.from_numpy(table.classes)
-        self.asked = np.array([KINDS[rule.kind] for rule in rules])
-        self.images = np.array([rule.images for rule in rules])
-        self.single, self.words = (np.array([getattr(r, name) for r in rules], bool) for name in ("single", "words"))
-        self.chosen = np.array([bool(rule.choices) for rule in rules])
-        self.choices = Choices(rules, table.vocabulary) if self.chosen.any() else None
-        self.asks, self.several = self.asked > 0, self.images > 1
-        # group: kind of the open group, 0 outside; kind: of all groups so far; part, numbers: bins of the current part
-        # and object; objects: closed ones of the group; last: the two bins before; image: of the last group.
-        self.group, self.kind, self.part, self.numbers, self.objects, self.image, self.number = (
-            np.zeros(len(rules), np.int64) for _ in range(7)
-        )
-        self.last = np.zeros((2, len(rules)), np.int64)
-        # prefix: how much of `image k:` has just been written (0 to 3), number: its k; bare: an empty pair without it;
-        # numbered: k has to come, now.
-        self.prefix = np.zeros(len(rules), np.int64)
-        self.closed, self.bare, self.said, self.answer = (np.zeros(len(rules), bool) for _ in range(4))
-        self.numbered = NO_ROW
+    def __init__(self, grammars: list[AnswerGrammar], vocab_size: int, ends: list[Tensor]) -> None:
+        self.grammars, self.ends, self.seen = grammars, ends, 0
+        self.limit = max(grammar.limit for grammar in grammars)
+        self.matchers = [xg.GrammarMatcher(grammar.compiled) for grammar in grammars]
+        self.bits = xg.allocate_token_bitmask(len(grammars), vocab_size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Mask `scores` (B, V) given the generated ids (B, T); the prompt must not be among them."""
-        written = input_ids.cpu().numpy()
-        choosing = self.chosen.all()
-        for step in range(self.seen, written.shape[1]):
-            if not choosing:
-                self._read(written[:, step])
-            if self.choices is not None:
-                self.choices.read(written[:, step])
-        self.seen = written.shape[1]
-        if self.choices is None:
-            allowed = self._allowed()
-        elif choosing:
-            allowed = self.choices.allowed()
-        else:
-            allowed = torch.where(torch.from_numpy(self.chosen)[:, None], self.choices.allowed(), self._allowed())
-        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+        """Mask `scores` (B, V) given the generated ids (B, T); the prompt must not be among them.
 
-    def _allowed(self) -> Tensor:
-        """Return the tokens that may come next, (B, V) bool; rows that choose among answers are not looked at."""
-        permitted, lowest = self._permitted(self.limit - self.seen)
-        allowed = torch.from_numpy(permitted).T.index_select(1, self.classes)
-        if lowest is not None:
-            ordered = np.arange(len(self.table.bin_ids)) >= lowest[:, None]
-            allowed[:, self.table.bin_ids] &= torch.from_numpy(ordered)
-        for row in np.flatnonzero(self.numbered):
-            known = (self.table.place > 0) & (self.table.place <= self.images[row])
-            allowed[row] &= torch.from_numpy(known & (self.table.classes == Token.DIGIT))
-        return allowed
+        Raises:
+            ValueError: a generated token is not of the grammar.
+        """
+        written = input_ids[:, self.seen :].tolist()
+        for row, matcher in enumerate(self.matchers):
+            for token in written[row]:
+                if not matcher.is_terminated() and not matcher.accept_token(token):
+                    raise ValueError(f"row {row}: expected a token that its grammar permits, got {token}")
+            if not matcher.is_terminated():
+                matcher.fill_next_token_bitmask(self.bits, row)
+        self.seen = input_ids.shape[1]
+        scores = scores.clone()
+        xg.apply_token_bitmask_inplace(scores, self.bits.to(scores.device))
+        for row, grammar in enumerate(self.grammars):
+            if self.seen >= grammar.length and not self.matchers[row].is_terminated():
+                self._end(scores[row])
+        return scores
 
-    def _read(self, tokens: np.ndarray) -> None:
-        """Move every row's state on by one token (B,) int64."""
-        token, place = self.table.classes[tokens], self.table.place[tokens]
-        if token.max() >= Token.BIN:
-            self._read_regions(token, place)
-        if token.min() < Token.BIN or self.prefix.any():
-            self._read_words(tokens, token, place)
-
-    def _read_regions(self, token: np.ndarray, place: np.ndarray) -> None:
-        is_bin, marks = token == Token.BIN, token >= STARTS[0]
-        self.last[0], self.last[1] = np.where(is_bin, self.last[1], self.last[0]), np.where(is_bin, place, self.last[1])
-        self.part += is_bin
-        self.numbers += is_bin
-        self.part[(token == Token.PART) | marks] = 0
-        if not marks.any():
-            return
-        starts, stops = marks & (token <= STARTS[-1]), token >= STOPS[0]
-        self.numbers[marks] = 0
-        self.objects[starts] = 0
-        self.objects += marks & ~starts & ~stops
-        ready = self.prefix == PREFIX
-        self.bare = np.where(starts, ~ready & (self.images > 1), self.bare)
-        self.image = np.where(starts & ready, self.number, self.image)
-        self.group = np.where(starts, token - STARTS[0] + 1, np.where(stops, 0, self.group))
-        self.kind = np.where(starts, self.group, self.kind)
-        self.closed |= stops
-
-    def _read_words(self, tokens: np.ndarray, token: np.ndarray, place: np.ndarray) -> None:
-        """How much of `image k:` stands at the end, and whether there are words beside it and after "answer is"."""
-        before = self.prefix
-        self.prefix = (token == Token.IMAGE).astype(np.int64)
-        if before.any():
-            digit = token == Token.DIGIT
-            more = digit & (before == 2) & self.table.joined[tokens]
-            first = digit & (before == 1)
-            self.prefix += 2 * (first | more) + 3 * ((token == Token.COLON) & (before == 2))
-            self.prefix = np.where((token == Token.BLANK) & (before != 2), before, self.prefix)
-            value = np.where(more, self.number * self.table.shift[tokens] + place, place)
-            self.number = np.where(first | more, value, self.number)
-        if self.words.any():
-            # A broken-off `image k` is words like any other; the codec takes a whole one as part of the group behind.
-            starts = (token >= STARTS[0]) & (token <= STARTS[-1])
-            self.said |= (SAYS[token] | (before > 0)) & (self.prefix == 0) & ~starts
-            self.said &= ~((token == Token.IS) & self.answer)  # what is read is what follows "answer is"
-            self.answer = token == Token.ANSWER
-
-    def _permitted(self, left: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the classes that may come next, (classes, B) bool, and the lowest bins, (B,) int64, None for all 0."""
-        may = np.zeros((len(Token), len(self.group)), bool)
-        outside = self.group == 0
-        self.numbered = NO_ROW
-        if outside.any():
-            self._permit_words(may, outside, left)
-            if outside.all():
-                return may, None
-        mask, needed = self.group == 1, NUMBERS[self.group]
-        room = 2 * self.points - self.numbers
-        whole = mask & (self.part >= MIN_MASK_NUMBERS) & (self.part % 2 == 0)
-        more = ~whole | ((room > 0) & (left > CLOSING))
-        may[Token.BIN] = np.where(mask, more, self.part < needed) & ~self.bare & ~outside
-        untouched = (self.numbers == 0) & (self.objects == 0) & ~self.single & (~self.several | self.bare)
-        ends = whole | (~mask & (self.part == needed))
-        here = self.group == EACH_KIND
-        may[STOPS[0] : STOPS[-1] + 1] = here & (ends | untouched)
-        if left > MIN_MASK_NUMBERS + CLOSING:
-            may[Token.PART] = whole & (room >= MIN_MASK_NUMBERS)
-            may[SEPARATORS[0] : SEPARATORS[-1] + 1] = here & ends & ~self.single & (self.objects + 1 < MAX_OBJECTS)
-        lowest = np.where((self.group == 2) & (self.part >= 2), self.last[0], 0)
-        return may, lowest if lowest.any() else None
-
-    def _permit_words(self, may: np.ndarray, outside: np.ndarray, left: int) -> None:
-        """Set what may come outside of groups: words, `image k:`, an opening marker, the end."""
-        reserve = 2 * self.points + CLOSING
-        forced = self.asks & ~self.closed if left <= reserve + PREFIX + 1 else NO_ROW
-        fits = outside & ~(self.single & self.closed)
-        if left <= reserve:
-            fits &= forced
-        opens, may[: Token.BANNED] = fits & ~(self.several & (self.single | self.closed)), outside
-        ready = ahead = due = np.zeros_like(outside)
-        if self.prefix.any():
-            ahead = (self.number > np.where(self.asks, self.image, 0)) & (self.number <= self.images)
-            ready = (self.prefix == PREFIX) & ahead
-            opens = fits & ready | opens & np.where(self.several, self.prefix == 0, self.prefix < PREFIX)
-            # Region tasks: a group follows `image k:` at once, and no such words name an image that can't be.
-            due = self.asks & ready & fits
-            may[: Token.BANNED] &= ~due
-            may[Token.BLANK] |= due
-            may[Token.COLON] &= ~self.asks | (self.prefix != 2) | (ahead & fits & (left != reserve + 1))
-        kinds = np.where(self.asks, self.asked, self.kind)
-        may[STARTS[0] : STARTS[-1] + 1] = opens & ((kinds == 0) | (kinds == EACH_KIND))
-        if forced.any():
-            may[: Token.BANNED] &= ~forced
-            lost = outside & forced & self.several & ~ready
-            self.numbered = lost & (self.prefix == 1)
-            colon = lost & (self.prefix == 2) & ahead
-            may[Token.IMAGE] |= lost & ~self.numbered & ~colon
-            may[Token.DIGIT] |= self.numbered
-            may[Token.COLON] |= colon
-        silent = self.words & ~self.said & (self.prefix == 0)
-        if left <= CLOSING:  # the last chance to say something
-            may[1 : Token.BANNED] &= ~silent
-        if left <= 2:
-            may[Token.IS] = False
-        may[Token.END] = np.where(self.asks, self.closed, ~silent) & outside & ~due
+    def _end(self, scores: Tensor) -> None:
+        """Keep only what brings the end nearest: the first kind of `ends` of which the grammar permits any."""
+        for ends in self.ends:
+            kept = scores[ends]
+            if kept.isfinite().any():
+                scores.fill_(-torch.inf)
+                scores[ends] = kept
+                return

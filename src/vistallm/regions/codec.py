@@ -31,10 +31,11 @@ KIND_OF_LETTER = {kind[0]: kind for kind in REGION_KINDS}
 
 _BIN = re.compile(r"<bin_(\d+)>")
 _BINS = re.compile(r"(?:<bin_\d+>)*")
+_FLAGS = re.DOTALL | re.IGNORECASE | re.ASCII  # the digits and spaces that a grammar of answers knows
 _IMAGE = r"(?:image\s*(?P<image>\d+)\s*:\s*)?"
-_TOKEN_GROUP = re.compile(_IMAGE + r"<(?P<kind>[bpm])_st>(?P<body>.*?)<(?P=kind)_ed>", re.DOTALL | re.IGNORECASE)
+_TOKEN_GROUP = re.compile(_IMAGE + r"<(?P<kind>[bpm])_st>(?P<body>.*?)<(?P=kind)_ed>", _FLAGS)
 _BRACKET = r"\[[\d\s,;]*\]"
-_TEXT_GROUP = re.compile(_IMAGE + rf"(?P<body>{_BRACKET}(?:\s*,\s*{_BRACKET})*)", re.IGNORECASE)
+_TEXT_GROUP = re.compile(_IMAGE + rf"(?P<body>{_BRACKET}(?:\s*,\s*{_BRACKET})*)", _FLAGS)
 _ANY_MARKER = re.compile(r"<(?:[bpm]_st|[bpm]_ed|[bpm]_sep|m_part|bin_\d+)>")
 
 
@@ -258,9 +259,8 @@ class RegionCodec:
         flat = tuple(float(v) for v in polygons[0].ravel())
         if kind == "point":
             return Region(image, kind, number, point=flat)
-        if flat[0] > flat[2] or flat[1] > flat[3]:
-            raise RegionParseError("inverted-box", f"expected x0 <= x1 and y0 <= y1, got {flat}")
-        return Region(image, kind, number, box=flat)
+        low, high = polygons[0].min(0).tolist(), polygons[0].max(0).tolist()
+        return Region(image, kind, number, box=(*low, *high))  # corners in any order
 
 
 def _integers(text: str) -> list[int]:
