@@ -1,16 +1,14 @@
 """The dataclasses that stages exchange: Sample -> Batch -> Prediction.
 
-In: nothing (this module imports no other module of the package). Out: typed records, with a shape beside every array.
-
-Frame of every coordinate here: pixels of the ORIGINAL image, x to the right, y down, pixel edges at integers
-(a one-pixel image spans [0, 1] x [0, 1]); never (y, x).
+Coordinates are pixels of the ORIGINAL image, x to the right, y down, edges at integers (a one-pixel image spans
+[0, 1] x [0, 1]); never (y, x).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 SCHEMA_VERSION = 1
 
-RegionKind = Literal["mask", "box", "point"]
 REGION_KINDS: tuple[str, ...] = ("mask", "box", "point")
 Rle = dict[str, Any]  # COCO run lengths: {"size": [H, W], "counts": str (compressed)}
 
@@ -38,13 +35,10 @@ class Region:
     """A box, a point or a mask of one object in one image of a sample.
 
     Attributes:
-        image: index of the image in the sample, from 0.
-        kind: "mask", "box" or "point"; the field of the same meaning must be filled.
+        image: index of the image in the sample, from 0; kind: one of REGION_KINDS, whose own field must be filled.
         object: number of the object, by which a placeholder such as `{regions:0,2}` names it.
-        box: (x0, y0, x1, y1) float, pixels of the original image.
-        point: (x, y) float, pixels of the original image.
-        rle: the whole mask as COCO RLE of the original image size.
-        polygons: the mask as parts, each (n, 2) float32, pixels of the original image; filled by sampling or parsing.
+        box: (x0, y0, x1, y1) float; point: (x, y) float.
+        rle: the whole mask at the original size; polygons: the mask as parts, each (n, 2) float32, of an answer.
         confidence: of a generated region, in [0, 1] (`vistallm.evaluate.confidence`).
     """
 
@@ -58,19 +52,16 @@ class Region:
     confidence: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict without the fields that are not set."""
-        record: dict[str, Any] = {"image": self.image, "kind": self.kind, "object": self.object}
-        if self.box is not None:
-            record["box"] = [round(float(v), 3) for v in self.box]
-        if self.point is not None:
-            record["point"] = [round(float(v), 3) for v in self.point]
-        if self.rle is not None:
-            record["rle"] = self.rle
-        if self.polygons is not None:
-            record["polygons"] = [np.round(p.astype(float), 3).tolist() for p in self.polygons]
-        if self.confidence is not None:
-            record["confidence"] = round(self.confidence, 6)
-        return record
+        """JSON-ready, without the fields that are not set."""
+        rounded = {
+            "box": self.box and [round(float(v), 3) for v in self.box],
+            "point": self.point and [round(float(v), 3) for v in self.point],
+            "rle": self.rle,
+            "polygons": self.polygons and [np.round(p.astype(float), 3).tolist() for p in self.polygons],
+            "confidence": self.confidence and round(self.confidence, 6),
+        }
+        own = {"image": self.image, "kind": self.kind, "object": self.object}
+        return own | {name: value for name, value in rounded.items() if value is not None}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Region:
@@ -82,19 +73,18 @@ class Region:
             value = record.get(name)
             if value is not None and (len(value) != length or not np.isfinite(value).all()):
                 raise ValueError(f"region {name}: expected {length} finite numbers, got {value!r}")
-        polygons = record.get("polygons")
+        polygons, box, point = (record.get(name) for name in ("polygons", "box", "point"))
         region = cls(
             image=int(record.get("image", 0)),
             kind=kind,
             object=int(record.get("object", 0)),
-            box=tuple(record["box"]) if record.get("box") is not None else None,
-            point=tuple(record["point"]) if record.get("point") is not None else None,
+            box=None if box is None else tuple(box),
+            point=None if point is None else tuple(point),
             rle=record.get("rle"),
             polygons=None if polygons is None else [np.asarray(p, np.float32).reshape(-1, 2) for p in polygons],
             confidence=record.get("confidence"),
         )
-        filled = {"mask": region.rle if region.rle is not None else polygons, "box": region.box, "point": region.point}
-        if filled[kind] is None:
+        if {"mask": region.rle or polygons, "box": box, "point": point}[kind] is None:
             raise ValueError(f"a {kind} region needs its {'rle' if kind == 'mask' else kind} field, got none: {record}")
         return region
 
@@ -128,39 +118,26 @@ class Sample:
     pixels: list[np.ndarray] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the shard's JSON record."""
-        return {
-            "version": SCHEMA_VERSION,
-            "id": self.id,
-            "task": self.task,
-            "source": self.source,
-            "images": [dataclasses.asdict(image) for image in self.images],
-            "instruction": self.instruction,
-            "fields": self.fields,
-            "answer": self.answer,
-            "regions": [region.to_json() for region in self.regions],
-            "meta": self.meta,
-        }
+        """The shard's JSON record."""
+        record = {name: value for name, value in vars(self).items() if name != "pixels"}
+        record["images"] = [dataclasses.asdict(image) for image in self.images]
+        record["regions"] = [region.to_json() for region in self.regions]
+        return {"version": SCHEMA_VERSION, **record}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Sample:
         """Read a shard's JSON record; raises ValueError naming the field that is missing or wrong."""
         if record.get("version") != SCHEMA_VERSION:
             raise ValueError(
-                f"sample version: expected {SCHEMA_VERSION}, got {record.get('version')!r}; rebuild the shards"
+                f"sample version: expected {SCHEMA_VERSION}, got {record.get('version')!r}; build it again"
             )
-        missing = [key for key in ("id", "task", "source", "images") if key not in record]
-        if missing:
+        if missing := [key for key in ("id", "task", "source", "images") if key not in record]:
             raise ValueError(f"sample: missing field(s) {', '.join(missing)}; got {', '.join(record)}")
         images = [ImageInfo(str(i["file"]), int(i["width"]), int(i["height"])) for i in record["images"]]
-        if not images:
-            raise ValueError(f"sample {record['id']}: expected at least one image, got none")
         regions = [Region.from_json(r) for r in record.get("regions", [])]
-        outside = [r.image for r in regions if not 0 <= r.image < len(images)]
-        if outside:
-            raise ValueError(
-                f"sample {record['id']}: region of image {outside[0]}, but there are {len(images)} image(s)"
-            )
+        if not images or any(not 0 <= r.image < len(images) for r in regions):
+            used = sorted({r.image for r in regions})
+            raise ValueError(f"sample {record['id']}: {len(images)} image(s), and regions of images {used}")
         return cls(
             id=str(record["id"]),
             task=str(record["task"]),
@@ -200,11 +177,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in dataclasses.fields(self)
-            if hasattr(value := getattr(self, f.name), "to")
-        }
+        tensors = {name: value for name, value in vars(self).items() if hasattr(value, "to")}
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
         return dataclasses.replace(self, **moved)
 
     def __len__(self) -> int:
@@ -224,7 +198,7 @@ class Parsed:
     presence: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
+        """JSON-ready."""
         record = {"kind": self.kind, "regions": [r.to_json() for r in self.regions], "answer": self.answer}
         return record if self.presence is None else {**record, "presence": round(self.presence, 6)}
 
@@ -257,19 +231,17 @@ class Prediction:
     cut: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON record of the line."""
-        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cut" or self.cut}
-        record["parsed"] = None if self.parsed is None else self.parsed.to_json()
-        return record
+        """The JSON record of the line."""
+        record = {name: value for name, value in vars(self).items() if name != "cut" or value}
+        return record | {"parsed": None if self.parsed is None else self.parsed.to_json()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Prediction:
         """Inverse of `to_json`; raises ValueError naming missing fields."""
         names = [f.name for f in dataclasses.fields(cls)]
-        missing = [n for n in names if n not in record and n not in ("score", "failure", "parsed", "cut")]
-        if missing:
+        optional = ("score", "failure", "parsed", "cut")
+        if missing := [name for name in names if name not in record and name not in optional]:
             raise ValueError(f"prediction: missing field(s) {', '.join(missing)}")
         values: dict[str, Any] = {name: record.get(name) for name in names}
-        values["parsed"] = None if record.get("parsed") is None else Parsed.from_json(record["parsed"])
-        values["cut"] = bool(record.get("cut"))
-        return cls(**values)
+        parsed = None if record.get("parsed") is None else Parsed.from_json(record["parsed"])
+        return cls(**values | {"parsed": parsed, "cut": bool(record.get("cut"))})

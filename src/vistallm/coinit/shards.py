@@ -39,16 +39,13 @@ _CHANGED = "is not as it was written: a byte has changed; copy or build the shar
 _BROKEN = (tarfile.TarError, EOFError, OSError)  # what reading a damaged tar raises
 Row = dict[
     str, Any
-]  # what index.json says of one shard: the fields of _ROW; "images": of those stored, if any is shared
+]  # of a shard in index.json: the fields of _ROW; "images", how many are stored, where some are shared
 EncodedImage = tuple[bytes, str]  # file bytes and their suffix, "jpg" or "png"
 
 
 def shard_name(split: str, number: int) -> str:
     """File name of a split's shard."""
     return f"{split}-{number:06d}.tar"
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_shard(
@@ -60,12 +57,8 @@ def write_shard(
 ) -> tuple[str, Row]:
     """Write one shard and return its name and index row; the file appears whole or not at all.
 
-    Args:
-        out_dir: existing folder.
-        split: "train", "val", "test" or a benchmark's own split.
-        number: number of the shard in its split.
-        samples: each with its images in order; the written record names them, whatever `sample.images[i].file` says.
-        share_images: store images of equal bytes once. Samples of one image should be neighbours.
+    `samples` come with their images in order; the written record names them, whatever `sample.images[i].file` says.
+    With `share_images`, images of equal bytes are stored once; samples of one image should be neighbours.
     """
     path = out_dir / shard_name(split, number)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -120,9 +113,6 @@ def write_index(out_dir: Path, shards: dict[str, Row], **extra: Any) -> dict[str
     return index
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 def read_index(root: Path | str) -> dict[str, Any]:
     """Read index.json of a local or remote folder; raises ValueError with what to do when it is missing or broken."""
     place = join(str(root), "index.json")
@@ -132,40 +122,33 @@ def read_index(root: Path | str) -> dict[str, Any]:
         text = file.read()
     try:
         index = json.loads(text)
-        rows = [[row[name] for name in _ROW] for row in index["shards"].values()]
+        complete = all(name in row for row in index["shards"].values() for name in _ROW)
+        version, usable = index.get("version"), complete and index["shards"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place}: not an index of shards ({error!r}); build the shards again") from error
-    if index.get("version") != INDEX_VERSION:
+    if version != INDEX_VERSION or not usable:
         raise ValueError(
-            f"{place}: expected version {INDEX_VERSION}, got {index.get('version')!r}; build the shards again"
+            f"{place}: expected version {INDEX_VERSION} and at least one shard with {', '.join(_ROW)}, got version "
+            f"{version!r} and {len(index['shards'])} shard(s); build the shards again"
         )
-    if not rows:
-        raise ValueError(f"{place}: expected at least one shard, it lists none; build the shards again")
     return index
 
 
 @dataclass
 class RawSample:
-    """One sample of a shard, undecoded.
+    """One sample of a shard, undecoded."""
 
-    Attributes:
-        shard: place of the shard; key: the sample's name in it.
-        record: its JSON, None when broken or not there; files: images by the name in the record, as bytes.
-        copy: how many times the run has seen this sample before; fault: why it can't be used, None = nothing known.
-        squares: images as the model sees them, by member; one dict for neighbours that share an image.
-    """
-
-    shard: str
-    key: str
-    record: dict[str, Any] | None = None
-    files: dict[str, bytes] = field(default_factory=dict)
-    copy: int = 0
-    fault: SampleReject | None = None
-    squares: dict[str, np.ndarray] | None = None
+    shard: str  # place of the shard
+    key: str  # the sample's name in it
+    record: dict[str, Any] | None = None  # its JSON, None when broken or not there
+    files: dict[str, bytes] = field(default_factory=dict)  # its images by the name in the record
+    copy: int = 0  # times that the run has seen this sample before
+    fault: SampleReject | None = None  # why it can't be used, None = nothing known
+    squares: dict[str, np.ndarray] | None = None  # decoded images by member, one dict for neighbours that share any
 
     @property
     def task(self) -> str | None:
-        """The task of the sample, None when its JSON can't be read (decoding then rejects it)."""
+        """The task of the sample, None when its JSON can't be read (`sample` then raises)."""
         return None if self.record is None else str(self.record.get("task"))
 
     def member(self, name: str) -> str:
@@ -201,15 +184,8 @@ def read_raw(
 
     Broken and strange members become samples with a `fault`; a tar that ends or breaks early does so as the last one.
 
-    Args:
-        place: path, `http(s)://`, `s3://` or `pipe:COMMAND` address.
-        keep: called once with the task of each sample that has one, in file order.
-        cache: folder that keeps remote shards.
-        size: bytes that a remote shard must have.
-        images: read the images; else `files` stays empty.
-
-    Raises:
-        ValueError: a remote shard can't be read.
+    `keep` is called once with the task of each sample that has one, in file order. Without `images`, `files` stays
+    empty. `place`, `cache` and `size` are those of `open_place`, which raises ValueError for a remote shard.
     """
     place = str(place)
     try:
@@ -261,7 +237,11 @@ def _samples(shard: _OpenShard, keep: Callable[[str], bool], images: bool) -> It
         record = members.pop("json", None)
         wanted = record is None or _read_record(raw, shard.content(record), keep)
         if wanted and images:
-            members |= {name: name for name in _listed(raw.record) if name not in members and name in shard.located}
+            listed = (raw.record or {}).get("images")
+            for image in listed if isinstance(listed, list) else []:
+                name = image.get("file") if isinstance(image, dict) else None
+                if isinstance(name, str) and name in shard.located:
+                    members.setdefault(name, name)
             raw.files = {name: recent.get(member) or shard.content(member) for name, member in members.items()}
             if not recent.keys().isdisjoint(members.values()):
                 raw.squares = last.squares = {} if last.squares is None else last.squares
@@ -275,13 +255,6 @@ def _samples(shard: _OpenShard, keep: Callable[[str], bool], images: bool) -> It
         raise shard.error
 
 
-def _listed(record: dict[str, Any] | None) -> list[str]:
-    """The image names of a record, as far as it has any."""
-    rows = (record or {}).get("images")
-    names = [row.get("file") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [name for name in names if isinstance(name, str)]
-
-
 def _read_record(raw: RawSample, content: bytes, keep: Callable[[str], bool]) -> bool:
     """Parse the JSON of a sample; returns whether the sample is wanted (one that can't be read is, as a fault)."""
     try:
@@ -291,18 +264,14 @@ def _read_record(raw: RawSample, content: bytes, keep: Callable[[str], bool]) ->
         return True
     if not isinstance(record, dict) or "task" not in record:
         raw.fault = SampleReject("bad-json", f"{raw.key}: expected a sample's record, got {content[:60]!r}")
-    elif _is_changed(record, content):
-        raw.fault = SampleReject("checksum", f"{raw.key}.json {_CHANGED}")
-    else:
-        raw.record = record
-    return raw.record is None or keep(str(record["task"]))
-
-
-def _is_changed(record: dict[str, Any], content: bytes) -> bool:
-    """Whether the bytes of a record are not those that were sealed; shards of before `crc32` are taken as they are."""
-    sums = record.get("crc32", {})
+        return True
+    sums = record.get("crc32", {})  # shards of before `crc32` are taken as they are
     own = sums.get("json") if isinstance(sums, dict) else None
-    return "crc32" in record and own != zlib.crc32(content.rpartition(_OWN)[0])
+    if "crc32" in record and own != zlib.crc32(content.rpartition(_OWN)[0]):
+        raw.fault = SampleReject("checksum", f"{raw.key}.json {_CHANGED}")
+        return True
+    raw.record = record
+    return keep(str(record["task"]))
 
 
 def read_shard(path: Path | str) -> Iterator[tuple[Sample, list[bytes]]]:
@@ -318,9 +287,6 @@ def read_shard(path: Path | str) -> Iterator[tuple[Sample, list[bytes]]]:
         yield sample, [raw.files[name] for name in names]
 
 
-# -- places -----------------------------------------------------------------------------------------------------------
-
-
 class UnreachableError(ValueError):
     """A remote place that can't be copied."""
 
@@ -332,17 +298,14 @@ def is_remote(place: str) -> bool:
 
 def join(root: str, name: str) -> str:
     """The place of a file in a root; `{}` in a `pipe:` command stands for the file's name."""
-    if root.startswith("pipe:"):
-        return root.replace("{}", shlex.quote(name))
-    return f"{root.rstrip('/')}/{name}"
+    return root.replace("{}", shlex.quote(name)) if root.startswith("pipe:") else f"{root.rstrip('/')}/{name}"
 
 
 def open_place(place: str, cache: str | Path | None = None, size: int | None = None) -> BinaryIO:
-    """Open a place for reading; a remote file is copied first, into `cache` or a temporary file.
+    """Open a path, or an `http(s)://`, `s3://` or `pipe:COMMAND` address, which is copied to a file in `cache` first.
 
-    Raises:
-        UnreachableError: the copy failed `TRIES` times.
-        ValueError: the copy has not `size` bytes.
+    Without a `cache` the copy is temporary. Raises UnreachableError when copying failed `TRIES` times, ValueError when
+    the copy has not `size` bytes.
     """
     if not is_remote(place):
         return open(place, "rb")
@@ -355,16 +318,12 @@ def open_place(place: str, cache: str | Path | None = None, size: int | None = N
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _copy(place, temporary)
-        if size is not None and temporary.stat().st_size != size:
-            raise ValueError(
-                f"{place}: the index says {size} bytes, got {temporary.stat().st_size}; the shard was replaced "
-                "or cut; build or copy it again"
-            )
-        if cache:
-            return temporary.replace(path).open("rb")
-        return temporary.open("rb")  # the name goes, the file stays until it is closed
+        got = temporary.stat().st_size
+        if size not in (None, got):
+            raise ValueError(f"{place}: the index says {size} bytes, got {got}; build or copy the shard again")
+        return (temporary.replace(path) if cache else temporary).open("rb")
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # a file that is open stays until it is closed
 
 
 def _copy(place: str, out: Path) -> None:
@@ -381,9 +340,10 @@ def _copy(place: str, out: Path) -> None:
             with out.open("wb") as file, gopen(f"pipe:{command}") as source:
                 return shutil.copyfileobj(source, file, 1 << 20)
         except OSError as error:
-            if attempt == TRIES - 1:
-                raise UnreachableError(
-                    f"{place}: gave up after {TRIES} tries ({error}); check the address and the network, then start "
-                    "again: the run resumes (data.cache keeps what is read)"
-                ) from error
-            time.sleep(WAIT * 2**attempt)
+            failure = error
+            if attempt + 1 < TRIES:
+                time.sleep(WAIT * 2**attempt)
+    raise UnreachableError(
+        f"{place}: gave up after {TRIES} tries ({failure}); check the address and the network, then start again: the "
+        "run resumes (data.cache keeps what is read)"
+    ) from failure
