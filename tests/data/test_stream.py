@@ -64,9 +64,10 @@ def light(monkeypatch):
     return make
 
 
-def stream_of(mixture, builder, rejects, *, batch_size=1, buffer=20, pool=1, mix=16, workers=0, **place):
+def stream_of(mixture, builder, rejects, *, batch_size=1, buffer=20, pool=1, mix=16, workers=0, lanes=None, **place):
     """A stream with the data settings that these tests are about."""
-    data = DataConfig(batch_size=batch_size, shuffle_buffer=buffer, pool_batches=pool, mix_shards=mix, workers=workers)
+    data = DataConfig(batch_size=batch_size, shuffle_buffer=buffer, pool_batches=pool, mix_shards=mix)
+    data.workers, data.lanes = workers, lanes
     return TrainStream(mixture, builder, data, rejects, **place)
 
 

@@ -31,18 +31,12 @@ MINI_ROOT = Path("data/mini")
 
 
 def build_codec(config: Config) -> RegionCodec:
-    """Return the codec of a configuration."""
-    return RegionCodec(
-        coords=config.coords,
-        num_bins=config.num_bins,
-        points=config.points,
-        mask_sampler=config.mask_sampler,
-        target_iou=config.target_iou,
-    )
+    """The codec of a configuration."""
+    return RegionCodec(config.coords, config.num_bins, config.points, config.mask_sampler, config.target_iou)
 
 
 def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
-    """Return the sample-to-sequence builder of a configuration."""
+    """The sample-to-sequence builder of a configuration."""
     templates = config.data.templates
     if isinstance(templates, str) and templates != "mini":
         raise ValueError(f"data.templates={templates}: expected a number, mini or null")
@@ -60,16 +54,12 @@ def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
 
 
 def reject_log(config: Config) -> RejectLog:
-    """Return a new log of rejects that appends to rejects.jsonl of the run folder."""
+    """A new log of rejects that appends to rejects.jsonl of the run folder."""
     return RejectLog(Path(str(config.run_dir)) / "rejects.jsonl", config.data.max_reject_share)
 
 
 def data_root(config: Config) -> Path:
-    """Return the local folder of the shards, or of the source folders; builds the mini set when none is named.
-
-    Raises:
-        ValueError: `data.root` is missing, remote, or has no shards.
-    """
+    """The local folder of the shards or source folders; builds the mini set when none is named; raises ValueError."""
     if config.data.root is None:
         if config.data.name != "mini":
             raise ValueError(f"data={config.data.name}: give the shard folder as data.root=DIR (tools/build_coinit.py)")
@@ -78,23 +68,17 @@ def data_root(config: Config) -> Path:
         raise ValueError(f"data.root={config.data.root}: this reads local shards; copy them to a folder first")
     root = Path(config.data.root)
     if not (root / "index.json").is_file() and not (config.data.sources and root.is_dir()):
-        raise ValueError(
-            f"data.root={root}: expected a shard folder with index.json, found none; run tools/build_coinit.py"
-        )
+        raise ValueError(f"data.root={root}: expected a folder with index.json, found none; run tools/build_coinit.py")
     return root
 
 
 def training_root(config: Config) -> str:
-    """Return the place of the training shards, which may be remote; raises ValueError as `data_root` does."""
+    """The place of the training shards, which may be remote; raises ValueError as `data_root` does."""
     return str(config.data.root) if is_remote(str(config.data.root)) else str(data_root(config))
 
 
 def split_shards(root: Path, split: str, task: str | None = None) -> list[Path]:
-    """Return the shard files of a split that hold samples of a task (None = any), in index order.
-
-    Raises:
-        ValueError: the split has no shard, or a file of it is missing.
-    """
+    """The shard files of a split that hold samples of a task (None = any); ValueError where one or all are missing."""
     rows = {name: row for name, row in read_index(root)["shards"].items() if row["split"] == split}
     if not rows:
         raise ValueError(f"{root}: index.json lists no shard of split {split!r}; build it with tools/build_coinit.py")
@@ -107,41 +91,28 @@ def split_shards(root: Path, split: str, task: str | None = None) -> list[Path]:
 class CoinItDataModule(L.LightningDataModule):
     """Training stream and validation batches of one stage; its state is the place in the stream, the same on all ranks.
 
-    Args:
-        config: the run's configuration.
-        vocabulary: the two tokenizers.
-        root: place of the shards, or of the source folders.
+    `root` is the place of the shards, or of the source folders.
     """
 
     def __init__(self, config: Config, vocabulary: Vocabulary, root: Path | str) -> None:
         super().__init__()
         load_compiled()  # once, before the loader's workers fork: each would compile the samplers for itself
-        self.config, self.root = config, str(root)
+        self.config, self.root, self.lanes = config, str(root), config.data.lanes
         self.builder = build_sequencer(config, vocabulary)
         self.folders = require_folders(config.data, self.root, config.dry_run)
         self.mixture = build_mixture(config, self.folders)
         self.batches_done = 0  # over all ranks
-        self.lanes = config.data.lanes
         self._ready = 0  # Lightning's count of this rank's batches that `batches_done` stands for
 
     def steps_per_epoch(self, world_size: int, accumulate: int) -> int:
-        """Return optimizer steps of one pass over the weighted training split."""
+        """Optimizer steps of one pass over the weighted training split."""
         return max(1, self.mixture.total(0) // (self.config.data.batch_size * world_size * accumulate))
 
     def stream(self, rank: int, world_size: int, workers: int, rejects: RejectLog) -> TrainStream:
-        """Return one rank's endless stream, from `batches_done` on."""
-        data = dataclasses.replace(self.config.data, workers=workers)
-        return TrainStream(
-            self.mixture,
-            self.builder,
-            data,
-            rejects,
-            seed=self.config.seed,
-            rank=rank,
-            world_size=world_size,
-            lanes=self.lanes,
-            done=self.batches_done,
-        )
+        """One rank's endless stream, from `batches_done` on."""
+        data = dataclasses.replace(self.config.data, workers=workers, lanes=self.lanes)
+        place = (self.config.seed, rank, world_size, self.batches_done)
+        return TrainStream(self.mixture, self.builder, data, rejects, *place)
 
     def missing_shards(self) -> list[str]:
         """Local training shards that the index lists and that are not there."""
@@ -149,20 +120,18 @@ class CoinItDataModule(L.LightningDataModule):
         return [place for place in places if not is_remote(place) and not Path(place).is_file()]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return this rank's loader."""
+        """This rank's loader."""
         workers, trainer = self.config.data.workers, self.trainer
         assert trainer is not None
         if missing := self.missing_shards():
-            raise ValueError(
-                f"{self.root}: the index lists {len(missing)} shard(s) that are not there, first {missing[0]}"
-            )
+            raise ValueError(f"{self.root}: {len(missing)} shard(s) of the index are not there, first {missing[0]}")
         stream = self.stream(trainer.global_rank, trainer.world_size, workers, reject_log(self.config))
         return DataLoader(
             stream, None, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_outlive_first_sigterm
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the first `data.val_batches` validation batches, dealt to the ranks in turn, equally many each."""
+        """The first `data.val_batches` validation batches, dealt to the ranks in turn, equally many each."""
         trainer = self.trainer
         assert trainer is not None
         size, tasks = self.config.data.batch_size, sorted({task for _, task in self.mixture.columns})
@@ -177,7 +146,7 @@ class CoinItDataModule(L.LightningDataModule):
         return DataLoader(cast(Any, batches), batch_size=None, num_workers=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the stream and what the order depends on; the same on every rank."""
+        """The place in the stream and what the order depends on; the same on every rank."""
         trainer, data = self.trainer, self.config.data
         assert trainer is not None
         # `ready` counts the batch that is being trained on, which is done by the time a checkpoint is written.
@@ -192,14 +161,11 @@ class CoinItDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the place in the stream.
+        """Take up the place in the stream; ValueError when what the order of the data depends on has changed.
 
-        The stream keeps the lanes of the checkpoint, and goes on with the very next batch, on any number of ranks and
-        workers that divides them. Where it does not, every new lane leaves out the same share of the epoch, so that
-        the number of samples done is kept; until the epoch ends some are seen again and as many are not.
-
-        Raises:
-            ValueError: what the order of the data depends on has changed.
+        The stream keeps the checkpoint's lanes and goes on with the very next batch where ranks x workers divide them.
+        Else every new lane leaves out the same share of the epoch: the number of samples done is kept, but until the
+        epoch ends some are seen again and as many are not.
         """
         trainer, now = self.trainer, self.state_dict()
         assert trainer is not None
@@ -229,11 +195,7 @@ def _outlive_first_sigterm(worker: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetStatistics:
-    """Means per sample over the first batches: tokens, answer tokens, images, tokens of the QFormer's instruction.
-
-    padding: share of padding among the batches' cells; longest: tokens of the longest sequence; samples: counted ones;
-    rejects: by reason.
-    """
+    """Means per sample over the first batches; padding: its share of the batches' cells; rejects: by reason."""
 
     samples: int
     tokens: float
@@ -277,14 +239,13 @@ def describe_data(data: CoinItDataModule, world_size: int) -> list[str]:
     mixture, held = data.mixture, Counter[tuple[str, str]]()
     for shard in mixture.shards:
         held.update({(shard.source, task): n for task, n in shard.tasks.items()})
-    left = [f"{source}:{task} {held[source, task]:,}" for source, task in sorted({*held} - {*mixture.columns})]
     lines = [f"  {'source':<20} {'task':<12} {'in shards':>11} {'weight':>8} {'per epoch':>11} {'share':>7}"]
     total = mixture.total(0)
     for column, n in mixture.samples(0).items():
         weight = float(mixture.weights[column])
         lines.append(f"  {column[0]:<20} {column[1]:<12} {held[column]:>11,} {weight:>8.3g} {n:>11,} {n / total:>7.1%}")
     lines.append(f"  {'all':<33} {sum(held[column] for column in mixture.columns):>11,} {'':>8} {total:>11,}")
-    if left:
+    if left := [f"{source}:{task} {held[source, task]:,}" for source, task in sorted({*held} - {*mixture.columns})]:
         lines.append("  left out (weight 0): " + ", ".join(left))
     if missing := find_folders(data.config.data, data.root)[1]:
         lines.append(f"  missing in {data.root}: {', '.join(missing)}")

@@ -69,13 +69,8 @@ class RejectLog:
 class TrainStream(IterableDataset):
     """Endless batches of one rank.
 
-    Args:
-        mixture: the shards and their weights.
-        builder: makes the sequences.
-        data: batch size, shuffling and workers.
-        rejects: counts what can't be used.
-        lanes: number of lanes, a multiple of world_size x workers; None = exactly that many.
-        done: batches that the run has trained on, over all ranks: they are skipped by the index.
+    `data.lanes` must be a multiple of world_size x workers; None = exactly that many. The first `done` batches of the
+    run, over all ranks, are skipped by the index.
     """
 
     def __init__(
@@ -84,23 +79,21 @@ class TrainStream(IterableDataset):
         builder: SequenceBuilder,
         data: DataConfig,
         rejects: RejectLog,
-        *,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        lanes: int | None = None,
         done: int = 0,
     ) -> None:
         super().__init__()
+        self.mixture, self.builder, self.data, self.rejects = mixture, builder, data, rejects
+        self.seed, self.rank, self.world_size, self.done = seed, rank, world_size, done
         self.workers = max(data.workers, 1)
-        self.lanes = lanes or world_size * self.workers
+        self.lanes = data.lanes or world_size * self.workers
         if self.lanes % (world_size * self.workers):
             raise ValueError(
                 f"data.lanes={self.lanes}: expected a multiple of {world_size} rank(s) x {self.workers} worker(s)"
             )
         check_layout(mixture, self.lanes)
-        self.mixture, self.builder, self.data, self.rejects = mixture, builder, data, rejects
-        self.seed, self.rank, self.world_size, self.done = seed, rank, world_size, done
         self.block = round(data.shuffle_buffer * mixture.samples_per_image)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -228,12 +221,11 @@ class TrainStream(IterableDataset):
 
     def _check_size(self, shard: Shard) -> None:
         """Count a shard whose file is not the one of the index; what can be read of it is still used."""
-        if shard.size is None or is_remote(shard.place) or not os.path.isfile(shard.place):
-            return
-        size = os.path.getsize(shard.place)
-        if size != shard.size:
-            text = f"{shard.place}: the index says {shard.size} bytes, the file has {size}; build or copy it again"
-            self.rejects.add(RawSample(shard.place, ""), SampleReject("changed-shard", text))
+        if shard.size is not None and not is_remote(shard.place) and os.path.isfile(shard.place):
+            size = os.path.getsize(shard.place)
+            if size != shard.size:
+                text = f"{shard.place}: the index says {shard.size} bytes, it has {size}; build or copy it again"
+                self.rejects.add(RawSample(shard.place, ""), SampleReject("changed-shard", text))
 
 
 def spread(raws: list[RawSample]) -> list[RawSample]:
@@ -258,10 +250,7 @@ def evaluation_sequences(
     limit: int | None = None,
     generation: bool = True,
 ) -> Iterator[Sequence]:
-    """Yield the sequences of one task in file order with the fixed evaluation template, at most `limit`.
-
-    `generation`: as in `SequenceBuilder.build`; false where the loss of the answers is asked for.
-    """
+    """The first `limit` sequences of one task in file order, with the fixed template; `generation` as in `build`."""
     raws = (raw for shard in shards for raw in read_raw(shard, lambda other: other == task))
     for raw in islice(raws, limit):
         rejects.read += 1
