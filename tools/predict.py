@@ -64,7 +64,7 @@ def answer(ckpt: str, sample: Sample) -> list[Region]:
     quiet()
     model, config, _ = load_run(ckpt)
     builder = build_sequencer(config, model.vocabulary)
-    sequence = builder.build_prompt(sample)
+    sequence = builder.build(sample, answered=False)
     answerer = Answerer(model.to("cuda" if torch.cuda.is_available() else "cpu"), config)
     reply = answerer.answer([sequence], [Rule(images=len(sample.images))])[0]
     print(reply.text)

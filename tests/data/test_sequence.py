@@ -104,9 +104,8 @@ def test_one_round_is_the_sequence_without_rounds(builder, samples):
 def test_a_prompt_alone_is_what_generation_reads_of_a_whole_sequence(builder, samples, conversation, task):
     sample = conversation if task == "instruct" else samples[task][0]
     whole = builder.build(sample)
-    prompt = builder.build_prompt(
-        spoilt(sample, answer=None, fields={k: v for k, v in sample.fields.items() if k != "answer"})
-    )
+    asked = spoilt(sample, answer=None, fields={k: v for k, v in sample.fields.items() if k != "answer"})
+    prompt = builder.build(asked, answered=False)
     assert torch.equal(prompt.instruction_ids, whole.instruction_ids)
     batches = [collate([s], builder.vocabulary, generation=True) for s in (prompt, whole)]
     assert torch.equal(batches[0].input_ids, batches[1].input_ids)
@@ -128,7 +127,7 @@ def test_a_numbered_template(builder, samples):
     assert numbered[1].build(sample, random.Random(0)).prompt == builder.build(sample, random.Random(0)).prompt
     with pytest.raises(SampleReject, match="expected 0 to 9"):
         dataclasses.replace(builder, template=10).build(sample)
-    assert [one.build_prompt(sample).prompt for one in numbered] == prompts
+    assert [one.build(sample, answered=False).prompt for one in numbered] == prompts
 
 
 def spoilt(sample, **changes):
@@ -200,7 +199,7 @@ def test_a_special_token_in_a_users_text_is_text(builder, samples, conversation,
 
 def test_prompt_length_alone_decides_at_evaluation(builder, samples):
     one = samples["res"][0]
-    prompt = len(builder.build_prompt(one).input_ids)
+    prompt = len(builder.build(one, answered=False).input_ids)
     tight = dataclasses.replace(builder, max_length=prompt)
     assert tight.build(one, generation=True).answer == builder.build(one).answer
     with pytest.raises(SampleReject, match="data.max_length"):

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vistallm.data.datamodule import build_codec
-from vistallm.data.vocabulary import IMAGE_TOKENS, Piece, SpecialTokenError, Vocabulary, encode, encode_pieces
+from vistallm.data.vocabulary import IMAGE_TOKENS, Piece, Vocabulary, encode, encode_pieces
+from vistallm.schema import SampleReject
 
 
 @pytest.mark.parametrize("tokenizer", ["lm", "qformer"])
@@ -127,5 +128,5 @@ def test_special_tokens_in_words_are_text_for_a_llama_tokenizer_and_refused_by_a
 
     slow = Slow()
     assert encode_pieces(slow, [Piece("a")]) == [5]
-    with pytest.raises(SpecialTokenError, match="fast tokenizer"):
+    with pytest.raises(SampleReject, match="fast tokenizer"):
         encode_pieces(slow, [Piece("a </s>")])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vistallm.config import PAD_COLOUR
-from vistallm.data.vocabulary import Piece, SpecialTokenError, Vocabulary, encode, encode_pieces, token_ids
+from vistallm.data.vocabulary import Piece, Vocabulary, encode, encode_pieces, token_ids
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox, square_resize
 from vistallm.schema import IGNORE_INDEX, Batch, Sample, SampleReject
@@ -34,71 +34,45 @@ from vistallm.tasks import (
 
 @dataclass
 class Sequence:
-    """One sample as tokens, with its labels made at the same time.
+    """One sample as tokens, with its labels made at the same time."""
 
-    Attributes:
-        input_ids: (T,) int64, prompt then answer then end token; image slots hold the image-patch token.
-        labels: (T,) int64, the answer's own ids and the end token, IGNORE_INDEX elsewhere.
-        instruction_ids: (Q,) int64, the instruction in the instruction-guided tokenizer's own vocabulary.
-        images: (K, 3, S, S) uint8, square RGB; the encoder normalises them.
-        letterboxes: K coordinate maps, one per image.
-        prompt: the prompt text without image slots; answer: the answer text.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    instruction_ids: Tensor
-    images: Tensor
-    letterboxes: list[Letterbox]
-    prompt: str
+    input_ids: Tensor  # (T,) int64, prompt then answer then end token; image slots hold the image-patch token
+    labels: Tensor  # (T,) int64, the answer's own ids and the end token, IGNORE_INDEX elsewhere
+    instruction_ids: Tensor  # (Q,) int64, the instruction in the QFormer's vocabulary
+    images: Tensor  # (K, 3, S, S) uint8, square RGB; the encoder normalises them
+    letterboxes: list[Letterbox]  # K coordinate maps
+    prompt: str  # without image slots
     answer: str
     sample: Sample
 
 
 @dataclass
 class SequenceBuilder:
-    """Turns samples into sequences.
-
-    Attributes:
-        codec, vocabulary: region tokens and the two tokenizers.
-        queries: image slots per image; image_size: side of the square input in pixels.
-        system_prompt: text before `USER:`; may be empty.
-        max_length: tokens; a longer sequence is a reject. max_instruction: tokens of the QFormer's copy, cut beyond.
-        templates: use only the first n templates of a task, or "mini" (`Task.mini`); None = all.
-        template: number of the one that is taken where none is drawn; 0 = the fixed evaluation template.
-    """
+    """Turns samples into sequences."""
 
     codec: RegionCodec
     vocabulary: Vocabulary
-    queries: int
-    image_size: int
-    system_prompt: str = ""
-    max_length: int = 1024
-    max_instruction: int = 128
-    templates: TemplateRange = None
-    template: int = 0
+    queries: int  # image slots per image
+    image_size: int  # side of the square input in pixels
+    system_prompt: str = ""  # before `USER:`
+    max_length: int = 1024  # tokens; a longer sequence is a reject
+    max_instruction: int = 128  # tokens of the QFormer's copy, cut beyond
+    templates: TemplateRange = None  # only the first n of a task, or "mini" (`Task.mini`); None = all
+    template: int = 0  # the one that is taken where none is drawn; 0 = the fixed evaluation template
     _openings: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
 
-    def build(self, sample: Sample, rng: random.Random | None = None, generation: bool = False) -> Sequence:
+    def build(
+        self, sample: Sample, rng: random.Random | None = None, generation: bool = False, answered: bool = True
+    ) -> Sequence:
         """Build the sequence of a decoded sample; `rng` draws the template, without it number `template` is taken.
 
         With `generation`, `max_length` counts the prompt alone: what the true answer is must not decide which samples
-        are evaluated.
+        are evaluated. Without `answered` the sequence ends where the answer begins, and the sample needs none.
 
         Raises:
-            SampleReject: unknown task, a placeholder without its region, no answer token, or too many tokens.
+            SampleReject: unknown task, a placeholder without its region, no answer token, too many tokens, or a special
+                token in the text that the tokenizer can't read as text.
         """
-        return self._build(sample, rng, True, generation)
-
-    def build_prompt(self, sample: Sample) -> Sequence:
-        """Build the sequence of a decoded sample up to where its answer begins: for generation, when there is none.
-
-        The sample's own answer and the fields it is made of are not read; those of earlier rounds are part of the
-        prompt. `Sequence.answer` is empty. Raises SampleReject as `build` does.
-        """
-        return self._build(sample, None, False, True)
-
-    def _build(self, sample: Sample, rng: random.Random | None, answered: bool, generation: bool) -> Sequence:
         if sample.task not in TASKS:
             raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
         images, letterboxes = self._images(sample)
@@ -113,11 +87,8 @@ class SequenceBuilder:
         instructions, answers = written[0::2], written[1::2]
         qformer = self.vocabulary.qformer
         joined = [piece for instruction in instructions for piece in [Piece(" "), *instruction]][1:]
-        try:
-            ids, labels = self._tokens(sample, instructions, answers, generation)
-            guide = encode_pieces(qformer, joined)[: self.max_instruction - 2]
-        except SpecialTokenError as error:
-            raise SampleReject("special-token", f"{sample.id}: {error}") from error
+        ids, labels = self._tokens(sample, instructions, answers, generation or not answered)
+        guide = encode_pieces(qformer, joined)[: self.max_instruction - 2]
         return Sequence(  # NumPy reads a list five times as quickly as torch
             input_ids=torch.from_numpy(np.array(ids)),
             labels=torch.from_numpy(np.array(labels)),

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from vistallm.config import ModelConfig
 from vistallm.regions.codec import RegionCodec
+from vistallm.schema import SampleReject
 from vistallm.tasks import TASKS, load_templates
 
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
@@ -29,20 +30,14 @@ _STORED = ("first_new", "instruction_first_new", "region_tokens", "bin_values") 
 
 @dataclass
 class Vocabulary:
-    """Both tokenizers and the ids that the model needs.
+    """Both tokenizers and the ids that the model needs."""
 
-    Attributes:
-        lm: the language model's tokenizer; first_new: its ids from here on were added.
-        qformer: the QFormer's tokenizer, with the same region tokens; qformer_first_new: as `first_new`.
-        region_tokens: all region tokens; bin_values: (num_bins,) float64, the coordinates of the `<bin_i>`, in [0, 1].
-    """
-
-    lm: PreTrainedTokenizerBase
-    qformer: PreTrainedTokenizerBase
-    first_new: int
+    lm: PreTrainedTokenizerBase  # the language model's
+    qformer: PreTrainedTokenizerBase  # the QFormer's, with the same region tokens
+    first_new: int  # ids of `lm` from here on were added
     qformer_first_new: int
     region_tokens: list[str]
-    bin_values: np.ndarray
+    bin_values: np.ndarray  # (num_bins,) float64, the coordinates of the `<bin_i>`, in [0, 1]
 
     def __post_init__(self) -> None:
         """A tokenizer.json may ask for truncation and padding, which `encode` must not do."""
@@ -100,21 +95,17 @@ class Vocabulary:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:
-    """Return the id of each token."""
+    """The id of each token."""
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     assert isinstance(ids, list)
     return ids
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text, nothing added before or after.
-
-    Straight to the Rust tokenizer where there is one: the wrapper's own work is most of the time of a short text.
-    """
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        return tokenizer.encode(text, add_special_tokens=False)
-    return fast.encode(text, add_special_tokens=False).ids
+    """The token ids of a text, nothing added before or after."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)  # the wrapper's own work is most of the time of a short text
+    ids = (fast or tokenizer).encode(text, add_special_tokens=False)
+    return ids.ids if fast else ids
 
 
 class Piece(NamedTuple):
@@ -124,29 +115,23 @@ class Piece(NamedTuple):
     tokens: int = 0
 
 
-class SpecialTokenError(ValueError):
-    """A text spells out a special token, and its tokenizer can't read it as text."""
-
-
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> list[int]:
     """Token ids of pieces of text, one after another; a special token that words spell out (`</s>`) is read as text.
 
-    Raises:
-        SpecialTokenError: words hold a special token, and the tokenizer is none of the `tokenizers` library.
+    Raises SampleReject (special-token) where it can't be: the tokenizer is none of the `tokenizers` library.
     """
     ids = encode(tokenizer, "".join(piece.text for piece in pieces))
     special, plain = _without_special(tokenizer)
     if sum(map(special.__contains__, ids)) == sum(piece.tokens for piece in pieces):
         return ids
     if plain is None:
-        raise SpecialTokenError("the text holds a special token; write it another way, or use a fast tokenizer")
-    runs = groupby(pieces, key=lambda piece: piece.tokens > 0)
-    texts = [(coded, "".join(piece.text for piece in run)) for coded, run in runs]
-    return [
-        i
-        for coded, text in texts
-        for i in (encode(tokenizer, text) if coded else plain.encode(text, add_special_tokens=False).ids)
-    ]
+        text = "the text holds a special token; write it another way, or use a fast tokenizer"
+        raise SampleReject("special-token", text)
+    ids = []
+    for coded, run in groupby(pieces, key=lambda piece: piece.tokens > 0):
+        text = "".join(piece.text for piece in run)
+        ids += encode(tokenizer, text) if coded else plain.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 @functools.lru_cache(maxsize=8)
@@ -168,17 +153,15 @@ def loading(key: str, value: str) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip()
         reason = " ".join(text.split()) if isinstance(error, RuntimeError) else text.partition("\n")[0]
-        raise ValueError(
-            f"{key}={value}: can't be loaded; give a whole local folder or a reachable hub name ({reason})"
-        ) from error
+        text = f"{key}={value}: can't be loaded; give a whole local folder or a reachable hub name ({reason})"
+        raise ValueError(text) from error
 
 
 def _lm_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    weights = model.decoder.weights
-    if weights is None:
-        return _from_words({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
-    with loading("model.decoder.weights", weights):
-        tokenizer = AutoTokenizer.from_pretrained(weights)
+    if model.decoder.weights is None:
+        return _from_words(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    with loading("model.decoder.weights", model.decoder.weights):
+        tokenizer = AutoTokenizer.from_pretrained(model.decoder.weights)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token  # as Vicuna's training code does: no row is added for padding
     return tokenizer
@@ -186,33 +169,29 @@ def _lm_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _qformer_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer.text_tokenizer is None:
-        return _from_words({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"})
-    folder = Path(model.tokenizer.text_tokenizer)
-    with loading("model.tokenizer.text_tokenizer", str(folder)):
-        if folder.is_dir() and not (folder / "qformer_tokenizer").is_dir():
-            return AutoTokenizer.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(model.tokenizer.text_tokenizer, subfolder="qformer_tokenizer")
+        return _from_words(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    name = model.tokenizer.text_tokenizer
+    itself = Path(name).is_dir() and not (Path(name) / "qformer_tokenizer").is_dir()
+    with loading("model.tokenizer.text_tokenizer", name):
+        return AutoTokenizer.from_pretrained(name, subfolder="" if itself else "qformer_tokenizer")
 
 
-def _from_words(special: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A word-piece tokenizer over the words of the task table; any other printable text is spelled letter by letter."""
-    pieces = [*special.values(), *PRINTABLE, *("##" + c for c in PRINTABLE), *_task_words()]
+def _from_words(**special: str) -> PreTrainedTokenizerFast:
+    """A word-piece tokenizer over the words and marks of the mini world; other printable text is spelled in letters."""
+    from vistallm.mini.tasks import mini_words  # here, so that a pretrained vocabulary does not import the mini world
+
+    tasks, splitter = [task for task in TASKS.values() if task.mini], pre_tokenizers.BertPreTokenizer()
+    texts = [
+        "USER: ASSISTANT: Image image",
+        *mini_words(),
+        *(text or "" for t in tasks for text in (t.answer, t.plural)),
+    ]
+    texts += [line for task in tasks for line in load_templates(task.name, "mini")]
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+    pieces = [*special.values(), *PRINTABLE, *("##" + c for c in PRINTABLE), *words]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     unknown = special["unk_token"]
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), splitter
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def _task_words() -> list[str]:
-    """Words and punctuation of the mini world: its sentences, answer forms and templates, sorted."""
-    from vistallm.mini.tasks import mini_words  # here, so that a pretrained vocabulary does not import the mini world
-
-    tasks = [task for task in TASKS.values() if task.mini]
-    texts = [*mini_words(), *(t.answer for t in tasks), *(t.plural or "" for t in tasks)]
-    texts += [line for task in tasks for line in load_templates(task.name, "mini")]
-    texts += ["USER: ASSISTANT: Image image"]
-    pieces = pre_tokenizers.BertPreTokenizer()
-    return sorted({word for text in texts for word, _ in pieces.pre_tokenize_str(text)})
