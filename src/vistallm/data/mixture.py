@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from vistallm.tasks import TASKS
 
 @dataclass(frozen=True)
 class Folder:
-    """One source's shards: the source's name, the folder's place, its index.json; weight: of all its samples."""
+    """One source's shards."""
 
     source: str
     place: str
     index: dict[str, Any]
-    weight: float = 1.0
+    weight: float = 1.0  # of all its samples
 
     def shards(self, split: str) -> list[Shard]:
         """The shards of a split, in index order."""
@@ -31,27 +32,21 @@ class Folder:
 
 
 def find_folders(data: DataConfig, root: str) -> tuple[list[Folder], list[str]]:
-    """Return the source folders of the mixture, and the names of those that are not there.
+    """The source folders of the mixture, and the names of those that are not there.
 
     A root with an index.json of its own is one source by itself, whatever `data.sources` says.
     """
     single = _index(root)
     if single is not None or not data.sources:
         return [Folder(".", root, single if single is not None else read_index(root))], []
-    folders, missing = [], []
-    for name, weight in data.sources.items():
-        if weight <= 0:
-            continue
-        index = _index(join(root, name))
-        if index is None:
-            missing.append(name)
-        else:
-            folders.append(Folder(name, join(root, name), index, weight))
-    return folders, missing
+    wanted = {name: weight for name, weight in data.sources.items() if weight > 0}
+    indexes = {name: index for name in wanted if (index := _index(join(root, name))) is not None}
+    folders = [Folder(name, join(root, name), index, wanted[name]) for name, index in indexes.items()]
+    return folders, [name for name in wanted if name not in indexes]
 
 
 def require_folders(data: DataConfig, root: str, dry: bool = False) -> list[Folder]:
-    """Return the source folders; ValueError when one is missing, unless `data.missing_sources=skip` or in a dry run."""
+    """The source folders; ValueError when one is missing, unless `data.missing_sources=skip` or in a dry run."""
     folders, missing = find_folders(data, root)
     if missing and not (folders and (dry or data.missing_sources == "skip")):
         raise ValueError(
@@ -82,26 +77,26 @@ def build_mixture(config: Config, folders: list[Folder]) -> Mixture:
     Raises:
         ValueError: unknown task names, or no sample of positive weight.
     """
-    data = config.data
+    data, caps = config.data, config.data.max_per_task
     counts: dict[Column, int] = {
         (folder.source, task): n for folder in folders for task, n in folder.index["tasks"].get("train", {}).items()
     }
-    unknown = {f"{source}:{task}" for source, task in counts if task not in TASKS}
-    if unknown:
-        raise ValueError(f"unknown task(s) in the shards: {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
-    tasks, own = stage_weights(data.weights, config.stage), {folder.source: folder.weight for folder in folders}
-    counts = {column: n for column, n in counts.items() if column[1] in tasks}
-    weights = {column: own[column[0]] * tasks[column[1]] for column in counts}
+    known = f"known: {', '.join(TASKS)}"
+    if unknown := sorted(f"{source}:{task}" for source, task in counts if task not in TASKS):
+        raise ValueError(f"unknown task(s) in the shards: {', '.join(unknown)}; {known}")
+    if unknown := sorted(set(caps) - set(TASKS)):
+        raise ValueError(f"data.max_per_task: unknown task(s) {', '.join(unknown)}; {known}")
     if data.temperature <= 0:
         raise ValueError(f"data.temperature={data.temperature}: expected a number above 0; 1 keeps the weights")
+    tasks = stage_weights(data.weights, config.stage)
+    own = {folder.source: folder.weight for folder in folders}
+    counts = {column: n for column, n in counts.items() if column[1] in tasks}
+    weights = {column: own[column[0]] * tasks[column[1]] for column in counts}
     size = _sizes(weights, counts, 0)
     total = sum(size.values())
     powers = {source: (n / total) ** (1 / data.temperature) for source, n in size.items() if n > 0}
     scale = {source: total * power / sum(powers.values()) / size[source] for source, power in powers.items()}
     weights = {column: weight * scale.get(column[0], 1.0) for column, weight in weights.items()}
-    caps = data.max_per_task
-    if wrong := set(caps) - set(TASKS):
-        raise ValueError(f"data.max_per_task: unknown task(s) {', '.join(sorted(wrong))}; known: {', '.join(TASKS)}")
     size = _sizes(weights, counts, 1)
     for column in weights:
         weights[column] *= min(1.0, caps.get(column[1], float("inf")) / max(size[column[1]], 1e-9))
@@ -112,15 +107,14 @@ def build_mixture(config: Config, folders: list[Folder]) -> Mixture:
 
 def _sizes(weights: dict[Column, float], counts: dict[Column, int], side: int) -> dict[str, float]:
     """Samples of an epoch by source (side 0) or by task (side 1)."""
-    sizes: dict[str, float] = {}
+    sizes: dict[str, float] = defaultdict(float)
     for column, n in counts.items():
-        sizes[column[side]] = sizes.get(column[side], 0) + weights[column] * n
+        sizes[column[side]] += weights[column] * n
     return sizes
 
 
 def stage_weights(weights: dict[str, float], stage: int) -> dict[str, float]:
-    """Return the task weights: as given, or every single-image (stage 1) or multi-image (stage 2) task once."""
-    unknown = sorted(set(weights) - set(TASKS))
-    if unknown:
+    """The task weights: as given, or every single-image (stage 1) or multi-image (stage 2) task once."""
+    if unknown := sorted(set(weights) - set(TASKS)):
         raise ValueError(f"data.weights: unknown task(s) {', '.join(unknown)}; known: {', '.join(TASKS)}")
     return dict(weights) or {name: 1.0 for name, task in TASKS.items() if task.multi_image == (stage == 2)}

@@ -23,16 +23,13 @@ MOST_SHARED = 16.0  # a block of shuffled samples grows with the samples per ima
 
 @dataclass(frozen=True)
 class Shard:
-    """One training shard: where it is, its source folder, its samples per task.
-
-    size: bytes, None = unknown; images: stored images, where samples share them.
-    """
+    """One training shard."""
 
     place: str
-    source: str
-    tasks: Mapping[str, int]
-    size: int | None = None
-    images: int | None = None
+    source: str  # its folder
+    tasks: Mapping[str, int]  # samples of each task
+    size: int | None = None  # bytes, None = unknown
+    images: int | None = None  # stored images, where samples share them
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,10 @@ class Visit:
 
 
 class Mixture:
-    """Shards with the weight of each (source, task).
+    """All training shards, whose order fixes the cycles, with the weight of each (source, task).
 
-    Args:
-        shards: all training shards; their order fixes the cycles.
-        weights: (source, task) -> how often each sample is met per epoch on average (1 = once, 0.05, 1.6, ...).
-        fraction: the share of every column that is in the cycles, its first samples; the rest is never met.
-
-    Raises:
-        ValueError: no shard holds a sample of positive weight, or `fraction` is not in (0, 1].
+    A weight says how often a sample is seen per epoch on average (1 = once, 0.05, 1.6, ...). Only the first `fraction`
+    of every column is in the cycles. Raises ValueError where no shard holds a sample of positive weight.
     """
 
     def __init__(self, shards: list[Shard], weights: Mapping[Column, float], fraction: float = 1.0) -> None:
@@ -72,13 +64,11 @@ class Mixture:
             raise ValueError(f"data.fraction={fraction}: expected a share above 0 and at most 1")
         self.shards, self.fraction = shards, fraction
         self.weights = {c: Fraction(w).limit_denominator(1_000_000) for c, w in weights.items() if w > 0}
-        self.columns: list[Column] = sorted(
-            {(shard.source, task) for shard in shards for task, n in shard.tasks.items() if n} & set(self.weights)
-        )
+        held = {(shard.source, task) for shard in shards for task, n in shard.tasks.items() if n}
+        self.columns: list[Column] = sorted(held & set(self.weights))
         if not self.columns:
-            held = sorted({f"{shard.source}:{task}" for shard in shards for task in shard.tasks})
-            wanted = ", ".join(sorted({task for _, task in weights}))
-            raise ValueError(f"no training sample of the tasks {wanted}; the shards hold {', '.join(held)}")
+            wanted, names = ", ".join(sorted({task for _, task in weights})), sorted(map(":".join, held))
+            raise ValueError(f"no training sample of the tasks {wanted}; the shards hold {', '.join(names)}")
         rows = [
             (number, i, n)
             for number, (source, task) in enumerate(self.columns)
@@ -177,23 +167,20 @@ class Epoch:
         if low == high:
             return []
         first, last = np.searchsorted(self.ends, [low, high - 1], side="right")
-        found = []
+        visits = []
         for i in range(int(first), int(last) + 1):
             begin = int(self.ends[i - 1]) if i else 0
             rows = self._takes[self._first[i] : self._first[i + 1]].tolist()
             takes = tuple(Take(self.mixture.columns[c][1], lo, hi, copy) for _, _, c, lo, hi, copy in rows)
-            found.append(Visit(rows[0][1], takes, max(low - begin, 0), min(high, int(self.ends[i])) - begin))
-        return found
+            visits.append(Visit(rows[0][1], takes, max(low - begin, 0), min(high, int(self.ends[i])) - begin))
+        return visits
 
 
 def check_layout(mixture: Mixture, lanes: int) -> None:
-    """Raise ValueError when an epoch has fewer shards to read than there are lanes, or lanes would stay empty."""
-    read = len(Epoch(mixture, 0, 0))
-    if read < lanes:
-        raise ValueError(
-            f"{read} training shards for {lanes} lanes (ranks x workers): each needs one; "
-            "lower data.workers, use fewer devices, or write more, smaller shards"
-        )
+    """Raise ValueError when an epoch has fewer shards to read than there are lanes: some would stay empty."""
+    if (read := len(Epoch(mixture, 0, 0))) < lanes:
+        advice = "lower data.workers, use fewer devices, or write more, smaller shards"
+        raise ValueError(f"{read} training shards for {lanes} lanes (ranks x workers): each needs one; {advice}")
 
 
 def lane_groups(epoch: Epoch, lane: int, lanes: int, skip: int, mix: int) -> Iterator[tuple[list[Visit], list[int]]]:
