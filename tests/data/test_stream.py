@@ -337,7 +337,7 @@ def test_rejects_that_can_not_be_written_are_still_counted(tmp_path, capsys):
     rejects = RejectLog(tmp_path / "gone" / "rejects.jsonl", max_share=1.0)
     for _ in range(3):
         rejects.add(RawSample("a.tar", "k"), SampleReject("bad-json", "k: broken"))
-    assert (rejects.total, rejects.unwritten) == (3, 3)
+    assert (rejects.counts.total(), rejects.unwritten) == (3, 3)
     assert capsys.readouterr().out.count("not written") == 1
 
 

@@ -36,18 +36,13 @@ class RejectLog:
     path: Path | None
     max_share: float
     read: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     unwritten: int = 0
     last: str = "none"
 
-    @property
-    def total(self) -> int:
-        """Rejects so far."""
-        return sum(self.counts.values())
-
     def add(self, raw: RawSample, reject: SampleReject) -> None:
         """Record one reject; raises ValueError above `max_share` of the samples read."""
-        self.counts[reject.reason] = self.counts.get(reject.reason, 0) + 1
+        self.counts[reject.reason] += 1
         self.last = str(reject)
         line = {"shard": raw.shard, "key": raw.key, "reason": reject.reason, "error": str(reject)}
         try:
@@ -58,9 +53,10 @@ class RejectLog:
             self.unwritten += 1
             if self.unwritten == 1:
                 print(f"{self.path}: {error}; rejects are counted but not written until there is room", flush=True)
-        if self.read >= REJECTS_BEFORE_STOP and self.total > self.max_share * self.read:
+        rejected = self.counts.total()
+        if self.read >= REJECTS_BEFORE_STOP and rejected > self.max_share * self.read:
             raise ValueError(
-                f"{self.total} of {self.read} samples rejected {self.counts}, more than "
+                f"{rejected} of {self.read} samples rejected {dict(self.counts)}, more than "
                 f"data.max_reject_share={self.max_share}; see {self.path}, run "
                 f"`python tools/build_coinit.py check DIR`, or raise the share. Last: {reject}"
             )
@@ -126,7 +122,7 @@ class TrainStream(IterableDataset):
         smaller), so that the place in the stream is known from the number of batches alone.
         """
         rows: list[Sequence] = []
-        before, pool = self.rejects.total, self.data.pool_batches
+        before, pool = self.rejects.counts.total(), self.data.pool_batches
         for raw in raws:
             self.rejects.read += 1
             try:
@@ -137,14 +133,14 @@ class TrainStream(IterableDataset):
                 self.rejects.add(raw, reject)
         if len(rows) < pool:
             raise ValueError(
-                f"{len(rows)} of {len(raws)} samples are usable {self.rejects.counts}; see {self.rejects.path}. "
+                f"{len(rows)} of {len(raws)} samples are usable {dict(self.rejects.counts)}; see {self.rejects.path}. "
                 f"Last: {self.rejects.last}"
             )
         rows.sort(key=lambda sequence: len(sequence.input_ids))
         edges = [round(i * len(rows) / pool) for i in range(pool + 1)]
         order = random.Random(seed).sample(range(pool), pool)
         batches = [collate(rows[edges[i] : edges[i + 1]], self.builder.vocabulary) for i in order]
-        batches[0].rejects = self.rejects.total - before
+        batches[0].rejects = self.rejects.counts.total() - before
         return batches
 
     def _samples(self, lane: int, skip: int) -> Iterator[RawSample]:
