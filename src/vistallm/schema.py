@@ -32,24 +32,16 @@ class SampleReject(ValueError):
 
 @dataclass
 class Region:
-    """A box, a point or a mask of one object in one image of a sample.
+    """A box, a point or a mask of one object in one image of a sample; the field of its `kind` must be filled."""
 
-    Attributes:
-        image: index of the image in the sample, from 0; kind: one of REGION_KINDS, whose own field must be filled.
-        object: number of the object, by which a placeholder such as `{regions:0,2}` names it.
-        box: (x0, y0, x1, y1) float; point: (x, y) float.
-        rle: the whole mask at the original size; polygons: the mask as parts, each (n, 2) float32, of an answer.
-        confidence: of a generated region, in [0, 1] (`vistallm.evaluate.confidence`).
-    """
-
-    image: int
-    kind: str
-    object: int = 0
-    box: tuple[float, ...] | None = None
-    point: tuple[float, ...] | None = None
-    rle: Rle | None = None
-    polygons: list[np.ndarray] | None = None
-    confidence: float | None = None
+    image: int  # index in the sample, from 0
+    kind: str  # one of REGION_KINDS
+    object: int = 0  # by which a placeholder such as `{regions:0,2}` names it
+    box: tuple[float, ...] | None = None  # (x0, y0, x1, y1)
+    point: tuple[float, ...] | None = None  # (x, y)
+    rle: Rle | None = None  # the whole mask at the original size
+    polygons: list[np.ndarray] | None = None  # the mask as parts, each (n, 2) float32; filled by sampling or parsing
+    confidence: float | None = None  # of a generated region, in [0, 1] (`vistallm.evaluate.confidence`)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, without the fields that are not set."""
@@ -91,7 +83,7 @@ class Region:
 
 @dataclass
 class ImageInfo:
-    """One image of a sample: member suffix in the shard ("0.jpg") and size in pixels."""
+    """One image of a sample: its name in the shard ("0.jpg", or the member that another sample brought), its pixels."""
 
     file: str
     width: int
@@ -100,22 +92,18 @@ class ImageInfo:
 
 @dataclass
 class Sample:
-    """One instruction and its answer over one or several images, as stored in a shard (schema version 1).
-
-    `instruction` or `answer` may be None: they are then written from the task's templates and `fields` when streaming.
-    `pixels` holds the decoded images, each (H, W, 3) uint8 RGB, and is never written to JSON.
-    """
+    """One instruction and its answer over one or several images, as stored in a shard (schema version 1)."""
 
     id: str
     task: str
     source: str
     images: list[ImageInfo]
-    instruction: str | None = None
+    instruction: str | None = None  # None: written from the task's templates and `fields` when streaming
     fields: dict[str, Any] = field(default_factory=dict)
-    answer: str | None = None
+    answer: str | None = None  # None: as `instruction`
     regions: list[Region] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
-    pixels: list[np.ndarray] | None = None
+    pixels: list[np.ndarray] | None = None  # decoded images, each (H, W, 3) uint8 RGB; never written to JSON
 
     def to_json(self) -> dict[str, Any]:
         """The shard's JSON record."""
@@ -155,25 +143,19 @@ class Sample:
 class Batch:
     """Sequences padded to one length; images of all samples are laid one after another, without padding images.
 
-    Attributes:
-        input_ids, labels, attention_mask: (B, T) int64; right-padded for training, left-padded for generation.
-        instruction_ids, instruction_mask: (B, Q) int64, right-padded.
-        images: (N, 3, S, S) uint8, N = sum of the samples' image counts.
-        image_owner: (N,) int64, the row of the batch that each image belongs to, ascending.
-        ids, tasks: B sample ids and task names.
-        rejects: samples that were rejected since the stream's last batch.
+    The texts are right-padded for training and left-padded for generation, instructions right-padded.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor
-    instruction_ids: torch.Tensor
-    instruction_mask: torch.Tensor
-    images: torch.Tensor
-    image_owner: torch.Tensor
+    input_ids: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, T) int64
+    instruction_ids: torch.Tensor  # (B, Q) int64
+    instruction_mask: torch.Tensor  # (B, Q) int64
+    images: torch.Tensor  # (N, 3, S, S) uint8, N = sum of the samples' image counts
+    image_owner: torch.Tensor  # (N,) int64, the row of the batch that each image belongs to, ascending
     ids: list[str]
     tasks: list[str]
-    rejects: int = 0
+    rejects: int = 0  # samples rejected since the stream's last batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on `device`."""
@@ -187,15 +169,12 @@ class Batch:
 
 @dataclass
 class Parsed:
-    """What an answer says: `kind` "text", "mask", "box" or "point", its `regions` in order, `answer` the other text.
+    """What an answer says."""
 
-    presence: how probable any region was, in [0, 1], against an empty pair (`vistallm.evaluate.confidence`).
-    """
-
-    kind: str
-    regions: list[Region]
-    answer: str
-    presence: float | None = None
+    kind: str  # "text" or one of REGION_KINDS
+    regions: list[Region]  # in order
+    answer: str  # the other text
+    presence: float | None = None  # how probable any region was against an empty pair (`vistallm.evaluate.confidence`)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -215,7 +194,6 @@ class Prediction:
 
     `target` holds {"regions": [Region JSON, full-size RLE for masks], "answer": str, "empty": bool} plus what a
     benchmark needs beside (for example "answers": [10 strings] for VQAv2, "group": str for consistency scores).
-    `cut`: the answer ended because decode.max_new_tokens was reached; written only where it is true.
     """
 
     id: str
@@ -228,7 +206,7 @@ class Prediction:
     images: list[dict[str, Any]]
     target: dict[str, Any]
     score: float | None = None
-    cut: bool = False
+    cut: bool = False  # the answer reached decode.max_new_tokens; written only where it is true
 
     def to_json(self) -> dict[str, Any]:
         """The JSON record of the line."""

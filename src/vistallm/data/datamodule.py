@@ -116,7 +116,7 @@ class CoinItDataModule(L.LightningDataModule):
 
     def missing_shards(self) -> list[str]:
         """Local training shards that the index lists and that are not there."""
-        places = [shard.place for folder in self.folders for shard in folder.shards("train")]
+        places = [shard.place for shard in self.mixture.shards]
         return [place for place in places if not is_remote(place) and not Path(place).is_file()]
 
     def train_dataloader(self) -> DataLoader[Batch]:
