@@ -12,11 +12,17 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
+import lightning as L
 import numpy as np
 import pytest
 import torch
+
+from vistallm.config import config_from_file
+from vistallm.data.vocabulary import Vocabulary
+from vistallm.model.build import build_model
 
 ROOT = Path(__file__).parents[1]
 STEPS = ["model=mini", "trainer.max_steps=3", "checkpoint.every_n_steps=2"]
@@ -34,6 +40,23 @@ def call(*words):
         text=True,
         timeout=240,
     )
+
+
+@pytest.fixture
+def call_here(capfd, monkeypatch):
+    """Callable: run a command in this process, which is quicker; its exit code (or text) and what it prints."""
+
+    def run(script, *words):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as left:
+            code = left.code
+        return SimpleNamespace(returncode=code or 0, **capfd.readouterr()._asdict())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +82,7 @@ def stage_one(runs, tiny_words, mini_root):
 @pytest.fixture(scope="module")
 def stage_two(runs, stage_one, tiny_words, mini_root):
     words = [f"data.root={mini_root}", f"run_dir={runs / 'two'}", f"ckpt={stage_one[0]}", "data.workers=1"]
+    words.append("train.decoder=frozen")
     done = call("train.py", "stage=2", *STEPS, *tiny_words, *words)
     assert done.returncode == 0, done.stderr
     return runs / "two", done
@@ -82,15 +106,20 @@ def test_training_says_what_trains_and_writes_its_files(stage_one, stage_two):
     assert f"from {stage_one[0]}/checkpoints/step-000003.ckpt" in stage_two[1].stdout
 
 
-def test_stage_two_starts_from_the_weights_of_stage_one(stage_one, stage_two):
-
+def test_stage_two_starts_from_what_stage_one_trained(stage_one, stage_two):
     one, two = (
         torch.load(folder / "checkpoints" / "step-000003.ckpt", weights_only=True)["state_dict"]
         for folder, _ in (stage_one, stage_two)
     )
-    frozen = [key for key in one if key.startswith("model.encoder.")]
-    assert frozen
-    assert all(torch.equal(one[key], two[key]) for key in frozen)
+    config = config_from_file(stage_one[0] / "config.yaml")
+    L.seed_everything(config.seed, verbose=False)
+    seeded = build_model(config, Vocabulary.load(stage_one[0] / "vocabulary")).state_dict()
+    decoder, encoder = ([key for key in seeded if key.startswith(part)] for part in ("decoder.", "encoder."))
+    assert all(torch.equal(one[f"model.{key}"], seeded[key]) for key in encoder), (
+        "the seed gives the start of stage one"
+    )
+    assert not any(torch.equal(one[f"model.{key}"], seeded[key]) for key in decoder), "stage one trains all of it"
+    assert all(torch.equal(one[f"model.{key}"], two[f"model.{key}"]) for key in decoder), "frozen in stage two"
 
 
 def test_evaluation_writes_predictions_scores_and_report(evaluation):
@@ -104,17 +133,17 @@ def test_evaluation_writes_predictions_scores_and_report(evaluation):
     assert "<html" in (folder / "report.html").read_text()
 
 
-def test_a_predictions_file_gives_the_same_scores(evaluation, runs):
+def test_a_predictions_file_gives_the_same_scores(evaluation, runs, call_here):
     folder, _ = evaluation
-    done = call("eval.py", f"predictions={folder / 'predictions.jsonl'}", f"run_dir={runs / 'again'}")
-    assert done.returncode == 0, done.stderr
+    done = call_here("eval.py", f"predictions={folder / 'predictions.jsonl'}", f"run_dir={runs / 'again'}")
+    assert done.returncode == 0, done.err
     one, two = (json.loads((f / "scores.json").read_text()) for f in (folder, runs / "again"))
     one.pop("run", None), two.pop("run", None)
     assert one == two
     assert (runs / "again" / "report.html").is_file()
 
 
-def test_a_predictions_file_needs_no_run(evaluation, runs):
+def test_a_predictions_file_needs_no_run(evaluation, runs, call_here):
     folder, _ = evaluation
     alone = runs / "alone"
     alone.mkdir()
@@ -122,8 +151,8 @@ def test_a_predictions_file_needs_no_run(evaluation, runs):
         shutil.copy(folder / name, alone / name)
     config = (alone / "config.yaml").read_text()
     (alone / "config.yaml").write_text(re.sub(r"^ckpt: .*$", "ckpt: gone/stage2", config, flags=re.MULTILINE))
-    done = call("eval.py", f"predictions={alone / 'predictions.jsonl'}")
-    assert done.returncode == 0, done.stderr
+    done = call_here("eval.py", f"predictions={alone / 'predictions.jsonl'}")
+    assert done.returncode == 0, done.err
     one, two = (json.loads((f / "scores.json").read_text())["benchmarks"] for f in (folder, alone))
     assert one == two
 
@@ -136,42 +165,37 @@ def test_predict_saves_an_overlay(stage_two, images, runs):
     assert overlay.shape == (240, 360 + 8 + 240, 3)
 
 
-def test_an_exported_run_is_small_and_starts_another(stage_one, runs, images, tiny_words, mini_root):
-    done = call("tools/export.py", "--ckpt", stage_one[0], "--out", runs / "exported")
-    assert done.returncode == 0, done.stderr
+def test_an_exported_run_is_small_and_starts_another(stage_one, runs, images, tiny_words, mini_root, call_here):
+    done = call_here("tools/export.py", "--ckpt", stage_one[0], "--out", runs / "exported")
+    assert done.returncode == 0, done.err
     file = runs / "exported" / "model.safetensors"
     assert file.stat().st_size < (stage_one[0] / "checkpoints" / "step-000003.ckpt").stat().st_size / 2
     answers = [
-        call("tools/predict.py", "--ckpt", ckpt, "--image", images[0], "--prompt", PROMPT)
+        call_here("tools/predict.py", "--ckpt", ckpt, "--image", images[0], "--prompt", PROMPT)
         for ckpt in (runs / "exported", stage_one[0])
     ]
-    assert [a.returncode for a in answers] == [0, 0], answers[0].stderr
+    assert [a.returncode for a in answers] == [0, 0], answers[0].err
     words = ["stage=2", *tiny_words, f"data.root={mini_root}", f"run_dir={runs / 'bins'}", f"ckpt={runs / 'exported'}"]
-    wrong = call("train.py", *words, "num_bins=21")
-    assert wrong.returncode == 1
-    assert "num_bins=21" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+    wrong = call_here("train.py", *words, "num_bins=21")
+    assert "num_bins=21" in wrong.returncode, "one line of text: the exit code is 1"
 
 
 # -- bad input: one clear line, exit code 1, no traceback --------------------------------------------------------------
 
 
-def refused(capfd, monkeypatch, script, *words):
-    """Run a script in this process; return the line it leaves with, which may be followed by one for each bad key."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert isinstance(left.value.code, str), "a text goes to stderr, and the exit code is 1"
-    assert all(line.startswith("  ") for line in left.value.code.splitlines()[1:]), left.value.code
-    assert "Traceback" not in capfd.readouterr().err
-    assert left.value.code.startswith(Path(script).name)
-    return left.value.code
-
-
 @pytest.fixture
-def refuse(capfd, monkeypatch):
-    return lambda script, *words: refused(capfd, monkeypatch, script, *words)
+def refuse(call_here):
+    """Callable: run a command; the text it leaves with, which may be followed by a line for each bad key."""
+
+    def run(script, *words):
+        done = call_here(script, *words)
+        assert isinstance(done.returncode, str), "a text goes to stderr, and the exit code is 1"
+        assert all(line.startswith("  ") for line in done.returncode.splitlines()[1:]), done.returncode
+        assert "Traceback" not in done.err
+        assert done.returncode.startswith(Path(script).name)
+        return done.returncode
+
+    return run
 
 
 def test_exit_code_and_stderr_of_a_refusal():
@@ -250,12 +274,12 @@ def test_predict_refuses_regions_that_no_image_has(refuse, images, region):
     assert "@k for image k" in refuse(*ask, f"What is at {region}?")
 
 
-def test_predict_refuses_a_save_before_it_loads_anything(refuse, images, tmp_path):
-    ask = ["tools/predict.py", "--ckpt", "unused", "--prompt", PROMPT, "--image", images[0], "--save"]
-    assert "--save" in refuse(*ask, tmp_path / "o.xyz")
+def test_predict_refuses_a_wrong_out_before_it_loads_anything(refuse, images, tmp_path):
+    ask = ["tools/predict.py", "--ckpt", "unused", "--prompt", PROMPT, "--image", images[0], "--out"]
+    assert "--out" in refuse(*ask, tmp_path / "o.xyz")
     (tmp_path / "file").write_text("")
     assert "File exists" in refuse(*ask, tmp_path / "file" / "o.png")
-    assert "--save" in refuse(*ask, tmp_path)
+    assert "--out" in refuse(*ask, tmp_path)
 
 
 def test_a_missing_image_in_a_shard_is_counted_and_too_many_stop_the_run(refuse, mini_root, tmp_path, tiny_words):
