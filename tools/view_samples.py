@@ -46,7 +46,7 @@ def describe(sample: Sample, builder: SequenceBuilder | None, tile: int) -> dict
 
     With a builder also its tokens and, in white, the regions they say; `fault` when training leaves the sample out.
     """
-    rounds = [*sample.fields.get("rounds", ()), render(sample, builder.template if builder else 0)]
+    rounds = [*sample.fields.get("rounds", ()), render(sample, 0)]
     rounds = [[re.sub(r"\{regions:([\d,]*)(:\w+)?\}", r"[\1]", text) for text in pair] for pair in rounds]
     heading = f"{sample.task}  {sample.id}" + ("  held out" if sample.meta.get("held_out") else "")
     view, written = {"heading": heading, "rounds": rounds}, list[Region]()
@@ -121,7 +121,7 @@ def html_page(views: list[dict[str, Any]], title: str) -> str:
     return environment.get_template("view_samples.jinja").render(views=views, title=title)
 
 
-def load_builder(run: str | None, overrides: list[str], template: int) -> SequenceBuilder:
+def load_builder(run: str | None, overrides: list[str]) -> SequenceBuilder:
     """The sequence builder of a run or of the mini model."""
     from vistallm.config import apply_overrides, config_from_file, load_config
     from vistallm.data.datamodule import build_codec, build_sequencer
@@ -133,7 +133,7 @@ def load_builder(run: str | None, overrides: list[str], template: int) -> Sequen
     else:
         config = apply_overrides(config_from_file(Path(run) / "config.yaml"), overrides)
         vocabulary = Vocabulary.load(Path(run) / "vocabulary")
-    return dataclasses.replace(build_sequencer(config, vocabulary), template=template)
+    return build_sequencer(config, vocabulary)
 
 
 def answered(samples: list[Sample], run: str) -> list[Sample]:
@@ -193,7 +193,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", help="train, val, test, ... (default: any)")
     parser.add_argument("--task", help="one task (default: all)")
     parser.add_argument("--n", type=int, default=30, help="number of samples")
-    parser.add_argument("--template", type=int, default=0, help="instruction template; 0 = evaluation's")
     parser.add_argument("--run", help="run folder whose vocabulary and settings make the tokens (default: mini)")
     parser.add_argument("--answers", metavar="RUN", help="run folder whose model answers (.png)")
     parser.add_argument("--ids", nargs="+", help="these samples, in this order")
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--out: expected a .html or .png file (with --answers a .png), got {words.out}")
         samples = choose(words.folder, words.split, words.task, words.n, words.seed, words.ids)
         samples = answered(samples, words.answers) if words.answers else samples
-        builder = None if words.answers else load_builder(words.run, words.overrides, words.template)
+        builder = None if words.answers else load_builder(words.run, words.overrides)
         is_page = words.out.suffix == ".html"
         views = [describe(sample, builder, PAGE_TILE if is_page else TILE) for sample in samples]
         if is_page:

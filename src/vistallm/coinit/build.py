@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vistallm.coinit.images import ImageFile, read_image, scale_region
-from vistallm.coinit.shards import EncodedImage, Row, shard_name, write_index, write_shard
+from vistallm.coinit.shards import EncodedImage, Row, shard_name, write_index, write_shard, write_text
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceOptions, is_training, sample_images
 from vistallm.schema import ImageInfo, Sample
 
@@ -186,7 +186,7 @@ class _Slices:
                     f"folder, or delete {self.rows} and the split's shards to build it anew"
                 )
         if not path.is_file():
-            _write_text(path, json.dumps(recipe, indent=1))
+            write_text(path, json.dumps(recipe, indent=1))
 
     def record(self, number: int) -> dict[str, Any] | None:
         """What `write` returned; None when the shard is to be written (an empty one has a row and no file)."""
@@ -224,7 +224,7 @@ class _Slices:
             (self.options.out / name).unlink()
             row["bytes"] = 0
         record = {"row": row, "rejects": rejects}
-        _write_text(self.rows / f"{number:06d}.json", json.dumps(record, ensure_ascii=False))
+        write_text(self.rows / f"{number:06d}.json", json.dumps(record, ensure_ascii=False))
         return record
 
     def _finish(self, draft: Draft, read: Callable[[Path], ImageFile]) -> tuple[Sample, list[EncodedImage]] | Reject:
@@ -291,13 +291,6 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _write_index(out: Path) -> None:
     """rejects.jsonl from the rows of all finished splits, and index.json from those of the accepted ones."""
     rows: dict[str, Row] = {}
@@ -313,7 +306,7 @@ def _write_index(out: Path) -> None:
                 rows[shard_name(split, int(path.stem))] = record["row"]
             lines = [{"split": split, "reason": reason, "where": where} for reason, where in record["rejects"]]
             rejects += [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-    _write_text(out / "rejects.jsonl", "".join(rejects))
+    write_text(out / "rejects.jsonl", "".join(rejects))
     if rows:
         write_index(out, rows, source=source, recipe=recipes)
 

@@ -107,10 +107,15 @@ def write_index(out_dir: Path, shards: dict[str, Row], **extra: Any) -> dict[str
         totals.setdefault(row["split"], Counter()).update(row["tasks"])
     tasks = {split: dict(sorted(counts.items())) for split, counts in totals.items()}
     index = {"version": INDEX_VERSION, **extra, "tasks": tasks, "shards": dict(sorted(shards.items()))}
-    temporary = out_dir / f".index.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out_dir / "index.json")
+    write_text(out_dir / "index.json", json.dumps(index, indent=1) + "\n")
     return index
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_index(root: Path | str) -> dict[str, Any]:
