@@ -121,6 +121,12 @@ def test_the_file_map_names_every_room():
     assert [path.name for path in rooms if f"src/vistallm/{path.name}" not in readme] == []
 
 
+def test_a_mask_and_an_answer_cross_at_most_eight_files():
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    ways = [part for part in design.split("\n## ") if part.startswith("The way of")]
+    assert [len(set(re.findall(r"^\d\. `(src/[\w/.]+)`", way, re.MULTILINE))) for way in ways] == [8, 8]
+
+
 def modules(path):
     """Names that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
