@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+GROUPS = ("stage", "model", "data")  # each a folder of configs/
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in [0, 1]; OpenAI CLIP, as the authors' release uses
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(round(255 * value) for value in CLIP_MEAN)  # uint8 RGB: padding is zero after normalisation
-GROUPS = {"stage": "1", "model": "mini", "data": "mini"}  # group -> the file that is taken when none is named
 
 
 @dataclass
@@ -211,32 +211,14 @@ CHOICES = {
     "train.loss_weight": ("token", "sample", "sqrt"),
     "train.decoder": ("full", "lora", "frozen"),
 }
-LEAST = {  # the smallest value of a number
-    "num_bins": 2,
-    "points": 3,
-    "model.encoder.image_size": 1,
-    "model.tokenizer.queries": 1,
-    "model.decoder.lora_rank": 1,
-    "data.batch_size": 1,
-    "data.workers": 0,
-    "data.shuffle_buffer": 1,
-    "data.mix_shards": 1,
-    "data.pool_batches": 1,
-    "data.max_length": 1,
-    "data.max_reject_share": 0,
-    "train.lr": 0,
-    "train.encoder_lr": 0,
-    "train.tokenizer_lr": 0,
-    "train.weight_decay": 0,
-    "train.warmup": 0,
-    "train.gradient_clip": 0,
-    "train.bin_sigma": 0,
-    "checkpoint.every_n_steps": 1,
-    "checkpoint.keep": 1,
-    "val.samples": 1,
-    "decode.max_new_tokens": 1,
-    "decode.batch_size": 1,
-    "log.every_n_seconds": 0,
+LEAST = {  # the smallest value -> numbers that must not be below it
+    0: "data.workers data.max_reject_share train.lr train.encoder_lr train.tokenizer_lr train.weight_decay "
+    "train.warmup train.gradient_clip train.bin_sigma log.every_n_seconds",
+    1: "model.encoder.image_size model.tokenizer.queries model.decoder.lora_rank data.batch_size data.shuffle_buffer "
+    "data.mix_shards data.pool_batches data.max_length checkpoint.every_n_steps checkpoint.keep val.samples "
+    "decode.max_new_tokens decode.batch_size",
+    2: "num_bins",
+    3: "points",
 }
 
 
@@ -245,21 +227,20 @@ def load_config(argv: list[str]) -> Config:
 
     A ValueError says all problems at once, one per line, and names the nearest known key of an unknown one.
     """
-    overrides = _split_words(argv)
-    layers, problems = [_read_yaml(CONFIG_ROOT / "default.yaml")], list[str]()
-    stage = overrides.get("stage", str(layers[0].get("stage", 1)))
-    for group in GROUPS:
-        chosen = overrides.pop(group, None) or layers[0].get(group, GROUPS[group])
-        if isinstance(chosen, DictConfig):
-            raise ValueError(f"default.yaml: `{group}` must name a file of configs/{group}/, got a mapping")
-        path = CONFIG_ROOT / group / f"{chosen}.yaml"
+    overrides, problems = _split_words(argv), list[str]()
+    default = cast(DictConfig, OmegaConf.load(CONFIG_ROOT / "default.yaml"))
+    names = {group: overrides.pop(group, "") or str(default[group]) for group in GROUPS}
+    stage, merged = names["stage"], OmegaConf.masked_copy(default, [str(k) for k in default if k not in GROUPS])
+    merged.stage = int(stage) if stage.isdigit() else stage
+    for group, name in names.items():
+        path = CONFIG_ROOT / group / f"{name}.yaml"
         if not path.is_file():
-            names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-            problems.append(f"{group}={chosen}: no such {group}; choose one of {names}")
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+            problems.append(f"{group}={name}: no such {group}; choose one of {known}")
             continue
-        layers.append(_for_stage(_read_yaml(path), stage))
-    layers[0] = DictConfig({key: value for key, value in layers[0].items() if key not in GROUPS})
-    merged = OmegaConf.merge(*layers, {"stage": int(stage) if stage.isdigit() else stage})
+        layer = cast(DictConfig, OmegaConf.load(path))
+        plain = OmegaConf.masked_copy(layer, [str(key) for key in layer if not str(key).startswith("stage_")])
+        merged = cast(DictConfig, OmegaConf.merge(merged, plain, layer.get(f"stage_{stage}") or {}))
     return _checked(OmegaConf.structured(Config), merged, problems + _override(merged, overrides))
 
 
@@ -267,7 +248,9 @@ def config_from_file(path: Path) -> Config:
     """Read the resolved `config.yaml` of a run folder; raises ValueError as `load_config` does."""
     if not path.is_file():
         raise ValueError(f"{path}: expected the config.yaml of a run folder, found no such file")
-    return _checked(OmegaConf.structured(Config), _read_yaml(path), [], f"{path}, of another version? Change there: ")
+    return _checked(
+        OmegaConf.structured(Config), OmegaConf.load(path), [], f"{path}, of another version? Change there: "
+    )
 
 
 def apply_overrides(config: Config, argv: list[str]) -> Config:
@@ -304,17 +287,6 @@ def _override(merged: Any, words: dict[str, str]) -> list[str]:
     return problems
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    if isinstance(content := OmegaConf.load(path), DictConfig):
-        return content
-    raise ValueError(f"{path}: expected a mapping of keys, got a list")
-
-
-def _for_stage(group: DictConfig, stage: str) -> DictConfig:
-    plain = OmegaConf.masked_copy(group, [str(k) for k in group if not re.fullmatch(r"stage_\d+", str(k))])
-    return cast(DictConfig, OmegaConf.merge(plain, group.get(f"stage_{stage}") or {}))
-
-
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in map(str, node):
         name, value = f"{prefix}{key}", cast(Any, node._get_node(key))
@@ -336,9 +308,10 @@ def _checked(schema: DictConfig, merged: Any, problems: list[str], source: str =
     for key, allowed in CHOICES.items():
         if (value := OmegaConf.select(schema, key)) not in allowed:
             problems.append(f"{key}={value}: expected one of {', '.join(map(str, allowed))}")
-    for key, least in LEAST.items():
-        if (value := OmegaConf.select(schema, key)) is not None and not value >= least:
-            problems.append(f"{key}={value}: expected at least {least}")
+    for least, keys in LEAST.items():
+        for key in keys.split():
+            if (value := OmegaConf.select(schema, key)) is not None and not value >= least:
+                problems.append(f"{key}={value}: expected at least {least}")
     if problems:
         raise ValueError(source + "\n".join(problems))
     config = cast(Config, OmegaConf.to_object(schema))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
@@ -34,12 +34,11 @@ EFFICIENCY = 0.4  # share of the peak that training reaches: a guess until `tool
 RUNTIME = 1.5 * GIB  # CUDA context, kernels and the allocator's gaps: a usual figure, not computed
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One accelerator by its maker's data sheet: memory in GiB, dense bf16 operations per second."""
+class Gpu(NamedTuple):
+    """One accelerator by its maker's data sheet."""
 
-    memory: float
-    peak: float
+    memory: float  # GiB
+    peak: float  # dense bf16 operations per second
 
 
 GPUS = {
@@ -54,17 +53,13 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One micro-batch of one GPU.
-
-    samples; images: in all of them; tokens: of one sample's sequence, image slots and answer included; supervised:
-    answer tokens of one sample (the LM head runs on them alone); instruction: tokens that the QFormer reads per image.
-    """
+    """One micro-batch of one GPU."""
 
     samples: int
-    images: int
-    tokens: int
-    supervised: int
-    instruction: int
+    images: int  # of all samples
+    tokens: int  # of one sample's sequence, image slots and answer included
+    supervised: int  # answer tokens of one sample: the LM head runs on them alone
+    instruction: int  # tokens that the QFormer reads per image
 
 
 def made_batch(model: VistaLLM, work: Workload) -> Batch:
@@ -93,26 +88,20 @@ def made_batch(model: VistaLLM, work: Workload) -> Batch:
 
 @dataclass
 class Part:
-    """One of encoder, tokenizer and decoder.
-
-    state: "trained", "lora" or "frozen"; parameters, trainable; unit: parameters of its largest layer (what FSDP
-    gathers at once); outside: those of no layer (gathered for the whole step); layers; forward, backward: operations
-    of one micro-batch; saved, saved_outside: bytes of activations that autograd keeps, in all and outside of layers;
-    kept: bytes of the layers' inputs, all that checkpointing keeps of them.
-    """
+    """One of encoder, tokenizer and decoder."""
 
     name: str
-    state: str
+    state: str  # trained, lora or frozen
     parameters: int
     trainable: int
-    unit: int
-    outside: int
+    unit: int  # parameters of its largest layer, which FSDP gathers at once
+    outside: int  # parameters of no layer, gathered for the whole step
     layers: int
-    forward: float
+    forward: float  # operations of one micro-batch
     backward: float
-    saved: float
-    saved_outside: float
-    kept: float
+    saved: float  # bytes of activations that autograd keeps
+    saved_outside: float  # those of them that are outside of layers
+    kept: float  # bytes of the layers' inputs, all that checkpointing keeps of layers
 
     def activations(self, checkpointing: bool) -> float:
         """Peak bytes: all that is saved, or the layers' inputs and what one layer saves while it is recomputed."""
@@ -123,15 +112,12 @@ class Part:
 
 @dataclass
 class Plan:
-    """Cost of one micro-batch on each of `gpus` devices.
-
-    memory: bytes per device by what they hold; host: bytes per device that train.cpu_offload keeps in host memory.
-    """
+    """Cost of one micro-batch on each device."""
 
     parts: list[Part]
     checkpointing: bool
-    host: float = 0.0
-    memory: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0  # bytes per device that train.cpu_offload keeps in host memory
+    memory: dict[str, float] = field(default_factory=dict)  # bytes per device by what they hold
 
     @property
     def model_operations(self) -> float:
@@ -230,20 +216,16 @@ def measure(
     layers = list(layers) or [module]
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     saved: dict[int, tuple[int, bool]] = {}  # storage -> bytes, whether inside of a layer
-    inside = False
-
-    def enter(value: bool) -> None:
-        nonlocal inside
-        inside = value
+    entered: list[nn.Module] = []  # the layer that computes
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            saved.setdefault(storage._cdata, (storage.nbytes(), inside))
+            saved.setdefault(storage._cdata, (storage.nbytes(), bool(entered)))
         return tensor
 
-    hooks = [layer.register_forward_pre_hook(lambda *_: enter(True)) for layer in layers]
-    hooks += [layer.register_forward_hook(lambda *_: enter(False)) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda module, _: entered.append(module)) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: entered.clear()) for layer in layers]
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         forward = measure_flops(module, run)
     for hook in hooks:
@@ -285,8 +267,8 @@ def _memory(config: Config, plan: Plan, gpus: int) -> dict[str, float]:
         memory["optimizer"] += 8 * part.trainable / shards
         memory["activations"] += part.activations(plan.checkpointing)
         if config.strategy == "fsdp":
-            # Two layers in bf16 (one computes, the next arrives) and one layer's gradients on their way, in fp32; what
-            # belongs to no layer (word embeddings, LM head) is one more unit, which stays gathered.
+            # Two layers in bf16 (one computes, the next arrives) and one's gradients in fp32; what belongs to no layer
+            # (word embeddings, LM head) is one more unit, which stays gathered.
             layer = max(layer, (8 if part.trainable else 4) * part.unit)
             memory["gathered layers"] += (6 if part.trainable else 2) * part.outside
         elif part.trainable:
