@@ -70,12 +70,11 @@ def find_checkpoint(path: str) -> tuple[Path, Path]:
         raise ValueError(f"ckpt={path}: expected a run folder or a checkpoint file, found nothing there")
     if given.is_file() or given.suffix == ".ckpt":
         return given.parent.parent, given
-    newest = newest_checkpoint(given)
-    if newest is None:
-        raise ValueError(
-            f"ckpt={path}: expected a run folder with checkpoints/step-<n>.ckpt, or {MANIFEST}; found no checkpoint"
-        )
-    return given, newest
+    if newest := newest_checkpoint(given):
+        return given, newest
+    raise ValueError(
+        f"ckpt={path}: expected a run folder with checkpoints/step-<n>.ckpt, or {MANIFEST}; found no checkpoint"
+    )
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -141,15 +140,11 @@ def _read_exported(manifest: Path) -> dict[str, Tensor]:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: expected an exported model with {MANIFEST} ({error!r})") from error
     if version != FORMAT:
-        text = f"{manifest}: expected format {FORMAT}, got {version!r}; export the run again with this version"
-        raise ValueError(text)
-    for name, row in files.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != row["bytes"]:
-            got = "no such file" if size is None else f"{size} bytes"
-            raise ValueError(
-                f"{folder / name}: expected {row['bytes']} bytes by the manifest, got {got}; fetch the folder again"
-            )
+        raise ValueError(f"{manifest}: expected format {FORMAT}, got {version!r}; export the run again")
+    for path, size in ((folder / name, row["bytes"]) for name, row in files.items()):
+        got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+        if got != f"{size} bytes":
+            raise ValueError(f"{path}: expected {size} bytes by the manifest, got {got}; fetch the folder again")
     state: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= read_safetensors(path)[0]
@@ -172,10 +167,7 @@ def load_run(
         dtype: of the weights; None = bfloat16 with a GPU at hand, else float32.
 
     Returns:
-        model, config, checkpoint path.
-
-    Raises:
-        ValueError: nothing is there, a file is missing or cut short, or the keys are not the model's.
+        model, config, checkpoint path. Raises ValueError where a file or a key is missing or does not fit.
     """
     folder, checkpoint = find_checkpoint(str(path))
     config = config or config_from_file(folder / "config.yaml")
@@ -231,14 +223,8 @@ def save_exported(model: VistaLLM, config: Config, folder: Path, dtype: torch.dt
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    manifest = {
-        "format": FORMAT,
-        "model": config.model.name,
-        "stage": config.stage,
-        "dtype": str(dtype).removeprefix("torch."),
-        **facts,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "files": files,
-    }
+    manifest = {"format": FORMAT, "model": config.model.name, "stage": config.stage}
+    manifest |= {"dtype": str(dtype).removeprefix("torch."), **facts}
+    manifest |= {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return folder / MANIFEST

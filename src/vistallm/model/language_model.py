@@ -145,12 +145,6 @@ def add_lora(decoder: PreTrainedModel, config: DecoderConfig, new_ids: list[int]
     rows: dict[str, list[int]] = {"embed_tokens": new_ids}
     if not decoder.config.tie_word_embeddings:
         rows["lm_head"] = new_ids
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=LORA_TARGETS,
-        trainable_token_indices=rows,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(decoder, lora)
+    sizes: dict[str, Any] = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
+    sizes |= {"lora_dropout": config.lora_dropout, "trainable_token_indices": rows}
+    return get_peft_model(decoder, LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **sizes))

@@ -71,13 +71,10 @@ class InstructionGuidedTokenizer(nn.Module):
         features_NPD = self.feature_norm(patch_tokens_NPD)
         queries_NQH = self.query_tokens.expand(len(features_NPD), -1, -1)
         query_mask = instruction_mask_NI.new_ones(queries_NQH.shape[:2])
+        words = {"input_ids": None, "attention_mask": query_mask}
         if self.sees_instruction:
-            ids, mask = instruction_ids_NI, torch.cat([query_mask, instruction_mask_NI], 1)
-        else:
-            ids, mask = None, query_mask
-        output = self.qformer(
-            input_ids=ids, attention_mask=mask, query_embeds=queries_NQH, encoder_hidden_states=features_NPD
-        )
+            words = {"input_ids": instruction_ids_NI, "attention_mask": torch.cat([query_mask, instruction_mask_NI], 1)}
+        output = self.qformer(**words, query_embeds=queries_NQH, encoder_hidden_states=features_NPD)
         return output.last_hidden_state[:, : queries_NQH.shape[1]]
 
 
@@ -110,13 +107,11 @@ class PatchProjection(nn.Module):
 Tokenizer = InstructionGuidedTokenizer | PatchProjection
 
 
-def build_tokenizer(
-    config: TokenizerConfig, rows: int, patches: int, encoder_width: int, decoder_width: int
-) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, rows: int, patches: int, width: int, decoder_width: int) -> Tokenizer:
     """Build the kind that the configuration names; ValueError where its settings do not fit the encoder."""
     if config.kind == "patches":
-        return PatchProjection(config, patches, encoder_width, decoder_width)
-    return InstructionGuidedTokenizer(config, rows, encoder_width, decoder_width)
+        return PatchProjection(config, patches, width, decoder_width)
+    return InstructionGuidedTokenizer(config, rows, width, decoder_width)
 
 
 def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str | None, vocabulary: Vocabulary) -> None:

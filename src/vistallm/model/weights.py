@@ -109,49 +109,45 @@ def read_instructblip(source: str) -> dict[str, Tensor]:
         with reading(path, keys):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    found = {key: file.get_tensor(key) for key in file.keys() if _own_name(key)}  # noqa: SIM118
+                    tensors = {key: file.get_tensor(key) for key in file.keys() if _own_name(key)}  # noqa: SIM118
             else:  # files of before torch 1.6 are no zip files and can't be mapped
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            state |= {own: value.float() for key, value in found.items() if (own := _own_name(key))}
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state |= {own: value.float() for key, value in tensors.items() if (own := _own_name(key))}
     return state
 
 
 def _instructblip_files(source: str) -> dict[str, list[str]]:
     """Return the files with weights of ours and the keys that the index promises in each."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = _find(source, f"{whole}.index.json")
-        if index is not None:
+        if (index := _find(source, f"{whole}.index.json")) is not None:
             files: dict[str, list[str]] = {}
             try:
                 for key, file in json.loads(index.read_text())["weight_map"].items():
-                    if _own_name(key):
-                        files.setdefault(file, []).append(key)
+                    files.setdefault(file, []).extend([key] if _own_name(key) else [])
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 text = f"{index}: expected an index with a weight_map ({error!r}); fetch the folder again"
                 raise ValueError(text) from error
-            return files
+            return {file: keys for file, keys in files.items() if keys}
         if _find(source, whole) is not None:
             return {whole: []}
-    raise ValueError(
-        f"{source}: expected an InstructBLIP checkpoint (model.safetensors or pytorch_model.bin, or an index of its "
-        "files), found no weights of one"
-    )
+    text = "expected an InstructBLIP checkpoint (model.safetensors or pytorch_model.bin, or an index of its files)"
+    raise ValueError(f"{source}: {text}, found no weights of one")
 
 
 def _find(source: str, name: str) -> Path | None:
     """Return a file of a folder or of a hub repository; None = the repository has no such file."""
     try:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"model.tokenizer.weights={source}: no such folder, and not on the hub ({reason})") from error
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def _own_name(key: str) -> str | None:
     """Return the name here of a weight in an InstructBLIP checkpoint; None = not one of ours."""
     bare = key.removeprefix("model.")
-    if bare.endswith(".position_ids"):  # a buffer that older transformers versions saved
-        return None
-    pairs = INSTRUCTBLIP_NAMES.items()
-    return next((own + bare.removeprefix(prefix) for prefix, own in pairs if bare.startswith(prefix)), None)
+    for prefix, own in INSTRUCTBLIP_NAMES.items():
+        if bare.startswith(prefix) and not bare.endswith(".position_ids"):  # a buffer of older transformers versions
+            return own + bare.removeprefix(prefix)
+    return None
