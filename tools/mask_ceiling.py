@@ -10,6 +10,7 @@ read and drawn by the project's own codec and drawing rule.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tarfile
@@ -21,19 +22,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from vistallm.regions import masks as M
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
-from vistallm.regions.masks import (
-    SAMPLERS,
-    load_compiled,
-    mask_to_polygons,
-    mask_to_rle,
-    polygons_to_rle,
-    rle_box,
-    rle_iou,
-    rle_to_mask,
-    segmentation_to_rle,
-)
 from vistallm.regions.overlay import draw_regions
 from vistallm.schema import Region, Rle
 
@@ -53,57 +44,41 @@ def read_masks(path: Path) -> Iterator[Rle]:
     sizes = {i["id"]: i for i in content["images"]} if isinstance(content, dict) else {}
     for record in content["annotations"] if isinstance(content, dict) else content:
         size = sizes.get(record.get("image_id"), record)
-        yield segmentation_to_rle(record["segmentation"], size.get("height"), size.get("width"))
+        yield M.segmentation_to_rle(record["segmentation"], size.get("height"), size.get("width"))
 
 
-def measure(masks: list[Rle], sampler: str, points: int, num_bins: int, options: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table, with the IoU of every mask under "iou"."""
-    codec = RegionCodec(num_bins=num_bins, points=points, mask_sampler=sampler, **options)
-    ious, tokens, sampling = [], 0, 0.0
-    start = time.perf_counter()
+def measure(masks: list[Rle], codec: RegionCodec, options: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table, with the IoU of every mask; `options`, of `mask_to_polygons`, are those of the codec."""
+    ious, tokens, sampling, start = [], 0, 0.0, time.perf_counter()
     for rle in masks:
         height, width = rle["size"]
-        letterbox = Letterbox(width, height, 224)
-        dense = rle_to_mask(rle).view(np.uint8)
+        letterboxes, mask = [Letterbox(width, height, 224)], M.rle_to_mask(rle).view(np.uint8)
         begun = time.perf_counter()
-        polygons = mask_to_polygons(dense, points, sampler, num_bins=num_bins, **options)
+        polygons = M.mask_to_polygons(mask, **options)
         sampling += time.perf_counter() - begun
-        text = codec.encode([Region(0, "mask", polygons=polygons)], [letterbox], "mask")
+        text = codec.encode([Region(0, "mask", polygons=polygons)], letterboxes, "mask")
         tokens += text.count("<")
-        ious.append(
-            rle_iou(polygons_to_rle(codec.decode(text, [letterbox]).regions[0].polygons or [], height, width), rle)
-        )
-    scores = np.array(ious)
-    return {
-        "sampler": sampler,
-        "points": points,
-        "masks": len(masks),
-        "mean_iou": round(float(scores.mean()), 5),
-        "under_0.8": round(float((scores < 0.8).mean()), 5),
-        "worst": round(float(scores.min()), 4),
-        "tokens": round(tokens / len(masks), 1),
-        "ms_sample": round(sampling / len(masks) * 1e3, 3),
-        "ms_all": round((time.perf_counter() - start) / len(masks) * 1e3, 3),
-        "iou": scores.round(5).tolist(),
-    }
+        read = codec.decode(text, letterboxes).regions[0].polygons or []
+        ious.append(M.rle_iou(M.polygons_to_rle(read, height, width), rle))
+    total, scores = time.perf_counter() - start, np.array(ious)
+    ceiling = (round(float(scores.mean()), 5), round(float((scores < 0.8).mean()), 5), round(float(scores.min()), 4))
+    costs = (round(tokens / len(masks), 1), *(round(1e3 * seconds / len(masks), 3) for seconds in (sampling, total)))
+    values = (options["sampler"], options["points"], len(masks), *ceiling, *costs)
+    return {**dict(zip(COLUMNS.split(), values, strict=True)), "iou": scores.round(5).tolist()}
 
 
-def save_sheet(
-    path: Path, masks: list[Rle], row: dict[str, Any], num_bins: int, count: int, options: dict[str, Any]
-) -> None:
-    """Picture of the worst masks of a row, each with its number and IoU; polygons are white with their vertices."""
+def save_sheet(path: Path, masks: list[Rle], ious: list[float], count: int, options: dict[str, Any]) -> None:
+    """Picture of the worst masks, each with its number and IoU; polygons are white with their vertices."""
     tiles = []
-    for index in np.argsort(row["iou"])[:count].tolist():
-        x0, y0, x1, y1 = (round(v) for v in rle_box(masks[index]))
-        mask = rle_to_mask(masks[index])
-        polygons = mask_to_polygons(mask, row["points"], row["sampler"], num_bins=num_bins, **options)
-        shift = np.array([x0 - 2, y0 - 2])
+    for index in np.argsort(ious)[:count].tolist():
+        x0, y0, x1, y1 = (round(v) for v in M.rle_box(masks[index]))
+        mask = M.rle_to_mask(masks[index])
+        polygons = [polygon - (x0 - 2, y0 - 2) for polygon in M.mask_to_polygons(mask, **options)]
         crop = np.zeros((max(x1 - x0, y1 - y0) + 4,) * 2, bool)
         crop[2 : y1 - y0 + 2, 2 : x1 - x0 + 2] = mask[y0:y1, x0:x1]
-        whole = Region(0, "mask", rle=mask_to_rle(crop))
-        written = Region(0, "mask", polygons=[polygon - shift for polygon in polygons])
-        black = np.zeros((*crop.shape, 3), np.uint8)
-        tile = draw_regions(black, [whole], 240 / len(crop), [f"#{index} IoU {row['iou'][index]:.3f}"], [written])
+        whole, written = Region(0, "mask", rle=M.mask_to_rle(crop)), Region(0, "mask", polygons=polygons)
+        black, tag = np.zeros((*crop.shape, 3), np.uint8), f"#{index} IoU {ious[index]:.3f}"
+        tile = draw_regions(black, [whole], 240 / len(crop), [tag], [written])
         tiles.append(cv2.copyMakeBorder(tile, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=(90, 90, 90)))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 6)
     sheet = np.vstack([np.hstack(tiles[k : k + 6]) for k in range(0, len(tiles), 6)])
@@ -115,34 +90,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--points", type=int, nargs="+", default=[16, 32])
-    parser.add_argument("--sampler", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
+    parser.add_argument("--sampler", nargs="+", default=list(M.SAMPLERS), choices=M.SAMPLERS)
     parser.add_argument("--num-bins", type=int, default=1001)
     parser.add_argument("--target-iou", type=float, help="fewest points that reach this IoU, --points being the most")
     parser.add_argument("--json", type=Path, help="write the table here, with the IoU of every mask")
     parser.add_argument("--sheet", type=Path, help="save a picture of the worst masks of the last row")
     parser.add_argument("--worst", type=int, default=24, help="masks on the sheet")
     args = parser.parse_args()
-    options = {"target_iou": args.target_iou}
     try:
         read = list(read_masks(args.file))
-        masks = [rle for rle in read if rle_to_mask(rle).any()]
+        masks = [rle for rle in read if M.rle_to_mask(rle).any()]
         if not masks:
             raise ValueError(f"{args.file}: expected at least one mask that is not empty, got {len(read)} empty ones")
-        load_compiled()  # before timing
+        M.load_compiled()  # before timing
         print(f"{args.file}: {len(masks)} masks, {len(read) - len(masks)} empty ones left out\n{COLUMNS}")
         rows = []
-        for points in args.points:
-            for sampler in args.sampler:
-                rows.append(measure(masks, sampler, points, args.num_bins, options))
-                print(*(rows[-1][c] for c in COLUMNS.split()), flush=True)
+        for points, sampler in itertools.product(args.points, args.sampler):
+            codec = RegionCodec("tokens", args.num_bins, points, sampler, args.target_iou)
+            options = {"points": points, "sampler": sampler, "target_iou": args.target_iou, "num_bins": args.num_bins}
+            rows.append(measure(masks, codec, options))
+            print(*(rows[-1][c] for c in COLUMNS.split()), flush=True)
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-        told = str(error).partition("\n")[0].removeprefix(f"{args.file}: ")  # tarfile says one line per compression
-        print(f"mask_ceiling: {args.file}: {type(error).__name__}: {told}", file=sys.stderr)
+        reason = str(error).partition("\n")[0].removeprefix(f"{args.file}: ")  # tarfile has a line per compression
+        print(f"mask_ceiling: {args.file}: {type(error).__name__}: {reason}", file=sys.stderr)
         return 1
     if args.json:
         args.json.write_text(json.dumps({"file": args.file.name, "num_bins": args.num_bins, "rows": rows}))
     if args.sheet:
-        save_sheet(args.sheet, masks, rows[-1], args.num_bins, args.worst, options)
+        save_sheet(args.sheet, masks, rows[-1]["iou"], args.worst, options)
     return 0
 
 

@@ -41,19 +41,14 @@ Role = IntEnum("Role", "WORD BIN PART START SEPARATOR STOP", start=0)
 class Rule:
     """What one answer may hold.
 
-    Attributes:
-        kind: "mask", "box" or "point": at least one group of this kind; None = of any one kind, or none.
-        single: exactly one object.
-        images: images of the prompt; with several, `image k:` stands before each group that holds objects.
-        forms: the whole answers to choose from, where `{targets}` is the regions and `{images}` a list of image
-            numbers; empty = free words around the regions.
-        words: for free words without a kind: "any"; "some", there is a word beside the regions; "short", no regions,
-            and a word follows "answer is".
+    forms: the whole answers to choose from, where `{targets}` is the regions and `{images}` a list of image numbers;
+    empty = free words around the regions. words, for free words without a kind: "any"; "some", there is a word beside
+    the regions; "short", no regions, and a word follows "answer is".
     """
 
-    kind: str | None = None
-    single: bool = False
-    images: int = 1
+    kind: str | None = None  # "mask", "box" or "point": at least one group of it; None = of any one kind, or none
+    single: bool = False  # exactly one object
+    images: int = 1  # of the prompt; with several, `image k:` stands before each group that holds objects
     forms: tuple[str, ...] = ()
     words: Literal["any", "some", "short"] = "any"
 
@@ -87,7 +82,7 @@ def write_grammar(rule: Rule, vocabulary: Vocabulary, points: int, objects: int)
         rule: what the answer may hold.
         vocabulary: its region tokens are terminals; where it has none, regions are bracketed numbers.
         points: vertices of one mask object, all parts together: `more_k` has at most k left to write.
-        objects: of one group.
+        objects: of one group, at most.
     """
     lines = [
         *_terminals(vocabulary),
@@ -103,6 +98,7 @@ def write_grammar(rule: Rule, vocabulary: Vocabulary, points: int, objects: int)
         more = f"(separator_{kind} {kind}){{0,{objects - 1}}}" if objects > 1 else ""
         lines.append(f"group_{kind} ::= start_{kind} ({kind} {more}) stop_{kind}")
         lines.append(f"empty_{kind} ::= start_{kind} stop_{kind}")
+    x = "<" if vocabulary.region_tokens else r"\[\]"  # what begins and ends a region: no word holds it
     named = [rf'{_SP} [iI] "mage" {_SP} "{k}" {_SP} ":" {_SP}' for k in range(1, rule.images + 1)]
     if rule.forms:
         roots = [_literal(form) for form in rule.forms]
@@ -110,9 +106,9 @@ def write_grammar(rule: Rule, vocabulary: Vocabulary, points: int, objects: int)
         lines.append(f'images ::= {numbers} ({_SP} ("," | "and") {_SP} {numbers}){{0,{rule.images - 1}}}')
         lines += _targets(rule, named)
     elif rule.words == "short":
-        roots = [_short_answer(vocabulary)]
+        roots = [_short_answer(x)]
     else:
-        roots = [_words(rule, kind, named, vocabulary) for kind in ([rule.kind] if rule.kind else REGION_KINDS)]
+        roots = [_words(rule, kind, named, x) for kind in ([rule.kind] if rule.kind else REGION_KINDS)]
     return "\n".join([*lines, f"root ::= {' | '.join(roots)}"])
 
 
@@ -121,11 +117,9 @@ def _terminals(vocabulary: Vocabulary) -> list[str]:
     ends = {"start": ("st", '"["'), "separator": ("sep", f'"]" {_SP} "," {_SP} "["'), "stop": ("ed", '"]"')}
     if vocabulary.region_tokens:
         ids = dict(zip(vocabulary.region_tokens, token_ids(vocabulary.lm, vocabulary.region_tokens), strict=True))
-        lines = [f"bin ::= Token({', '.join(map(str, vocabulary.bin_ids))})", 'comma ::= ""']
-        lines += [f"part ::= Token({ids['<m_part>']})"]
-        return lines + [
-            f"{n}_{k} ::= Token({ids[f'<{k[0]}_{e}>']})" for n, (e, _) in ends.items() for k in REGION_KINDS
-        ]
+        marks = [f"{n}_{k} ::= Token({ids[f'<{k[0]}_{e}>']})" for n, (e, _) in ends.items() for k in REGION_KINDS]
+        bins = ", ".join(map(str, vocabulary.bin_ids))
+        return [f"bin ::= Token({bins})", 'comma ::= ""', f"part ::= Token({ids['<m_part>']})", *marks]
     top = str(len(vocabulary.bin_values) - 1)
     lower = [f'"{top[:i]}" [0-{int(d) - 1}] [0-9]{{0,{len(top) - i - 1}}}' for i, d in enumerate(top) if d > "0"]
     lines = [f'bin ::= {_SP} ("{top}" | {" | ".join(lower)})', f'comma ::= {_SP} ","', f'part ::= {_SP} ";"']
@@ -155,15 +149,14 @@ def _targets(rule: Rule, named: list[str]) -> list[str]:
     return lines
 
 
-def _words(rule: Rule, kind: str, named: list[str], vocabulary: Vocabulary) -> str:
+def _words(rule: Rule, kind: str, named: list[str], x: str) -> str:
     """Free words, and groups of one kind among them: those of `rule.kind` must be there."""
-    x = _mark(vocabulary)
     # Words before a group: they end in no number and colon, which would name an image.
     lead = f'(([^{x}]* [^{x}:{_SPACE}])? [{_SPACE}]* | ([^{x}]* [^{x}0-9{_SPACE}])? [{_SPACE}]* ":" [{_SPACE}]*)'
     between = rf"[,{_SPACE}]{{0,2}} [^{x}0-9:,{_SPACE}] {lead}"  # a comma alone would make two brackets one group
     one = f"({' | '.join(named)}) group_{kind}" if len(named) > 1 else f"group_{kind}"
     # Empty brackets do not say their kind: a mask, unless the task does.
-    if not rule.single and (rule.kind or kind == "mask" or vocabulary.region_tokens):
+    if not rule.single and (rule.kind or kind == "mask" or x == "<"):
         one = f"({one} | empty_{kind})"
     if rule.single:
         return f"{_SP if len(named) > 1 else lead} {one} [^{x}]*"
@@ -176,12 +169,11 @@ def _words(rule: Rule, kind: str, named: list[str], vocabulary: Vocabulary) -> s
     return f"[^{x}]* | {lead} {rest}"
 
 
-def _short_answer(vocabulary: Vocabulary) -> str:
+def _short_answer(x: str) -> str:
     """Words without regions. What is read of them follows the last "answer is", so they do not end there.
 
     Where the last letters are the last k of "answer is", the one before differs; after them come marks.
     """
-    x = _mark(vocabulary)
     pairs = [letter + letter.upper() if letter > " " else letter for letter in "answer is"]
     ends = [f"[^{x}]* [{_LETTERS.replace('A-Za-z', 'A-RT-Za-rt-z')}]"]
     for k in range(1, len(pairs)):
@@ -189,34 +181,20 @@ def _short_answer(vocabulary: Vocabulary) -> str:
     return f"({' | '.join(ends)}) [^{x}{_LETTERS}]*"
 
 
-def _mark(vocabulary: Vocabulary) -> str:
-    """What begins and ends a region, for a character class: no word holds it."""
-    return "<" if vocabulary.region_tokens else r"\[\]"
-
-
 @dataclass(frozen=True)
 class AnswerGrammar:
-    """A compiled rule.
-
-    Attributes:
-        compiled: for a matcher.
-        length: the most tokens of an answer in a form. From there on free words take the next end that is permitted.
-        limit: tokens that this takes at most, the end token included.
-    """
+    """A compiled rule."""
 
     compiled: xg.CompiledGrammar
-    length: int
-    limit: int
+    length: int  # the most tokens of an answer in a form; from there on free words take the next end that is permitted
+    limit: int  # tokens that this takes at most, the end token included
 
 
 class AnswerGrammars:
     """The grammars of one model, compiled once for each rule.
 
-    Args:
-        vocabulary: of the model.
-        points: vertices of one mask object.
-        max_new_tokens: of an answer: free words end there, forms hold as many objects as fit, but at least one;
-            None = as many as the form may hold, and `WORDS`.
+    `max_new_tokens`: free words end there, forms hold as many objects as fit, but at least one; None = `WORDS`, and as
+    many objects as a form may hold. `points`: vertices of one mask object. `roles`: (V,) int64 `Role` of each token.
     """
 
     def __init__(self, vocabulary: Vocabulary, points: int, max_new_tokens: int | None = None) -> None:
