@@ -179,10 +179,10 @@ def choose(
         if missing := [name for name in ids if name not in chosen]:
             raise ValueError(f"--ids: expected samples of {folder}, got {missing[0]!r}, which is not in it")
         return [chosen[name] for name in ids]
-    turns = [kept[i] for i in range(number) for kept in by_task.values() if i < len(kept)]
+    turns = [sample for turn in itertools.zip_longest(*by_task.values()) for sample in turn if sample][:number]
     if not turns:
         raise ValueError(f"{folder}: no sample of split {split} and task {task}")
-    return sorted(turns[:number], key=lambda sample: list(by_task).index(sample.task))
+    return sorted(turns, key=lambda sample: list(by_task).index(sample.task))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -103,13 +103,14 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
     recipe["excluded"] = _digest("\n".join(sorted(excluded)).encode()) if excluded else None
     slices.claim(recipe | {"annotations": _digest(json.dumps(shown, sort_keys=True).encode())})
     report, todo = BuildReport(shards=len(starts)), list[int]()
-    for number in range(options.part[0], len(starts), options.part[1]):
+    own = range(options.part[0], len(starts), options.part[1])
+    for number in own:
         if (record := slices.record(number)) is not None:
             report.add(record)
         else:
             todo.append(number)
             slices.remove_unfinished(f"{number:06d}")  # no other part writes this shard
-    with tqdm(total=len(todo), unit="shard", desc=split, dynamic_ncols=True) as bar:
+    with tqdm(total=len(own), initial=len(own) - len(todo), unit="shard", desc=split) as bar:
         for record in run_forked(slices.write, todo, options.workers):
             report.add(record)
             bar.set_postfix(samples=report.samples, MB=report.size >> 20, refresh=False)
