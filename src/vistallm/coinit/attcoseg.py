@@ -8,12 +8,12 @@ neither, with the reason. Frame: boxes are (x0, y0, x1, y1), pixels of the image
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 Box = tuple[float, float, float, float]
 PLACES = ("left", "right", "top", "bottom")
@@ -24,24 +24,19 @@ _PART = 0.8  # share of a box inside a target's from which on it is a part of th
 
 @dataclass(frozen=True)
 class Words:
-    """The word lists of attribute_words.yaml.
+    """The word lists of attribute_words.yaml."""
 
-    Attributes:
-        scales: (attribute, scale) -> word -> value. same_as: category -> further names of its objects.
-    """
-
-    scales: dict[tuple[str, str], dict[str, str]]
-    same_as: dict[str, list[str]]
+    scales: dict[tuple[str, str], dict[str, str]]  # (attribute, scale) -> word -> value
+    same_as: dict[str, list[str]]  # category -> further names of its objects
 
 
 def read_words() -> Words:
     """Read the package's word lists."""
-    text = resources.files("vistallm.coinit").joinpath("attribute_words.yaml").read_text(encoding="utf-8")
-    data: Any = OmegaConf.to_container(OmegaConf.create(text))
+    data = yaml.safe_load(Path(__file__).with_name("attribute_words.yaml").read_text(encoding="utf-8"))
     scales = {
         (attribute, scale): {word: value for value, words in values.items() for word in words}
-        for attribute, found in data["attributes"].items()
-        for scale, values in found.items()
+        for attribute, entries in data["attributes"].items()
+        for scale, values in entries.items()
     }
     return Words(scales, data["same_as"])
 
@@ -69,34 +64,23 @@ class Named:
 
 @dataclass(frozen=True)
 class Limits:
-    """What makes an image an example.
+    """What makes an image an example."""
 
-    Attributes:
-        iou: boxes from this overlap on are one object. objects: the most objects of a value. area: each one's least
-            share of the image. outside: so many objects of the value may lack a mask. names: whether the names of box
-            and mask must agree.
-    """
-
-    iou: float = 0.6
-    objects: int = 3
-    area: float = 0.01
-    outside: int = 0
-    names: bool = True
+    iou: float = 0.6  # boxes from this overlap on are one object
+    objects: int = 3  # the most objects of a value
+    area: float = 0.01  # each one's least share of the image
+    outside: int = 0  # so many objects of the value may lack a mask
+    names: bool = True  # whether the names of box and mask must agree
 
 
 @dataclass
 class Findings:
-    """What one image is to every value.
+    """What one image is to every (attribute, value)."""
 
-    Attributes:
-        examples: (attribute, value) -> things that have it. counters: values that it lacks, though it shows another of
-            the same scale. words: (attribute, value) -> names of what decided it. left_out: reason -> times.
-    """
-
-    examples: dict[tuple[str, str], list[Thing]] = field(default_factory=dict)
-    counters: list[tuple[str, str]] = field(default_factory=list)
-    words: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
+    examples: dict[tuple[str, str], list[Thing]] = field(default_factory=dict)  # things that have the value
+    counters: list[tuple[str, str]] = field(default_factory=list)  # values it lacks, of scales that it shows
+    words: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)  # names of what decided it
+    left_out: Counter[str] = field(default_factory=Counter)  # reason -> times
 
     def accept(self, key: tuple[str, str], things: list[Thing], words: frozenset[str], limits: Limits) -> None:
         """Take the image as an example of a value, if its objects are few, large and single."""
@@ -121,8 +105,7 @@ def name_words(names: list[str]) -> frozenset[str]:
     return frozenset(word.removesuffix(end) for word in words for end in (("", "s", "es") if len(word) > 3 else ("",)))
 
 
-def overlap(a: Box, b: Box) -> float:
-    """Area that two boxes share, in pixels."""
+def _shared(a: Box, b: Box) -> float:
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return width * height if width > 0 and height > 0 else 0.0
 
@@ -133,80 +116,63 @@ def _area(box: Box) -> float:
 
 def find_thing(box: Box, words: frozenset[str], things: list[Thing], limits: Limits) -> int | None:
     """Index of the thing that a named box is: the one of the best IoU, from `limits.iou` on, whose names agree."""
-    best, found = limits.iou, None
+    best, chosen = limits.iou, None
     for index, thing in enumerate(things):
-        shared = overlap(box, thing.box)
+        shared = _shared(box, thing.box)
         iou = shared / (_area(box) + _area(thing.box) - shared) if shared else 0.0
         if iou >= best and (not limits.names or words & thing.words):
-            best, found = iou, index
-    return found
+            best, chosen = iou, index
+    return chosen
 
 
 def find_attributes(objects: list[Named], things: list[Thing], words: Words, limits: Limits) -> Findings:
     """What the image is to every value that words say; the values of a scale exclude each other."""
     findings = Findings()
     for (attribute, _), values in words.scales.items():
-        clear, unclear = _sort_objects(objects, values)
+        clear: dict[str, list[Named]] = {}  # the objects of each value
+        unclear: set[str] = set()  # values that some object has together with another one, "red and white"
+        for entry in objects:
+            exact = {values[word] for word in entry.attributes if word in values}
+            hinted = exact | {values[w] for text in entry.attributes for w in text.split() if w in values}
+            if len(exact) == 1 == len(hinted):
+                clear.setdefault(min(exact), []).append(entry)
+            else:
+                unclear |= hinted
         of_value = {value: {e.thing for e in entries if e.thing is not None} for value, entries in clear.items()}
         for value, entries in clear.items():
             targets = [things[index] for index in sorted(of_value[value])]
+            lacking = [entry for entry in entries if entry.thing is None and not _is_part(entry.box, targets)]
             if value in unclear or any(of_value[value] & of_value[other] for other in clear if other != value):
                 findings.left_out["two-values"] += 1
-            elif _outside(entries, targets) > limits.outside:
+            elif len(lacking) > limits.outside:
                 findings.left_out["without-mask"] += 1
             else:
-                seen = _all_words(entry for entry in entries if entry.thing is not None)
+                seen = frozenset(word for entry in entries if entry.thing is not None for word in entry.words)
                 findings.accept((attribute, value), targets, seen, limits)
-        seen = _all_words(entry for entries in clear.values() for entry in entries)
+        seen = frozenset(word for entries in clear.values() for entry in entries for word in entry.words)
         for value in dict.fromkeys(values.values()) if clear else ():
             if value not in clear and value not in unclear:
                 findings.lacks((attribute, value), seen)
     return findings
 
 
-def _sort_objects(objects: list[Named], values: dict[str, str]) -> tuple[dict[str, list[Named]], set[str]]:
-    """The objects of each value of a scale, and the values that some object has together with another one."""
-    clear: dict[str, list[Named]] = {}
-    unclear: set[str] = set()
-    for entry in objects:
-        said = {values[word] for word in entry.attributes if word in values}
-        hinted = said | {values[w] for text in entry.attributes for w in text.split() if w in values}
-        if len(said) == 1 == len(hinted):
-            clear.setdefault(min(said), []).append(entry)
-        else:  # "red and white", or both: neither value is the object's
-            unclear |= hinted
-    return clear, unclear
-
-
-def _all_words(things: Iterable[Named | Thing]) -> frozenset[str]:
-    return frozenset(word for thing in things for word in thing.words)
-
-
-def _outside(entries: list[Named], targets: list[Thing]) -> int:
-    """Objects of a value that neither have a mask nor are part of one that has."""
-    return sum(
-        entry.thing is None and not any(overlap(entry.box, thing.box) >= _PART * _area(entry.box) for thing in targets)
-        for entry in entries
-    )
+def _is_part(box: Box, targets: list[Thing]) -> bool:
+    return any(_shared(box, thing.box) >= _PART * _area(box) for thing in targets)
 
 
 def find_positions(things: list[Thing], width: int, height: int, limits: Limits, findings: Findings) -> None:
     """Which sides of the image have things, by the middles of their boxes; adds to `findings`."""
+    middles = [((x0 + x1) / 2 / width, (y0 + y1) / 2 / height) for x0, y0, x1, y1 in (thing.box for thing in things)]
     for place in PLACES:
-        inside, unsure = [], False
-        for thing in things:
-            x, y = (thing.box[0] + thing.box[2]) / 2 / width, (thing.box[1] + thing.box[3]) / 2 / height
-            distance = {"left": x, "right": 1 - x, "top": y, "bottom": 1 - y}[place]
-            if distance < _SIDE:
-                inside.append(thing)
-            unsure |= _SIDE <= distance < _CLEAR
-        key = ("position", place)
-        if unsure:
+        distances = [{"left": x, "right": 1 - x, "top": y, "bottom": 1 - y}[place] for x, y in middles]
+        inside = [thing for thing, distance in zip(things, distances, strict=True) if distance < _SIDE]
+        words = frozenset(word for thing in inside or things for word in thing.words)
+        if any(_SIDE <= distance < _CLEAR for distance in distances):
             findings.left_out["unclear-side"] += 1
         elif inside:
-            findings.accept(key, inside, _all_words(inside), limits)
+            findings.accept(("position", place), inside, words, limits)
         elif things:
-            findings.lacks(key, _all_words(things))
+            findings.lacks(("position", place), words)
 
 
 def named_objects(

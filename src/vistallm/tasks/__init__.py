@@ -35,37 +35,25 @@ class RegionSlot:
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of instruction.
+    """One kind of instruction."""
 
-    Attributes:
-        name: the task's name in shards, configs and template files.
-        kind: what the answer holds: "text", "mask", "box" or "point".
-        answer: answer template; `{targets}` writes the objects of `fields["targets"]` (default: object 0).
-        plural: answer template for several targets, when its words differ.
-        fields: the keys of `Sample.fields` that every instruction template must use.
-        regions: whether every instruction template must hold a region placeholder of its own.
-        multi_image: whether samples hold several images (stage 2).
-        metric: the family of scores: "caption", "vqa", "exact", "yesno", "choice", "truth", "box", "boxes", "mask",
-            "masks", "candidates" or "coseg".
-        own_texts: whether every sample brings its instruction and answer; such a task has no templates.
-        mini: the mini world draws from the first so many templates and its vocabulary holds their words; 0 = a task
-            that it lacks. Templates added after them change nothing for a mini model.
-    """
-
-    name: str
-    kind: Literal["text", "mask", "box", "point"]
-    answer: str
-    metric: str
-    plural: str | None = None
-    fields: tuple[str, ...] = ()
-    regions: bool = False
-    multi_image: bool = False
-    own_texts: bool = False
+    name: str  # in shards, configs and template files
+    kind: Literal["text", "mask", "box", "point"]  # of what the answer holds
+    answer: str  # answer template; `{targets}` writes the objects of `fields["targets"]` (default: object 0)
+    metric: str  # the family of scores, by which benchmarks choose their torchmetrics class
+    plural: str | None = None  # answer template for several targets, when its words differ
+    fields: tuple[str, ...] = ()  # keys of `Sample.fields` that every instruction template must use
+    regions: bool = False  # whether every instruction template must hold a region placeholder of its own
+    multi_image: bool = False  # whether samples hold several images (stage 2)
+    own_texts: bool = False  # whether every sample brings its instruction and answer; there are no templates then
+    # The mini world draws from the first so many templates and its vocabulary holds their words; 0 = a task that it
+    # lacks. Templates added after them change nothing for a mini model.
     mini: int = 10
 
 
 _BOX, _BOXES = "The bounding box is {targets}.", "The bounding boxes are {targets}."
 _MASK, _MASKS = "The mask is {targets}.", "The masks are {targets}."
+_SHARED, _SHARING = f"The image is {{images}}. {_MASK}", f"The images are {{images}}. {_MASKS}"
 _ANSWER = "The answer is {answer}."
 _CHOSEN = "The answer is {targets}."
 
@@ -86,15 +74,7 @@ TASKS: dict[str, Task] = {
         Task("pope", "text", _ANSWER, "yesno", fields=("question",), mini=9),
         Task("nlvr2", "text", "That is {answer}.", "truth", fields=("statement",), multi_image=True, mini=9),
         Task("coseg", "mask", _MASK, "coseg", plural=_MASKS, multi_image=True),
-        Task(
-            "attcoseg",
-            "mask",
-            "The image is {images}. " + _MASK,
-            "coseg",
-            plural="The images are {images}. " + _MASKS,
-            fields=("attribute", "value"),
-            multi_image=True,
-        ),
+        Task("attcoseg", "mask", _SHARED, "coseg", plural=_SHARING, fields=("attribute", "value"), multi_image=True),
         # `v7w` answered by a point: the target's region has the kind "point", the candidates are boxes or points.
         Task("v7w_point", "point", _CHOSEN, "candidates", fields=("question", "candidates"), mini=0),
         Task("vqa_e", "text", "{explanation} So the answer is {answer}.", "vqa", fields=("question",), mini=0),
@@ -128,43 +108,21 @@ def load_templates(task: str, templates: TemplateRange = None) -> tuple[str, ...
 
 
 def split_placeholders(text: str) -> list[str | RegionSlot]:
-    """Split a text at its region placeholders; the strings between are kept as they are, empty ones left out.
-
-    Raises:
-        ValueError: for an empty placeholder without a kind, or one that is not of the grammar.
-    """
+    """Split a text at its region placeholders, without empty strings; raises ValueError for a wrong placeholder."""
     parts: list[str | RegionSlot] = []
     end = 0
     for match in _SLOT.finditer(text):
-        if match.start() > end:
-            parts.append(text[end : match.start()])
         objects = [int(number) for number in (match[1] or "").split(",") if number]
         if not objects and match[2] is None:
             kinds = ", ".join(REGION_KINDS)
             raise ValueError(f"placeholder {match[0]}: an empty one needs a kind ({kinds}), as in {{regions::mask}}")
-        parts.append(RegionSlot(objects, match[2]))
+        parts += [text[end : match.start()], RegionSlot(objects, match[2])]
         end = match.end()
-    if end < len(text):
-        parts.append(text[end:])
-    for part in parts:
+    for part in (*parts, text[end:]):
         if isinstance(part, str) and "{regions:" in part:
-            raise ValueError(
-                f"placeholder: expected {{regions:0,2}} or {{regions::mask}}, got {part[part.index('{regions:') :]!r}"
-            )
-    return parts
-
-
-def render(
-    sample: Sample,
-    template: int | None = None,
-    rng: random.Random | np.random.Generator | None = None,
-    templates: TemplateRange = None,
-) -> tuple[str, str]:
-    """Write a sample's instruction and answer, of the last round; region placeholders are left in place.
-
-    See `write_instruction` and `write_answer` for arguments and errors.
-    """
-    return write_instruction(sample, template, rng, templates), write_answer(sample)
+            wrong = part[part.index("{regions:") :]
+            raise ValueError(f"placeholder: expected {{regions:0,2}} or {{regions::mask}}, got {wrong!r}")
+    return [part for part in (*parts, text[end:]) if part]
 
 
 def find_region(sample: Sample, number: int, kind: str | None) -> Region:
@@ -181,30 +139,32 @@ def find_region(sample: Sample, number: int, kind: str | None) -> Region:
     return fitting[0]
 
 
+def render(
+    sample: Sample,
+    template: int | None = None,
+    rng: random.Random | np.random.Generator | None = None,
+    templates: TemplateRange = None,
+) -> tuple[str, str]:
+    """A sample's instruction and answer, of the last round: `write_instruction` and `write_answer`."""
+    return write_instruction(sample, template, rng, templates), write_answer(sample)
+
+
 def write_instruction(
     sample: Sample,
     template: int | None = None,
     rng: random.Random | np.random.Generator | None = None,
     templates: TemplateRange = None,
 ) -> str:
-    """Write a sample's instruction: its own where it brings one, else a template of the task filled with its `fields`.
+    """A sample's instruction: its own, or else a template of the task filled with its `fields`; placeholders stay.
 
-    Args:
-        sample: only its own instruction and its `fields` are read.
-        template: number of the instruction template, 0 = the evaluation template; None = draw one.
-        rng: where a drawn template comes from; required when `template` is None.
-        templates: draw among the first so many only, or those of the mini world ("mini"); None = all.
-
-    Raises:
-        ValueError: for an unknown task, a template number that does not exist, a field that is missing, or a sample
-            without the instruction that its task expects it to bring.
+    Template 0 is the evaluation template, None is drawn by `rng` among those that `templates` allows. Raises ValueError
+    for an unknown task or template, a missing field, or a task whose samples bring their own instruction.
     """
-    task = find_task(sample.task)
-    if sample.instruction is not None:
+    if find_task(sample.task) and sample.instruction is not None:
         return sample.instruction
-    if task.own_texts:
-        raise ValueError(f"sample {sample.id} ({sample.task}): expected its own instruction, got none")
     pool = load_templates(sample.task, templates)
+    if not pool:
+        raise ValueError(f"sample {sample.id} ({sample.task}): expected its own instruction, got none")
     if template is None:
         if rng is None:
             raise ValueError("render: expected a template number or an rng to draw one, got neither")
@@ -215,7 +175,7 @@ def write_instruction(
 
 
 def write_answer(sample: Sample) -> str:
-    """Write a sample's answer: its own, else the task's answer form; raises ValueError as `write_instruction` does."""
+    """A sample's answer: its own, or else the task's answer form; raises ValueError as `write_instruction` does."""
     task = find_task(sample.task)
     if sample.answer is not None:
         return sample.answer
@@ -224,18 +184,15 @@ def write_answer(sample: Sample) -> str:
 
 
 def earlier_rounds(sample: Sample) -> list[tuple[str, str]]:
-    """(instruction, answer) of each round of a conversation before the sample's own, from `fields["rounds"]`.
-
-    Raises:
-        ValueError: when they are not pairs of texts.
-    """
+    """(instruction, answer) of each round before the sample's own, from `fields["rounds"]`; ValueError for others."""
     rounds = sample.fields.get("rounds", [])
-    if not isinstance(rounds, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
-        for pair in rounds
-    ):
+    try:
+        pairs = [(instruction, answer) for instruction, answer in rounds]
+    except (TypeError, ValueError):
+        pairs = [(None, None)]
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
         raise ValueError(f'sample {sample.id}: fields["rounds"]: expected [[instruction, answer], ...], got {rounds!r}')
-    return [(instruction, answer) for instruction, answer in rounds]
+    return pairs
 
 
 def _fill(text: str, sample: Sample) -> str:

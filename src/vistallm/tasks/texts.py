@@ -27,8 +27,7 @@ _ASKS = re.compile(
 def tidy(text: str, tokenised: bool = False) -> str:
     """A text without doubled spaces and without the spaces of a tokeniser before marks and around apostrophes.
 
-    Line breaks stay. `tokenised` also joins hyphens, for texts known to have been split at them: elsewhere " - " is a
-    dash.
+    Line breaks stay. `tokenised` also joins hyphens, for texts known to be split at them: elsewhere " - " is a dash.
 
     >>> tidy("Two young , White  males"), tidy("a person ' s jacket"), tidy("the candle - holder", tokenised=True)
     ('Two young, White males', "a person's jacket", 'the candle-holder')
