@@ -144,5 +144,5 @@ def test_a_wrong_line_stops_the_build(refusal, record, message):
 
 
 def test_a_missing_file_and_unknown_settings(refusal):
-    assert "is missing or empty" in refusal("jsonl", "test", writes(line()))
+    assert "expected test.jsonl there, got no such file" in refusal("jsonl", "test", writes(line()))
     assert "this source knows no setting" in refusal("jsonl", "val", writes(line()), "--set", "a=b")

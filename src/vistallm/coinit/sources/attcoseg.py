@@ -59,7 +59,7 @@ def load_attcoseg(options: SourceOptions) -> Source:
     path = Path(settings["masks"])
     if not path.is_file():
         raise ValueError(f"--set masks: expected a file of instances (COCO or LVIS), got {settings['masks'] or 'none'}")
-    table = _read_table(options, _MaskFile(path, read_genome(options, settings["image_data"])), limits)
+    table = _read_table(options, path, read_genome(options, settings["image_data"]), limits)
     keys = sorted(key for key, examples in table.examples.items() if len(examples) > 1)
     keys = [key for key in keys if key[0] in settings["attributes"]]
     _print_counts(table, keys)
@@ -82,66 +82,62 @@ def _print_counts(table: _Table, keys: list[Key]) -> None:
     print("\n".join([*lines, f"  left out: {reasons or 'nothing'}"]), file=sys.stderr)
 
 
-class _MaskFile:
-    """Instances of the images that Visual Genome has too."""
+@dataclass
+class _Masked:
+    """An image of the mask file, the same photograph in Visual Genome, and its objects with their annotations."""
 
-    def __init__(self, path: Path, genome: Genome) -> None:
-        data = read_object(path)
-        self.words, self.names = rules.read_words(), dict[int, frozenset[str]]()  # category -> names of its objects
-        for category in data.records("categories"):
-            name = category.text("name")
-            names = [name, *category.data.get("synonyms", ()), *self.words.same_as.get(name.replace("_", " "), ())]
-            self.names[category.integer("id")] = rules.name_words(names)
-        # By Visual Genome's id: the image (its path is the bare file name), the same in Visual Genome, its annotations.
-        self.images: dict[int, tuple[SourceImage, SourceImage, list[Record]]] = {}
-        for image in data.records("images"):
-            if (image_id := genome.of_coco.get(image.integer("id"))) is not None:
-                file = image.optional("file_name", str) or image.text("coco_url")  # LVIS v1 has the url only
-                size, other = (image.integer("width"), image.integer("height")), genome.images[image_id]
-                self.images[image_id] = SourceImage(Path(Path(file).name), other.image_id, *size), other, []
-        for annotation in data.records("annotations"):
-            if (image_id := genome.of_coco.get(annotation.integer("image_id"))) in self.images:
-                self.images[image_id][2].append(annotation)
+    image: SourceImage  # its path is the bare file name
+    genome: SourceImage
+    annotations: list[Record] = field(default_factory=list)
+    things: list[rules.Thing] = field(default_factory=list)
 
-    def things(self, image_id: int) -> list[rules.Thing]:
-        """The objects of an image; `number` is the index among its annotations."""
-        image, _, annotations = self.images[image_id]
-        things = []
-        for number, annotation in enumerate(annotations):
-            category = annotation.integer("category_id")
+
+def _read_masks(path: Path, genome: Genome, words: rules.Words) -> dict[int, _Masked]:
+    """The images that Visual Genome has too, by its id."""
+    data, names, masked = read_object(path), dict[int, frozenset[str]](), dict[int, _Masked]()
+    for category in data.records("categories"):
+        name = category.text("name")
+        called = [name, *category.data.get("synonyms", ()), *words.same_as.get(name.replace("_", " "), ())]
+        names[category.integer("id")] = rules.name_words(called)
+    for image in data.records("images"):
+        if (image_id := genome.of_coco.get(image.integer("id"))) is not None:
+            file = image.optional("file_name", str) or image.text("coco_url")  # LVIS v1 has the url only
+            other, size = genome.images[image_id], (image.integer("width"), image.integer("height"))
+            masked[image_id] = _Masked(SourceImage(Path(Path(file).name), other.image_id, *size), other)
+    for annotation in data.records("annotations"):
+        if entry := masked.get(genome.of_coco.get(annotation.integer("image_id"), -1)):
             (area,), box = annotation.numbers("area"), corners(*annotation.values("bbox", int, float))
-            if category not in self.names:
-                raise annotation.fault(f"category_id {category} is not in its categories")
-            crowd, share = bool(annotation.data.get("iscrowd")), area / (image.width * image.height)
-            things.append(rules.Thing(box, share, self.names[category], number, crowd))
-        return things
+            if (category_id := annotation.integer("category_id")) not in names:
+                raise annotation.fault(f"category_id {category_id} is not in its categories")
+            crowd, share = bool(annotation.data.get("iscrowd")), area / (entry.image.width * entry.image.height)
+            entry.things.append(rules.Thing(box, share, names[category_id], len(entry.things), crowd))
+            entry.annotations.append(annotation)
+    return masked
 
 
-def _read_table(options: SourceOptions, masks: _MaskFile, limits: rules.Limits) -> _Table:
-    table = _Table()
+def _read_table(options: SourceOptions, path: Path, genome_images: Genome, limits: rules.Limits) -> _Table:
+    table, words = _Table(), rules.read_words()
+    masked = _read_masks(path, genome_images, words)
     for record in stream_records(options.find_file("attributes.json")):
-        image_id = record.integer("image_id")
-        if image_id not in masks.images:
+        if (entry := masked.get(record.integer("image_id"))) is None:
             table.left_out["image-without-masks"] += 1
             continue
-        image, genome, annotations = masks.images[image_id]
+        image, genome, things = entry.image, entry.genome, entry.things
         if abs(genome.width * image.height / (genome.height * image.width) - 1) > 0.02:
             table.left_out["image-of-other-shape"] += 1
             continue
-        things = masks.things(image_id)
         scale = (image.width / genome.width, image.height / genome.height)
         try:
             objects = list(rules.named_objects(record.values("attributes", dict), scale, things, limits))
         except (KeyError, TypeError) as error:
             raise record.fault(f"expected objects with x, y, w, h; got {error!r}") from error
-        findings = rules.find_attributes(objects, things, masks.words, limits)
+        findings = rules.find_attributes(objects, things, words, limits)
         rules.find_positions(things, image.width, image.height, limits, findings)
         table.left_out.update(findings.left_out)
         for key, examples in findings.examples.items():
-            rle = merge_rles([annotations[thing.number].mask(image.height, image.width) for thing in examples])
+            rle = merge_rles([entry.annotations[thing.number].mask(image.height, image.width) for thing in examples])
             if rle_area(rle):
-                example = (len(table.images), rle, findings.words[key])
-                table.examples.setdefault(key, []).append(example)
+                table.examples.setdefault(key, []).append((len(table.images), rle, findings.words[key]))
             else:
                 table.left_out["empty-mask"] += 1
         for key in findings.counters:

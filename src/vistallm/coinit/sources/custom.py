@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import mmap
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import numpy as np
 
 from vistallm.coinit.images import image_size
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceImage, SourceOptions, group_draft
-from vistallm.coinit.sources.records import Record
+from vistallm.coinit.sources.records import Record, parse_json
 from vistallm.regions.masks import mask_to_rle, rle_area, segmentation_to_rle
 from vistallm.schema import REGION_KINDS, Region, Rle
 from vistallm.tasks import TASKS
@@ -26,39 +23,14 @@ _SHAPES = {"box": "box", "point": "point", "rle": "mask", "polygons": "mask", "m
 def load_jsonl(options: SourceOptions) -> Source:
     """Samples as lines. Images lie under --images, or under --root; mask files under --root."""
     options.read_settings()
-    path = options.root / f"{options.split}.jsonl"
+    path = options.find_file(f"{options.split}.jsonl", hint="check --root and --split")
+    lines = [(number, line.strip()) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
 
     def make(line: tuple[int, bytes], _: int) -> Iterator[Draft | Reject]:
         where = f"{path}, line {line[0]}"
-        try:
-            yield _line_draft(options, Record(json.loads(line[1]), where))
-        except json.JSONDecodeError as error:
-            raise Record(None, where).fault(f"not JSON ({error})") from error
+        yield _line_draft(options, Record(parse_json(line[1], where), where))
 
-    return Source(_Lines(path), make)
-
-
-class _Lines:
-    """The lines of a file with their numbers from 1, as editors count; they are read when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file() or not path.stat().st_size:
-            raise ValueError(f"expected samples in {path}, which is missing or empty; check --root and --split")
-        with path.open("rb") as file:
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.numbers, self.starts, start = array("q"), array("q"), 0
-        for number, line in enumerate(iter(self.data.readline, b""), 1):
-            if line.strip():
-                self.numbers.append(number)
-                self.starts.append(start)
-            start += len(line)
-        self.starts.append(start)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, bytes]:
-        return self.numbers[index], self.data[self.starts[index] : self.starts[index + 1]].strip()
+    return Source(iter(lines), make)
 
 
 def _line_draft(options: SourceOptions, line: Record) -> Draft | Reject:
@@ -76,10 +48,8 @@ def _line_draft(options: SourceOptions, line: Record) -> Draft | Reject:
     shapes = list(line.records("regions")) if line.optional("regions", list) else []
     try:
         sizes = [image_size(path) if shapes else (0, 0) for path in paths]
-    except OSError as error:
-        return Reject("missing-image", f"{line.where}: {error}")
-    except ValueError as error:
-        return Reject("broken-image", f"{line.where}: {error}")
+    except (OSError, ValueError) as error:
+        return Reject("missing-image" if isinstance(error, OSError) else "broken-image", f"{line.where}: {error}")
     images = [SourceImage(path, str(i), *size) for path, i, size in zip(paths, ids, sizes, strict=True)]
     regions: list[Region] = []
     for number, shape in enumerate(shapes):

@@ -117,7 +117,8 @@ def _check_kind(data: Any, kind: type, path: Path) -> Any:
     return data
 
 
-def _parse(text: bytes | str, where: str) -> Any:
+def parse_json(text: bytes, where: str) -> Any:
+    """The value that a text holds; raises SourceFormatError, which begins with `where`."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -128,7 +129,7 @@ def read_json(path: Path, kind: type = object) -> Any:
     """Read a JSON file; raises SourceFormatError when it is missing, broken, or not of this type."""
     if not path.is_file():
         raise SourceFormatError(f"expected {path}, which is not there; check --root and --split")
-    return _check_kind(_parse(path.read_bytes(), str(path)), kind, path)
+    return _check_kind(parse_json(path.read_bytes(), str(path)), kind, path)
 
 
 def read_object(path: Path) -> Record:
@@ -145,9 +146,9 @@ def read_json_lines(path: Path) -> Iterator[Any]:
         if first.lstrip().startswith(b"["):
             yield from read_json(path, list)
             return
-        yield _parse(first, f"{path}, line {number}")
+        yield parse_json(first, f"{path}, line {number}")
         for number, line in filled:
-            yield _parse(line, f"{path}, line {number}")
+            yield parse_json(line, f"{path}, line {number}")
 
 
 def stream_records(path: Path) -> Iterator[Record]:
