@@ -130,12 +130,6 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's share of items that every process has."""
-    rank, size = rank_and_size()
-    return items[rank::size]
-
-
 def from_all(value: T) -> list[T]:
     """Return the values of all processes, by rank."""
     values = [value] * rank_and_size()[1]
@@ -185,8 +179,8 @@ def _score_one(
         if one.id in by_id:
             faults.add(name, f"prediction {one.id} occurs more than once")
         by_id.setdefault(one.id, one)
-    wrong: dict[str, str] = {}
-    for key in share(list(by_id)):
+    wrong, (rank, size) = dict[str, str](), rank_and_size()
+    for key in list(by_id)[rank::size]:
         try:
             metric.update([by_id[key]])
         except ValueError as error:
@@ -227,8 +221,8 @@ def _score_one(
 def mask_ceiling(predictions: Sequence[Prediction], benchmark: Benchmark, codec: RegionCodec) -> NamedScores:
     """Return the scores of a model that writes every target perfectly: encode -> quantise -> decode, then score."""
     chosen = np.linspace(0, len(predictions) - 1, min(len(predictions), CEILING_SAMPLES)).round().astype(int)
-    perfect = []
-    for prediction in share([predictions[i] for i in chosen]):
+    perfect, (rank, size) = [], rank_and_size()
+    for prediction in (predictions[i] for i in chosen[rank::size]):
         sizes = [(int(image["width"]), int(image["height"])) for image in prediction.images]
         letterboxes = [Letterbox(width, height, max(width, height)) for width, height in sizes]
         regions = [region for region in target_regions(prediction, optional=True) if coco_mask.area(region.rle) > 0]
