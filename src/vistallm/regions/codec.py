@@ -73,12 +73,8 @@ class RegionCodec:
         check_options(points, mask_sampler, target_iou)
         if num_bins < 2:
             raise ValueError(f"num_bins: expected at least 2, got {num_bins}")
-        self.coords = coords
-        self.num_bins = num_bins
-        self.points = points
-        self.tokens: list[str] = []
-        if coords == "tokens":
-            self.tokens = [*MARKERS, *(f"<bin_{i}>" for i in range(num_bins))]
+        self.coords, self.num_bins, self.points = coords, num_bins, points
+        self.tokens = [*MARKERS, *(f"<bin_{i}>" for i in range(num_bins))] if coords == "tokens" else []
         self.bin_values = np.arange(num_bins) / (num_bins - 1)
 
         def sample(counts: str | bytes, height: int, width: int) -> tuple[np.ndarray, ...]:
@@ -94,12 +90,10 @@ class RegionCodec:
         """Write regions, in image order, as one group per image.
 
         Args:
-            regions: one per object, of any image; masks are taken from `polygons`, else sampled from `rle`.
+            regions: one per object, of any image; masks are taken from `polygons`, else sampled from `rle`. None at
+                all give an empty pair.
             letterboxes: the sample's images; with more than one, every group says its image.
             kind: "mask", "box" or "point": how the regions are written; a box can be taken from a mask.
-
-        Returns:
-            For example `<b_st><bin_1><bin_2><bin_3><bin_4><b_ed>`; an empty pair of `kind` when there are no regions.
 
         Raises:
             ValueError: a region lacks what `kind` needs, lies in no image, or its mask is empty.
@@ -129,8 +123,8 @@ class RegionCodec:
             kind: what an empty bracket of `coords="text"` stands for, "mask" if not given; tokens say it themselves.
 
         Returns:
-            Parsed with regions in original pixels, float32, clipped to the image; `kind` is "text" when no marker
-            occurs; `answer` is the text without its region groups.
+            Regions in original pixels, float32, clipped to the image; the kind is "text" when no marker occurs; the
+            answer is the text without its region groups.
 
         Raises:
             RegionParseError: the regions cannot be read; `.reason` says why.
@@ -179,18 +173,12 @@ class RegionCodec:
             height, width = region.rle["size"]
             polygons = self._sample(region.rle["counts"], int(height), int(width))
         if not polygons:
-            raise ValueError(
-                "expected a region with a mask of at least one pixel, got an empty or missing mask; drop the object"
-            )
-        return self._mask_bins(polygons, letterbox)
-
-    def _mask_bins(self, polygons: Sequence[np.ndarray], letterbox: Letterbox) -> list[np.ndarray]:
-        """Polygons -> canonical parts in bins; parts that quantisation flattens are dropped, but never all of them."""
-        parts = canonical_polygons([self.quantise(p, letterbox) for p in polygons])
-        if parts:
+            raise ValueError("expected a mask of at least one pixel, got an empty or missing one; drop the object")
+        bins = [self.quantise(p, letterbox) for p in polygons]
+        if parts := canonical_polygons(bins):  # parts that quantisation flattens are dropped, but never all of them
             return parts
         # The whole object is thinner than a bin: write the smallest box around it that the bins can draw.
-        flat = np.concatenate([self.quantise(p, letterbox) for p in polygons])
+        flat = np.concatenate(bins)
         low = np.minimum(flat.min(0), self.num_bins - 2)
         return [box_polygon(np.stack([low, np.maximum(flat.max(0), low + 1)]), self.points)]
 
@@ -228,9 +216,7 @@ class RegionCodec:
     def _image_index(self, written: str | None, count: int) -> int:
         if written is None:
             if count > 1:
-                raise RegionParseError(
-                    "no-image", f"expected 'image k:' before the regions, as there are {count} images"
-                )
+                raise RegionParseError("no-image", f"expected 'image k:' before the regions of {count} images")
             return 0
         if not 1 <= int(written) <= count:
             raise RegionParseError("bad-image", f"expected an image from 1 to {count}, got {written}")
@@ -251,11 +237,9 @@ class RegionCodec:
             if min(map(len, polygons)) < MIN_VERTICES:
                 raise RegionParseError("too-few-points", f"expected at least {MIN_VERTICES} vertices in each part")
             return Region(image, kind, number, polygons=polygons)
-        expected = 2 if kind == "box" else 1
-        if len(polygons[0]) != expected:
-            raise RegionParseError(
-                "bad-count", f"expected {2 * expected} numbers in a {kind}, got {2 * len(polygons[0])}"
-            )
+        expected, given = (4 if kind == "box" else 2), 2 * len(polygons[0])
+        if given != expected:
+            raise RegionParseError("bad-count", f"expected {expected} numbers in a {kind}, got {given}")
         flat = tuple(float(v) for v in polygons[0].ravel())
         if kind == "point":
             return Region(image, kind, number, point=flat)

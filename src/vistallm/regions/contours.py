@@ -92,15 +92,10 @@ def _edge_ring(contour: np.ndarray) -> np.ndarray:
 
 @njit(cache=True, error_model="numpy")
 def edge_samples(corners: np.ndarray, counts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Outline samples, each the mean of one or more unit pixel edges in a row.
+    """About `most` outline samples, each the mean of one or more unit pixel edges in a row.
 
-    Args:
-        corners: (n, 2) int64, corners of all rings in a row; counts: (rings,) int64, how many each.
-        counts: see corners.
-        most: about how many samples at most.
-
-    Returns:
-        (m, 2) float64, and (rings,) int64, how many in each ring.
+    `corners` (n, 2) int64 holds all rings in a row, `counts` (rings,) int64 of each. Returns (m, 2) float64, and
+    (rings,) int64, how many in each ring.
     """
     lengths = np.zeros(len(counts), np.int64)
     start = 0

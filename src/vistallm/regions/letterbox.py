@@ -14,12 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How one image lies in its padded square.
-
-    Attributes:
-        width, height: size of the original image in pixels, at least 1.
-        size: side of the resized square in pixels.
-    """
+    """How an image of `width` x `height` pixels lies in its padded square, which is resized to `size` pixels."""
 
     width: int
     height: int
@@ -27,7 +22,7 @@ class Letterbox:
 
     def __post_init__(self) -> None:
         if min(self.width, self.height, self.size) < 1:
-            raise ValueError(f"frame: expected width, height and size of at least 1, got {self}")
+            raise ValueError(f"letterbox: expected width, height and size of at least 1, got {self}")
 
     @property
     def side(self) -> int:
@@ -40,26 +35,12 @@ class Letterbox:
         return (self.side - self.width) // 2, (self.side - self.height) // 2
 
     def to_unit(self, points: np.ndarray) -> np.ndarray:
-        """Original pixels -> padded square.
-
-        Args:
-            points: (n, 2) float, x then y, pixels of the original image; outside points are clipped to the image.
-
-        Returns:
-            (n, 2) float64 in [0, 1] of the padded square.
-        """
+        """Original pixels, (n, 2) float, clipped to the image -> (n, 2) float64 in [0, 1] of the padded square."""
         inside = np.clip(np.asarray(points, np.float64).reshape(-1, 2), 0, (self.width, self.height))
         return (inside + self.padding) / self.side
 
     def to_pixels(self, unit: np.ndarray) -> np.ndarray:
-        """Padded square -> original pixels, clipped to the image: the inverse of `to_unit` inside the image.
-
-        Args:
-            unit: (n, 2) float, x then y, in [0, 1] of the padded square.
-
-        Returns:
-            (n, 2) float32, pixels of the original image.
-        """
+        """[0, 1] of the padded square, (n, 2) float -> (n, 2) float32, original pixels, clipped to the image."""
         pixels = np.asarray(unit, np.float64).reshape(-1, 2) * self.side - self.padding
         return np.clip(pixels, 0, (self.width, self.height)).astype(np.float32)
 
@@ -72,12 +53,11 @@ def square_resize(
     Args:
         image: (H, W, 3) uint8 RGB.
         size: side of the result in pixels.
-        pad_colour: (3,) 0..255, the colour around the image (the encoder's mean colour, so padding is near zero after
-            normalisation).
+        pad_colour: (3,) 0..255, the colour around the image (the encoder's mean: near zero after normalisation).
         original: width and height in pixels before the image was decoded at a scale of 1/n; None = it is whole.
 
     Returns:
-        (size, size, 3) uint8 RGB, and the frame that maps coordinates, of the original image.
+        (size, size, 3) uint8 RGB, and the letterbox of the original image.
 
     Raises:
         ValueError: the array is not (H, W, 3) uint8.

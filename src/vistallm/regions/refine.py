@@ -32,14 +32,10 @@ FINEST_STEP = 1 / _SUBPIXELS  # pixels: finer vertices draw nothing else
 def fit_rings(
     samples: np.ndarray, sample_counts: np.ndarray, first: np.ndarray, vertices: np.ndarray, counts: np.ndarray
 ) -> None:
-    """Fit the vertices of all rings in place.
+    """Fit the vertices of all rings, (k, 2) float64 pixels in a row, in place; `counts` of each ring, 0 or at least 3.
 
-    Args:
-        samples: (m, 2) float64, outline samples of all rings in a row.
-        sample_counts: (rings,) int64, samples per ring.
-        first: (k,) int64, the sample at which the edge out of each vertex starts, changed in place.
-        vertices: (k, 2) float64 of all rings in a row, pixels, changed in place.
-        counts: (rings,) int64, vertices per ring, 0 or at least 3.
+    `samples` (m, 2) float64 of the outlines, `sample_counts` of each ring; `first` (k,) int64: the sample at which the
+    edge out of each vertex starts, changed in place.
     """
     sample_start = start = 0
     for r in range(len(counts)):
@@ -137,12 +133,7 @@ def _xy(vertices: np.ndarray, i: int) -> tuple[float, float]:
 
 @njit(cache=True, error_model="numpy")
 def draw_polygon(mask: np.ndarray, polygon: np.ndarray) -> None:
-    """Set the pixels of one polygon in a mask, in place.
-
-    Args:
-        mask: (H, W) uint8, C order; pixels inside become 1, others stay.
-        polygon: (n, 2) float64, x then y, pixels of the image; may reach outside.
-    """
+    """Set the pixels inside a polygon, (n, 2) float64 pixels, to 1 in a mask, (H, W) uint8, in place."""
     left, right = max(int(polygon[:, 0].min()), 0), min(int(polygon[:, 0].max()) + 1, mask.shape[1])
     top, bottom = max(int(polygon[:, 1].min()), 0), min(int(polygon[:, 1].max()) + 1, mask.shape[0])
     if left < right and top < bottom:
@@ -222,19 +213,10 @@ def polish_rings(
     pad: np.ndarray,
     prune: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round vertices to a grid and polish them.
+    """Round the vertices of all rings, (k, 2) float64, to a grid, and polish them on the pixels of a (H, W) mask.
 
-    Args:
-        mask: (H, W) uint8, non-zero = inside.
-        corners: (n, 2) int64, outline of the mask, for its extent.
-        vertices: (k, 2) float64 of all rings in a row.
-        counts: (rings,) int64, vertices per ring.
-        step: grid step in pixels.
-        pad: (2,) offset of the image in the grid, pixels.
-        prune: drop vertices that no pixel needs.
-
-    Returns:
-        The vertices, (k', 2) float64 inside the image, and their counts.
+    `corners` of the outline say how far the mask reaches; `step` of the grid and `pad`, the offset of the image in it,
+    are pixels; `prune` drops vertices that no pixel needs. Returns vertices inside the image, and counts by ring.
     """
     size = np.array([mask.shape[1], mask.shape[0]])
     low, high = np.empty(2, np.int64), np.empty(2, np.int64)

@@ -51,12 +51,11 @@ def adaptive_points(
         rings: outline of the mask, (n, 2) int64 corners on pixel edges (`outline_rings`).
         points: the most vertices of all rings together, at least 3; small rings go before large ones lose shape.
         mask: (H, W) uint8, non-zero = inside, C order.
-        num_bins: if set, vertices lie on this many bins of the padded square , so that quantising them later
-            changes nothing; else on fifths of a pixel.
+        num_bins: if set, vertices lie on this many bins of the padded square, so that quantising changes nothing; else
+            on fifths of a pixel.
 
     Returns:
-        Rings of (n, 2) float64, n >= 3, pixels, inside the image, in the order of `rings`; n = 0 where the budget
-        dropped a ring.
+        Rings of (n, 2) float64, pixels inside the image, in the order of `rings`; n >= 3, or 0 for a dropped ring.
     """
     height, width = mask.shape
     side = max(height, width)
@@ -105,13 +104,8 @@ def _corner_area(xy: np.ndarray, a: int, b: int, c: int) -> float:
 def remove_by_area(xy: np.ndarray, sizes: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Remove the point of the smallest triangle, again and again, over all rings with one heap.
 
-    Args:
-        xy: (n, 2) float64, points of all rings in a row.
-        sizes: (rings,) int64, points per ring.
-        points: the budget; a ring down to a triangle goes for its area, but the last one stays.
-
-    Returns:
-        (n,) bool, the points that stay, and (rings,) int64, how many in each ring.
+    `xy` (n, 2) float64 holds all rings in a row, `sizes` (rings,) int64 of each; a ring down to a triangle goes for its
+    area, but the last one stays. Returns (n,) bool, the points that stay, and (rings,) int64, how many in each ring.
     """
     n = len(xy)
     before, after, ring_of = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
