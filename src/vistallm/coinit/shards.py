@@ -37,9 +37,7 @@ _ROW = ("split", "samples", "bytes", "sha256", "tasks")
 _NAME = re.compile(r"[^./\\][^/\\]*\.[A-Za-z0-9.]+")  # <key>.<extension>, no folder
 _CHANGED = "is not as it was written: a byte has changed; copy or build the shard again"
 _BROKEN = (tarfile.TarError, EOFError, OSError)  # what reading a damaged tar raises
-Row = dict[
-    str, Any
-]  # of a shard in index.json: the fields of _ROW; "images", how many are stored, where some are shared
+Row = dict[str, Any]  # of a shard in index.json: the fields of _ROW, and the stored "images" where some are shared
 EncodedImage = tuple[bytes, str]  # file bytes and their suffix, "jpg" or "png"
 
 
@@ -202,7 +200,7 @@ def read_raw(
 
 
 class _OpenShard:
-    """The members of an open tar: their names in order, where their contents lie, what is strange or ends it early."""
+    """The members of an open tar: their names in order, their contents, what is strange or ends it early."""
 
     def __init__(self, place: str, file: BinaryIO, tar: tarfile.TarFile) -> None:
         self.place, self.file, self.tar = place, file, tar

@@ -17,15 +17,6 @@ SMALL = 320  # pixels of the longer side under which an image is decoded in full
 HEADROOM = 1.1  # a JPEG is decoded at reduced scale while it stays so much larger than the target
 
 
-# Where OpenCV's names say "grayscale", the bit of BGR is not set; ours is the bit of RGB.
-_REDUCED = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-
-
 def decode_sample(raw: RawSample, size: int | None = None, max_pixels: int = DataConfig.max_pixels) -> Sample:
     """Decode the images of a raw sample, each as `decode_image` does; raises SampleReject as it and `raw.sample` do.
 
@@ -71,7 +62,10 @@ def decode_image(
         if got != expected:
             raise ValueError(f"expected {expected[0]}x{expected[1]} pixels, got {got[0]}x{got[1]}")
         scale = reduction(expected, size) if kind == "JPEG" and size is not None else 1
-        flags = _REDUCED[scale] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        reduced = getattr(
+            cv2, f"IMREAD_REDUCED_GRAYSCALE_{scale}", 0
+        )  # "grayscale": the bit of BGR is not set; RGB's is
+        flags = reduced | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None:
             raise ValueError(f"the {kind} can't be decoded")
