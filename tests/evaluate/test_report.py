@@ -119,10 +119,11 @@ def test_text_of_a_model_cannot_break_the_page(predictions, tmp_path):
         prediction.text = prediction.prompt = prediction.target["answer"] = nasty
         prediction.id += '"><b>'
     chosen = [p for p in predictions if TASKS[p.task].kind == "mask"]
-    page, _ = write(tmp_path / "report.html", chosen, title="<i>run</i>", config="<u>")
+    page, _ = write(tmp_path / "report.html", chosen, run={"<i>run": "<s>"}, config="<u>")
     parse(page)
     assert page.count("<script>") == 1
     assert "<i>run" not in page
+    assert "<s>" not in page
     assert "<u>" not in page
 
 

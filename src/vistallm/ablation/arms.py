@@ -55,11 +55,7 @@ class Recipe:
 
 @dataclass
 class Ablation:
-    """One claim, as the file gives it, and `runs`: arm -> run, in the order of the tables.
-
-    source: who makes the claim; metric: BENCHMARK.SCORE; better: the arm that wins if the claim holds; equal: what the
-    arms have in common; arms: their overrides; axis: what the arms' names count (None = they are no numbers).
-    """
+    """One claim, as the file gives and explains it, and `runs`: arm -> run, in the order of the tables."""
 
     recipe: str
     claim: str

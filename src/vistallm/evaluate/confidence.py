@@ -10,7 +10,6 @@ in configs/benchmarks.yaml ranks by confidence (none is scored by AP), so no AP 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,22 +86,16 @@ def answer_confidence(prediction: Prediction) -> float | None:
     return sum(known) / len(known) if len(known) == len(parsed.regions) else None
 
 
-class Calibration(NamedTuple):
-    """Bins of equal width over the confidence, empty ones left out: (k,) mean confidence, share right, answers.
-
-    ece: the expected calibration error (Guo et al. 2017): mean of |confidence - share right|, weighted by answers.
-    """
-
-    confidence: np.ndarray
-    right: np.ndarray
-    answers: np.ndarray
-    ece: float
-
-
-def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> Calibration:
+def calibration(
+    confidence: Sequence[float], right: Sequence[bool], bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Compare one or more confidences in [0, 1] with whether the answers were right.
 
-    >>> round(calibration([0.95, 0.85, 0.25], [True, False, False]).ece, 4)
+    Returns:
+        Of the k bins of equal width that hold an answer: (k,) mean confidence, share right and number of answers; and
+        the expected calibration error (Guo et al. 2017), the mean of |confidence - share right| weighted by answers.
+
+    >>> round(calibration([0.95, 0.85, 0.25], [True, False, False])[-1], 4)
     0.3833
     """
     sure, hit = np.asarray(confidence, float), np.asarray(right, float)
@@ -110,7 +103,7 @@ def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 
     answers = np.bincount(number, minlength=bins)
     used = answers > 0
     mean, share = (np.bincount(number, values, bins)[used] / answers[used] for values in (sure, hit))
-    return Calibration(mean, share, answers[used], float((np.abs(mean - share) * answers[used]).sum() / len(sure)))
+    return mean, share, answers[used], float((np.abs(mean - share) * answers[used]).sum() / len(sure))
 
 
 def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:

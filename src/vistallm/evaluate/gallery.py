@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,17 +24,6 @@ MAX_SIDE = 420  # pixels of an embedded image's longer side
 _GROUP = re.compile(r"<([bpm])_st>.*?<\1_ed>", re.DOTALL)
 _BINS = re.compile(r"(?:\s*<bin_\d+>){3,}")
 _KINDS = {"b": "box", "p": "point", "m": "mask"}
-
-
-class Picture(NamedTuple):
-    """One image with its overlay: size in pixels, data URI (None: a plain canvas), and three layers of SVG shapes."""
-
-    width: int
-    height: int
-    image: str | None
-    given: Markup
-    answer: Markup
-    truth: Markup
 
 
 def pick(predictions: Sequence[Prediction], per_group: int = 3) -> list[tuple[str, Prediction]]:
@@ -73,20 +62,24 @@ def short_text(text: str, limit: int = 220) -> Markup:
     return Markup(str(escape(text)).replace("\x00", "<b>").replace("\x01", "</b>"))
 
 
-def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -> list[Picture]:
-    """Draw one answer on its images, each (H, W, 3) uint8 RGB; None: on plain canvases."""
-    target = [Region.from_json(record) for record in prediction.target.get("regions", [])]
-    given = [Region.from_json(record) for record in prediction.target.get("given", [])]
+def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -> list[dict[str, Any]]:
+    """Draw one answer on its images, each (H, W, 3) uint8 RGB; None: on plain canvases.
+
+    Returns, for each image, width and height in pixels, `image` as a data URI or None, and the SVG shapes of three
+    layers: `given` in the prompt, `answer` and `truth`.
+    """
+    target, given = ([Region.from_json(row) for row in prediction.target.get(key, [])] for key in ("regions", "given"))
     given += [Region(0, "box", box=tuple(box)) for box in prediction.target.get("candidates", [])]
-    answer = prediction.parsed.regions if prediction.parsed else []
+    layers = {"given": given, "answer": prediction.parsed.regions if prediction.parsed else [], "truth": target}
     pictures = []
     for index, size in enumerate(prediction.images):
         width, height = int(size["width"]), int(size["height"])
-        layers = [
-            Markup("").join(_shape(region, max(width, height) / 45) for region in regions if region.image == index)
-            for regions in (given, answer, target)
-        ]
-        pictures.append(Picture(width, height, None if images is None else _data_uri(images[index]), *layers))
+        drawn: dict[str, Any] = {
+            name: Markup("").join(_shape(one, max(width, height) / 45) for one in regions if one.image == index)
+            for name, regions in layers.items()
+        }
+        uri = None if images is None else _data_uri(images[index])
+        pictures.append(drawn | {"width": width, "height": height, "image": uri})
     return pictures
 
 

@@ -47,37 +47,30 @@ def curve(columns: Mapping[str, np.ndarray], name: str, points: int = 120) -> Cu
 
 
 def line_plots(
-    caption: str,
-    curves: Mapping[str, Curve],
-    x_label: str,
-    y_label: str,
-    note: str = "",
-    *,
-    log_y: bool = False,
-    square: bool = False,
-    diagonal: bool = False,
+    caption: str, curves: Mapping[str, Curve], x_label: str, y_label: str, note: str = "", style: str = ""
 ) -> list[Plot]:
     """Draw named curves, one plot for every `len(LINES)` of them, more can't be told apart; none without a curve.
 
-    `square`: both axes run from 0 to 1; `diagonal`: dots of the curves' points, beside the line y = x.
+    `style`: "log" for a logarithmic y axis (where all values are positive), "unit" for axes from 0 to 1, "reliability"
+    for these with dots in place of lines, beside the line y = x.
     """
     plots, names = [], list(curves)
     for start in range(0, len(names), len(LINES)):
         with matplotlib.rc_context(fname=STYLE):
             figure = Figure(figsize=(4.4, 2.9), layout="constrained")
             axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
-            if diagonal:
+            if style == "reliability":
                 axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
             for colour, name in zip(LINES, names[start : start + len(LINES)], strict=False):
-                dots = "o" if diagonal else "o-" if len(curves[name][0]) < 20 else "-"
+                dots = "o" if style == "reliability" else "o-" if len(curves[name][0]) < 20 else "-"
                 axes.plot(*curves[name], dots, color=colour, linewidth=1.6, label=name, markersize=3.5)
-            if log_y and all((y > 0).all() for _, y in curves.values()):
+            if style == "log" and all((y > 0).all() for _, y in curves.values()):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
-            if square:
+            if style in ("unit", "reliability"):
                 axes.set(xlim=(0, 1), ylim=(0, 1.02))
-            if len(names) > 1 or diagonal:
+            if len(names) > 1 or style == "reliability":
                 axes.legend(fontsize=8, handlelength=1.4)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -101,7 +94,7 @@ def draw_arms(
         path: of the files, without suffix.
         arms: name -> (score of each seed, mean, half the interval, ceiling), in [0, 1], NaN where there is none.
         best: the arm in blue.
-        axis: what the arms' names count, as a logarithmic axis; "": names in a row.
+        axis: what the arms' names count, on a logarithmic axis; "": names in a row.
         label: of the scores.
     """
     places = [float(name) if axis else number for number, name in enumerate(arms)]

@@ -36,20 +36,17 @@ def write_report(
     scores: Scores,
     predictions: Sequence[Prediction],
     images: Mapping[str, Sequence[np.ndarray]] | None = None,
-    *,
-    title: str = "VistaLLM evaluation",
     history: Mapping[str, Path] | None = None,
     run: Mapping[str, Any] | None = None,
     config: str = "",
 ) -> None:
-    """Write the report.
+    """Write the page.
 
     Args:
         path: of the HTML file.
         scores: from `benchmarks.score`, which has also filled the predictions' scores.
         predictions: those that were scored.
         images: prediction id -> its images, each (H, W, 3) uint8 RGB; predictions without any are drawn on a canvas.
-        title: heading.
         history: label ("Stage 1") -> metrics.csv of the run that trained it; missing files are left out.
         run: facts to list (seconds, samples per second, device, ...), by name.
         config: the resolved configuration as text.
@@ -75,7 +72,6 @@ def write_report(
     columns = enumerate(("Ceiling", "Seen pairs", "Held-out pairs"), 1)
     named = [(one, [name for name in one.scores if any(name in row["scores"] for row in one.paper)]) for one in order]
     page = environment.get_template("report.html").render(
-        title=title,
         order=order,
         titles=titles,
         short=short,
@@ -139,7 +135,7 @@ def _precision(benchmarks: Benchmarks) -> list[Plot]:
         ious = [p.score or 0.0 for p in group if p.target.get("regions")]
         if METRICS[one.metric].masks and ious:
             curves[name] = precision_curve(ious)
-    return line_plots("Precision at every IoU threshold", curves, "IoU threshold", "share at or above", square=True)
+    return line_plots("Precision at every IoU threshold", curves, "IoU threshold", "share at or above", "", "unit")
 
 
 def _failures(benchmarks: Benchmarks) -> list[tuple[str, dict[str, int]]]:
@@ -156,18 +152,18 @@ def _confidence(benchmarks: Benchmarks) -> list[Plot]:
     curves: dict[str, Curve] = {}
     rejections = []
     for one, name, group in benchmarks:
-        known = [(sure, p.score or 0.0) for p in group if (sure := answer_confidence(p)) is not None]
+        right_from = RIGHT_FROM.get(one.metric, np.inf)
+        known = [(sure, (p.score or 0.0) >= right_from) for p in group if (sure := answer_confidence(p)) is not None]
         if known and one.metric in RIGHT_FROM:
-            bins = calibration([sure for sure, _ in known], [score >= RIGHT_FROM[one.metric] for _, score in known])
-            drawn = bins.answers >= FEW
-            curves[f"{name}, ECE {100 * bins.ece:.0f}%"] = (bins.confidence[drawn], bins.right[drawn])
+            confidence, right, answers, ece = calibration([sure for sure, _ in known], [hit for _, hit in known])
+            curves[f"{name}, ECE {100 * ece:.0f}%"] = (confidence[answers >= FEW], right[answers >= FEW])
         if (lines := rejection_curve(group)) is not None:
             x_label = "share of answers rejected, lowest presence first"
             note = "At 0: the answers as given. To the right, more answers count as “no target”."
-            rejections += line_plots(f"Rejection, {name}", lines, x_label, "share", note, square=True)
+            rejections += line_plots(f"Rejection, {name}", lines, x_label, "share", note, "unit")
     note = f"A dot is a bin of at least {FEW} answers. Right: IoU of at least 0.5, every box, or the right candidate."
     axes = ("mean confidence", "share right")
-    return line_plots("Reliability", curves, *axes, note, square=True, diagonal=True) + rejections
+    return line_plots("Reliability", curves, *axes, note, "reliability") + rejections
 
 
 def _training(label: str, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def _training(label: str, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     def curves(names: Mapping[str, str]) -> dict[str, Curve]:
         return {words: line for name, words in names.items() if (line := curve(columns, name)) is not None}
 
-    plots = line_plots("Loss", curves({"loss": "training", "val_loss": "validation"}), "step", "loss", log_y=True)
+    plots = line_plots("Loss", curves({"loss": "training", "val_loss": "validation"}), "step", "loss", "", "log")
     plots += line_plots("Learning rate", curves({"lr": "learning rate"}), "step", "learning rate")
     scores = {name: name.removeprefix("val/") for name in columns if name.startswith("val/")}
     plots += line_plots("Validation scores", curves(scores), "step", "score, share")
