@@ -23,11 +23,14 @@ COMMAND = re.compile(r"^(?:    |\t)((?:python|bash|sbatch) [^#\n\\]*(?:\\\n[^#\n
 
 
 def commands():
-    """(page, words) of every command line in a code block."""
-    for page in PAGES:
-        for line in COMMAND.findall(page.read_text(encoding="utf-8")):
-            words = re.sub(r"\[(--?[^\]]*)\]", r"\1", line.replace("\\\n", " "))  # [--optional words]
-            yield pytest.param(shlex.split(words), id=f"{page.name}: {line.strip()[:60]}")
+    """The words of every command line in a page's code blocks, and of the quickstart."""
+    lines = [(page, line) for page in PAGES for line in COMMAND.findall(page.read_text(encoding="utf-8"))]
+    quickstart = ROOT / "tools" / "quickstart.sh"
+    lines += [(quickstart, line) for line in re.findall(r"^python .*", quickstart.read_text(), re.MULTILINE)]
+    for page, line in lines:
+        words = re.sub(r"\[(--?[^\]]*)\]", r"\1", line.replace("\\\n", " "))  # [--optional words]
+        words = words.replace("$run", "runs/quickstart").replace('"$@"', "")
+        yield pytest.param(shlex.split(words), id=f"{page.name}: {line.strip()[:60]}")
 
 
 class Parsed(Exception):  # noqa: N818 (not an error)
