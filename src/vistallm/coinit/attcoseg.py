@@ -93,11 +93,6 @@ class Findings:
         else:
             self.examples[key], self.words[key] = things, words
 
-    def lacks(self, key: tuple[str, str], words: frozenset[str]) -> None:
-        """Take the image as a counter-example of a value."""
-        self.counters.append(key)
-        self.words[key] = words
-
 
 def name_words(names: list[str]) -> frozenset[str]:
     """The single words of names in lower case, also without a plural's -s or -es ("buses", "horses")."""
@@ -141,7 +136,8 @@ def find_attributes(objects: list[Named], things: list[Thing], words: Words, lim
         of_value = {value: {e.thing for e in entries if e.thing is not None} for value, entries in clear.items()}
         for value, entries in clear.items():
             targets = [things[index] for index in sorted(of_value[value])]
-            lacking = [entry for entry in entries if entry.thing is None and not _is_part(entry.box, targets)]
+            bare = [entry.box for entry in entries if entry.thing is None]
+            lacking = [box for box in bare if all(_shared(box, t.box) < _PART * _area(box) for t in targets)]
             if value in unclear or any(of_value[value] & of_value[other] for other in clear if other != value):
                 findings.left_out["two-values"] += 1
             elif len(lacking) > limits.outside:
@@ -152,12 +148,9 @@ def find_attributes(objects: list[Named], things: list[Thing], words: Words, lim
         seen = frozenset(word for entries in clear.values() for entry in entries for word in entry.words)
         for value in dict.fromkeys(values.values()) if clear else ():
             if value not in clear and value not in unclear:
-                findings.lacks((attribute, value), seen)
+                findings.counters.append((attribute, value))
+                findings.words[attribute, value] = seen
     return findings
-
-
-def _is_part(box: Box, targets: list[Thing]) -> bool:
-    return any(_shared(box, thing.box) >= _PART * _area(box) for thing in targets)
 
 
 def find_positions(things: list[Thing], width: int, height: int, limits: Limits, findings: Findings) -> None:
@@ -172,7 +165,8 @@ def find_positions(things: list[Thing], width: int, height: int, limits: Limits,
         elif inside:
             findings.accept(("position", place), inside, words, limits)
         elif things:
-            findings.lacks(("position", place), words)
+            findings.counters.append(("position", place))
+            findings.words["position", place] = words
 
 
 def named_objects(

@@ -16,13 +16,13 @@ from typing import Literal
 
 import numpy as np
 
-from vistallm.schema import REGION_KINDS, Region, Sample
+from vistallm.schema import Region, Sample
 from vistallm.tasks.texts import join
 
 _SLOT = re.compile(r"\{regions:(\d+(?:,\d+)*)?(?::(mask|box|point))?\}")
 _FIELD = re.compile(r"\{(?!regions:)([a-z_0-9]+)\}")
+# Which instruction templates are drawn: the first n, those of the mini world, or all (None).
 TemplateRange = int | Literal["mini"] | None
-"""Which instruction templates are drawn: the first n, those of the mini world, or all (None)."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,7 @@ def split_placeholders(text: str) -> list[str | RegionSlot]:
     for match in _SLOT.finditer(text):
         objects = [int(number) for number in (match[1] or "").split(",") if number]
         if not objects and match[2] is None:
-            kinds = ", ".join(REGION_KINDS)
-            raise ValueError(f"placeholder {match[0]}: an empty one needs a kind ({kinds}), as in {{regions::mask}}")
+            raise ValueError(f"placeholder {match[0]}: an empty one needs a kind, as in {{regions::mask}}")
         parts += [text[end : match.start()], RegionSlot(objects, match[2])]
         end = match.end()
     for part in (*parts, text[end:]):
@@ -134,8 +133,7 @@ def find_region(sample: Sample, number: int, kind: str | None) -> Region:
     fitting = [r for r in same if kind in (None, r.kind)] or [r for r in same if kind and getattr(r, kind, None)]
     if not fitting:
         have = ", ".join(f"{r.object} ({r.kind})" for r in sample.regions) or "none"
-        named = f"object {number} as {kind}" if kind else f"object {number}"
-        raise ValueError(f"a placeholder names {named}: there is no such {kind or 'region'}, the regions are {have}")
+        raise ValueError(f"a placeholder names object {number}: it has no {kind or 'region'}, the regions are {have}")
     return fitting[0]
 
 

@@ -19,10 +19,7 @@ Box = tuple[float, float, float, float]
 
 
 class SourceFormatError(ValueError):
-    """A source file is not as documented; the message names file, record and key, what was expected and what is there.
-
-    The build stops: a format that was misread once is misread a million times.
-    """
+    """A source file is not as documented: the build stops, as a format misread once is misread a million times."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +52,10 @@ class SourceOptions:
         return self.split
 
     def read_settings(self, **known: str | float | tuple[str, ...] | list[str]) -> dict[str, Any]:
-        """The value given or the default of every setting of a source.
+        """The value given or the default of every setting of a source; ValueError for an unknown key or value.
 
-        Args:
-            known: key -> its default, a text (any other text is allowed) or a number; or the values allowed: one of a
-                tuple, the first is the default, or several of a list (comma-separated), all are the default.
-
-        Raises:
-            ValueError: for an unknown key or a value that is not allowed.
+        `known` has a key's default, a text (any other text is allowed) or a number; or the values allowed: one of a
+        tuple, the first is the default, or several of a list (comma-separated), all are the default.
         """
         if unknown := set(self.settings) - set(known):
             raise ValueError(f"--set {min(unknown)}: this source knows {', '.join(known) or 'no setting'}")
@@ -165,10 +158,9 @@ def corners(x: float, y: float, width: float, height: float) -> Box:
 
 
 class Packed:
-    """A read-only list of JSON-like records, kept as bytes in one buffer.
+    """A read-only list of JSON-like records, kept as bytes in one buffer, a fraction of the dicts' memory.
 
-    It takes a fraction of the memory of the dicts themselves, and forked workers share it: reading a dict changes its
-    reference count, so that every worker would end up with its own copy of a list of dicts.
+    Forked workers share it; reading a dict changes its reference count, so that each would end up with its own copy.
     """
 
     def __init__(self, records: Iterable[Any]) -> None:

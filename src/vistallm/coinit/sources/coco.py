@@ -63,9 +63,9 @@ def load_coco(options: SourceOptions) -> Source:
             groups.setdefault(name.strip(), []).append(annotation)
         if nameless := groups.pop("", []):
             yield Reject("empty-text", f"{nameless[0].where}: expected {phrase or 'name'!r} to be a text, got none")
+        groups |= _absent_names(info, category, groups, absent, options.seed)
         for number in info.data.get("not_exhaustive_category_ids", ()):  # LVIS: its objects are not all annotated
             groups.pop(category.get(number, ""), None)
-        groups |= _absent_names(info, category, groups, absent, options.seed)
         for number, (name, group) in enumerate(groups.items()):
             texts = (name, name) if phrase else (f"the {name}", f"every {name}")
             yield from _drafts(f"coco-{split}-{info.data['id']}-{number}", texts, group, image, tasks)
@@ -80,8 +80,8 @@ def _read_file(path: Path, by_category: bool) -> tuple[dict[int, str], dict[int,
     images = {image.integer("id"): image for image in data.records("images")}
     objects: dict[int, _Objects] = {number: [] for number in images}
     for annotation in data.records("annotations"):
-        keys: dict[str, Any] = {"image_id": images, "category_id": category} if by_category else {"image_id": images}
-        for key, known in keys.items():
+        keys: list[tuple[str, Any]] = [("image_id", images), ("category_id", category)]
+        for key, known in keys[: 2 if by_category else 1]:
             if (number := annotation.integer(key)) not in known:
                 raise annotation.fault(f"expected {key} of one of those listed, got {number}")
         objects[annotation.data["image_id"]].append((annotation.where, annotation.data))
@@ -92,7 +92,7 @@ def _absent_names(
     info: Record, category: dict[int, str], present: dict[str, list[Record]], number: int, seed: int
 ) -> dict[str, list[Record]]:
     """Names of `number` categories that an image does not show, drawn; LVIS says which ones were looked for."""
-    looked_for = info.data.get("neg_category_ids") or category
+    looked_for = info.data.get("neg_category_ids", category)
     names = [category[c] for c in looked_for if c in category and category[c] not in present]
     drawn = np.random.default_rng([seed, info.data["id"]]).permutation(names)[:number]
     return {name: [] for name in drawn.tolist()}

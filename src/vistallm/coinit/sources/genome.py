@@ -206,8 +206,6 @@ def _read_object(box: Any, point: Record) -> tuple[Box, tuple[float, float]]:
 
 # ---- Visual7W
 
-_V7W_FILES = "dataset_v7w_pointing.json", "dataset.json"  # as zipped, and as the toolkit's script leaves it
-
 
 def load_visual7w(options: SourceOptions) -> Source:
     """Which-questions with four candidate boxes, answered by the box or by its middle (`v7w_point`).
@@ -216,7 +214,10 @@ def load_visual7w(options: SourceOptions) -> Source:
     """
     settings = options.read_settings(tasks=["v7w", "v7w_point"], image_data="")
     split = options.check_split("train", "val", "test")
-    genome, path = read_genome(options, settings["image_data"]), options.find_file(*_V7W_FILES)
+    genome = read_genome(options, settings["image_data"])
+    path = options.find_file(
+        "dataset_v7w_pointing.json", "dataset.json"
+    )  # as zipped; as the toolkit's script leaves it
     data = read_object(path)
     boxes = {box.integer("box_id"): box.numbers("x", "y", "width", "height") for box in data.records("boxes")}
     records = (

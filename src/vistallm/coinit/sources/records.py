@@ -152,11 +152,7 @@ def read_json_lines(path: Path) -> Iterator[Any]:
 
 
 def stream_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a JSON list one by one, so that the file is never whole in memory.
-
-    Raises:
-        SourceFormatError: the file is not a list, or ends within a record.
-    """
+    """Yield the records of a JSON list one by one, so that the file is never whole in memory."""
     decoder, text, start, number = json.JSONDecoder(), "", 0, 0
     with path.open(encoding="utf-8") as file:
         if file.read(1) != "[":
@@ -182,8 +178,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads lists, dicts, texts and numbers only: a pickle that names a class or a function could run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        named = f"{module}.{name}"
-        raise pickle.UnpicklingError(f"it holds {named}, but only plain lists, dicts, texts and numbers are read")
+        raise pickle.UnpicklingError(f"it holds {module}.{name}; only lists, dicts, texts and numbers are read")
 
 
 def read_pickle(path: Path) -> list[Any]:

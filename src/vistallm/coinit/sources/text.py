@@ -20,14 +20,13 @@ from vistallm.coinit.sources.base import (
 from vistallm.coinit.sources.records import Record, file_source, read_json, read_json_lines, read_object
 
 _SETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
-UNKNOWN = "unknown"
-"""The answer of a sample whose dataset publishes none; its meta says `unlabelled`."""
+UNKNOWN = "unknown"  # the answer of a sample whose dataset publishes none; its meta says `unlabelled`
 
 # ---- captions
 
 _OFFICIAL = "it is Karpathy's split; for captions_*.json, give --set annotations=official (and --set year=2017)"
+# image_id, the image's file, (width, height) or (0, 0) where the annotations have none, and its captions.
 _Captioned = tuple[int, str, tuple[int, int], list[str]]
-"""image_id, the image's file, (width, height) or (0, 0) where the annotations have none, and its captions."""
 
 
 def load_coco_caption(options: SourceOptions) -> Source:
