@@ -63,7 +63,7 @@ class Unit:
 
 @dataclass
 class Answerer:
-    """Greedy answers of a model, by the region grammar (decode.grammar) where coordinates are tokens.
+    """Greedy answers of a model, by the grammar of its task (decode.grammar).
 
     sharded: the model's weights are shared out (FSDP), so all processes answer batches in step.
     """
