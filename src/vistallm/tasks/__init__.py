@@ -133,7 +133,8 @@ def find_region(sample: Sample, number: int, kind: str | None) -> Region:
     fitting = [r for r in same if kind in (None, r.kind)] or [r for r in same if kind and getattr(r, kind, None)]
     if not fitting:
         have = ", ".join(f"{r.object} ({r.kind})" for r in sample.regions) or "none"
-        raise ValueError(f"a placeholder names object {number}: it has no {kind or 'region'}, the regions are {have}")
+        named = f"object {number} as {kind}" if kind else f"object {number}"
+        raise ValueError(f"a placeholder names {named}: there is no such {kind or 'region'}, the regions are {have}")
     return fitting[0]
 
 
