@@ -97,6 +97,7 @@ def evaluation(runs, stage_two):
     return runs / "eval", done
 
 
+@pytest.mark.slow
 def test_training_says_what_trains_and_writes_its_files(stage_one, stage_two):
     for folder, done in (stage_one, stage_two):
         assert "parameters train" in done.stdout
@@ -106,6 +107,7 @@ def test_training_says_what_trains_and_writes_its_files(stage_one, stage_two):
     assert f"from {stage_one[0]}/checkpoints/step-000003.ckpt" in stage_two[1].stdout
 
 
+@pytest.mark.slow
 def test_stage_two_starts_from_what_stage_one_trained(stage_one, stage_two):
     one, two = (
         torch.load(folder / "checkpoints" / "step-000003.ckpt", weights_only=True)["state_dict"]
@@ -122,6 +124,7 @@ def test_stage_two_starts_from_what_stage_one_trained(stage_one, stage_two):
     assert all(torch.equal(one[f"model.{key}"], two[f"model.{key}"]) for key in decoder), "frozen in stage two"
 
 
+@pytest.mark.slow
 def test_evaluation_writes_predictions_scores_and_report(evaluation):
     folder, done = evaluation
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
@@ -133,6 +136,7 @@ def test_evaluation_writes_predictions_scores_and_report(evaluation):
     assert "<html" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_predictions_file_gives_the_same_scores(evaluation, runs, call_here):
     folder, _ = evaluation
     done = call_here("eval.py", f"predictions={folder / 'predictions.jsonl'}", f"run_dir={runs / 'again'}")
@@ -143,6 +147,7 @@ def test_a_predictions_file_gives_the_same_scores(evaluation, runs, call_here):
     assert (runs / "again" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_predictions_file_needs_no_run(evaluation, runs, call_here):
     folder, _ = evaluation
     alone = runs / "alone"
@@ -157,6 +162,7 @@ def test_a_predictions_file_needs_no_run(evaluation, runs, call_here):
     assert one == two
 
 
+@pytest.mark.slow
 def test_predict_saves_an_overlay(stage_two, images, runs):
     out = runs / "new" / "overlay.png"
     done = call("tools/predict.py", "--ckpt", stage_two[0], "--image", *images, "--prompt", PROMPT, "--save", out)
@@ -165,6 +171,7 @@ def test_predict_saves_an_overlay(stage_two, images, runs):
     assert overlay.shape == (240, 360 + 8 + 240, 3)
 
 
+@pytest.mark.slow
 def test_an_exported_run_is_small_and_starts_another(stage_one, runs, images, tiny_words, mini_root, call_here):
     done = call_here("tools/export.py", "--ckpt", stage_one[0], "--out", runs / "exported")
     assert done.returncode == 0, done.err

@@ -179,6 +179,7 @@ def lines(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_five_kills_and_a_finished_build_give_the_same_bytes(lines, tmp_path):
     words = [sys.executable, str(TOOL), "jsonl", "--root", str(lines), "--split", "train", "--samples-per-shard", "8"]
     subprocess.run([*words, "--out", str(tmp_path / "whole"), "--workers", "1"], check=True, capture_output=True)

@@ -76,6 +76,7 @@ def test_user_faults_are_one_line(arguments, message, build_coinit):
     assert message in errors
 
 
+@pytest.mark.slow
 def test_viewer_writes_sheet_and_page(shards, tmp_path):
     done = run("view_samples.py", shards, "--n", 15, "--out", tmp_path / "sheet.png")
     assert done.returncode == 0, done.stderr

@@ -52,6 +52,7 @@ def example(tmp_path_factory, command):
     return out / "data"
 
 
+@pytest.mark.slow
 def test_the_example_trains(example, tiny_config, tmp_path):
     from vistallm.train.callbacks import read_metrics
     from vistallm.train.run import train
