@@ -27,14 +27,8 @@ def build_model(
 ) -> VistaLLM:
     """Build the three parts and load the pretrained weights that the configuration names.
 
-    Args:
-        config: its `model`, and of `train` what changes the modules (LoRA, checkpointing, soft coordinates).
-        vocabulary: of the run.
-        dtype: of the language model.
-        decoder_config: build the language model of that shape instead, without weights (they are loaded later).
-
-    Raises:
-        ValueError: weights are missing or broken, or settings do not fit them.
+    `dtype` is the language model's; with a `decoder_config` it gets that shape, and its weights are loaded later.
+    Raises ValueError where weights are missing or broken, or settings do not fit them.
     """
     encoder = ImageEncoder(config.model.encoder, config.model.tokenizer.class_token)
     decoder: Any = build_decoder(config.model.decoder, vocabulary.lm, dtype, decoder_config)
@@ -51,9 +45,8 @@ def build_model(
         settings: dict[str, Any] = {"use_reentrant": False}
         if config.train.compile is None:  # compiled layers recompute their own kernels and take no contexts
             settings["context_fn"] = lambda: (contextlib.nullcontext(), training_attention())
-        for part in (decoder, getattr(tokenizer, "qformer", None)):
-            if part is not None:
-                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        for part in (decoder, *([tokenizer.qformer] if isinstance(tokenizer, InstructionGuidedTokenizer) else [])):
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     return VistaLLM(encoder, tokenizer, decoder, vocabulary, config.train.bin_sigma)
 
 

@@ -111,16 +111,11 @@ def check_sizes(asked: DecoderConfig, folder: Path) -> None:
 
 @torch.no_grad()
 def initialise_new_rows(weight: Tensor, first_new: int, bin_ids: list[int], bin_values: Tensor) -> None:
-    """Set the rows of added tokens in place: the mean of the old rows, plus a smooth code for coordinate tokens.
+    """Set the rows of a (V, D) matrix from `first_new` on, in place: the mean of the old rows, plus a smooth code.
 
-    Args:
-        weight: (V, D) embedding or output matrix.
-        first_new: rows from here on are new; the old ones give mean and scale.
-        bin_ids: rows of the coordinate tokens, in order of their coordinate.
-        bin_values: (num_bins,) float coordinates in [0, 1].
-
-    The code is a random rotation of sines and cosines from half a period to num_bins / 4 periods over the image, so
-    near coordinates start with near rows. As large as an old row is, its amplitude falls with the frequency.
+    The code is for the rows `bin_ids` of the coordinate tokens, whose (num_bins,) values are in [0, 1]. It is a random
+    rotation of sines and cosines from half a period to num_bins / 4 periods over the image, so near coordinates start
+    with near rows. As large as an old row is, its amplitude falls with the frequency.
     """
     if weight.is_meta:  # a model whose weights are loaded later
         return

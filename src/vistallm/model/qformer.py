@@ -115,17 +115,11 @@ def build_tokenizer(config: TokenizerConfig, rows: int, patches: int, width: int
 
 
 def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str | None, vocabulary: Vocabulary) -> None:
-    """Set the weights of `tokenizer` in place; a file of ours has no projection, which stays as it is.
+    """Set the weights of `tokenizer` in place, from an InstructBLIP folder or hub name, or a file of pretrain_mini.py.
 
-    Args:
-        tokenizer: built with one word row per token of `vocabulary.qformer`.
-        path: a .safetensors file of tools/pretrain_mini.py, an InstructBLIP folder, or a hub name of one; None = leave
-            them random.
-        vocabulary: word rows are matched by token where the file names its tokens, else by number (BERT's order); new
-            tokens that the file does not have start as `initialise_new_rows` says.
-
-    Raises:
-        ValueError: a file is missing or cut short, or a weight is missing, unexpected or of another shape.
+    Such a file has no projection, which stays as it is; path=None leaves all of them random. Word rows are matched by
+    token where the file names its tokens, else by number (BERT's order); tokens that it does not have start as
+    `initialise_new_rows` says. Raises ValueError where a file is cut short, or a weight is missing or does not fit.
     """
     own, known = tokenizer.state_dict(), vocabulary.qformer.get_vocab()
     first_new, bins = vocabulary.qformer_first_new, torch.as_tensor(vocabulary.bin_values)

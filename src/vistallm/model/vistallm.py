@@ -24,15 +24,11 @@ from vistallm.schema import IGNORE_INDEX, Batch
 
 @dataclass
 class Output:
-    """Losses of a batch's M supervised tokens.
+    """Losses of a batch's M supervised tokens."""
 
-    token_loss: (M,) float32 loss of each token, with gradient; row: (M,) int64 its sample; correct: (M,) bool, whether
-    it is the most probable one.
-    """
-
-    token_loss: Tensor
-    row: Tensor
-    correct: Tensor
+    token_loss: Tensor  # (M,) float32, with gradient
+    row: Tensor  # (M,) int64: the sample of each token
+    correct: Tensor  # (M,) bool: whether it is the most probable one
 
     @property
     def loss(self) -> Tensor:
@@ -57,11 +53,8 @@ def training_attention() -> Iterator[None]:
 class VistaLLM(nn.Module):
     """Encoder, instruction-guided tokenizer and decoder behind `forward` (losses) and `generate` (greedy answers).
 
-    Args:
-        encoder, tokenizer: from images to patch tokens, and on to image tokens of the decoder's width.
-        decoder: a transformers causal language model, or peft's wrapper of one.
-        vocabulary: its token ids are the decoder's rows.
-        bin_sigma: width of a coordinate's soft target in bins; 0 = cross-entropy.
+    The decoder is a transformers causal language model or peft's wrapper of one, whose rows are the vocabulary's ids;
+    `bin_sigma` is the width of a coordinate's soft target in bins, 0 = cross-entropy.
     """
 
     bin_ids: Tensor  # (num_bins,) int64, ids of the coordinate tokens

@@ -30,14 +30,9 @@ class VistaModule(L.LightningModule):
     """Trains a VistaLLM.
 
     Nothing in a step waits for the device: sums stay tensors, a bad gradient is skipped by the optimizer's own kernel,
-    and `read_report` fetches the numbers of a step when the next one has been given to the device.
-
-    Args:
-        model: with its trainable parts already set.
-        config: the run's configuration; steps: optimizer steps of the whole run, for the schedule.
-
-    Attributes:
-        stop: this process was asked to stop; stop_seen: any process was, by the last report, so that all act alike.
+    and `read_report` fetches the numbers of a step when the next one has been given to the device. The model comes
+    with its trainable parts set; `steps` are the optimizer steps of the whole run. `stop`: this process was asked to
+    stop; `stop_seen`: any process was, by the last report, so that all act alike.
     """
 
     def __init__(self, model: VistaLLM, config: Config, steps: int) -> None:

@@ -16,11 +16,7 @@ from vistallm.model.vistallm import VistaLLM
 
 
 def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, int, int]]:
-    """Freeze and unfreeze the three parts as the config says.
-
-    Returns:
-        One row per part: name, state, trainable parameters, all parameters.
-    """
+    """Freeze and unfreeze the parts as the config says; return name, state, trainable and all parameters of each."""
     model.encoder.requires_grad_(config.encoder)
     model.tokenizer.requires_grad_(config.tokenizer)
     if config.decoder != "lora":  # peft has set the adapters trainable and all else frozen
@@ -90,9 +86,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[
 
 def learning_rate(name: str, config: TrainConfig) -> float:
     """Return a parameter's peak learning rate; the projection writes for the decoder and learns as it does."""
-    own = None
-    if name.startswith("encoder."):
-        own = config.encoder_lr
-    elif name.startswith("tokenizer.") and not name.startswith("tokenizer.projection."):
-        own = config.tokenizer_lr
+    is_qformer = name.startswith("tokenizer.") and not name.startswith("tokenizer.projection.")
+    own = config.encoder_lr if name.startswith("encoder.") else config.tokenizer_lr if is_qformer else None
     return config.lr if own is None else own

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,8 @@ class ShardedDataParallel(ModelParallelStrategy):
 
 def check_layout(config: Config) -> None:
     """Raise ValueError, before anything is built, for settings that this strategy or this machine does not have."""
-    sharded = {"checkpoint.sharded": config.checkpoint.sharded, "train.cpu_offload": config.train.cpu_offload}
-    for key, wanted in sharded.items():
-        if wanted and config.strategy != "fsdp":
+    for key in ("checkpoint.sharded", "train.cpu_offload"):
+        if attrgetter(key)(config) and config.strategy != "fsdp":
             raise ValueError(f"{key}=true: expected strategy=fsdp, got {config.strategy}")
     if config.train.compile not in (None, *COMPILERS):
         raise ValueError(f"train.compile={config.train.compile}: expected one of {', '.join(COMPILERS)}, or null")
@@ -99,8 +99,6 @@ def has_fast_bf16() -> bool:
     """Whether the accelerator, or else the CPU (AVX512-BF16 or AMX), multiplies bf16 faster than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.12
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
