@@ -93,7 +93,9 @@ def main() -> int:
     parser.add_argument("--sampler", nargs="+", default=list(M.SAMPLERS), choices=M.SAMPLERS)
     parser.add_argument("--num-bins", type=int, default=1001)
     parser.add_argument("--target-iou", type=float, help="fewest points that reach this IoU, --points being the most")
-    parser.add_argument("--json", type=Path, help="write the table here, with the IoU of every mask")
+    parser.add_argument(
+        "--out", "--json", dest="json", type=Path, help="write the table here, with the IoU of every mask"
+    )
     parser.add_argument("--sheet", type=Path, help="save a picture of the worst masks of the last row")
     parser.add_argument("--worst", type=int, default=24, help="masks on the sheet")
     args = parser.parse_args()
