@@ -88,7 +88,7 @@ def take_step(words, sizes, out):
     trainer.callbacks = [Keep()]
     trainer.fit(module, DataLoader(batches, batch_size=None))
     if trainer.is_global_zero:
-        torch.save({"gradient": kept, "report": module.report}, out)
+        torch.save({"gradient": kept, "report": module.read_report()}, out)
 
 
 def reference(config):
