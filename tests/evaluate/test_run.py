@@ -153,6 +153,17 @@ def test_two_processes_killed_and_started_again_end_with_the_files_of_one(folder
     assert files(out) == whole
 
 
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(folder, tmp_path):
+    """Killed while the second one starts: it would wait for the first, and keep its device."""
+    process = start(folder, tmp_path, "trainer.devices=2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=120)  # returns when no process has the pipe open
+
+
 def _validate(rank, port, size, folder, root, config, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
