@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import patch
 
 import pytest
 
@@ -21,6 +22,13 @@ data.shuffle_buffer=20 data.max_length=512 data.templates=mini data.val_batches=
 decode.batch_size=4 decode.limit=1 log.tensorboard=false precision=fp32 train.lr=1e-3 train.warmup=0.0
 train.bin_sigma=0.0
 """.split()  # noqa: SIM905
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Give the environment back: torch.distributed leaves its port there, which later processes would inherit."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

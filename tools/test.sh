@@ -6,4 +6,4 @@ source tools/environment.sh test
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"
