@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from unittest.mock import patch
+import sys
 
 import pytest
 
@@ -25,10 +25,14 @@ train.bin_sigma=0.0
 
 
 @pytest.fixture(autouse=True)
-def own_environment():
-    """Give the environment back: torch.distributed leaves its port there, which later processes would inherit."""
-    with patch.dict(os.environ):
-        yield
+def no_process_group():
+    """End what a test leaves of torch.distributed: later processes would inherit the port of a store that is in use."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

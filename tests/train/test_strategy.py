@@ -42,6 +42,8 @@ def words(tiny_words, mini_root, folder):
     """Encoder weights are a file that rank 0 has and the others have not."""
     words = ["model=mini", "data=mini", *tiny_words, f"data.root={mini_root}", "trainer.accelerator=cpu"]
     words += [f"trainer.max_steps={STEPS}", "checkpoint.every_n_steps=4", "checkpoint.keep=5", "data.batch_size=2"]
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
     encoder = ImageEncoder(load_config(words).model.encoder)
     save_file(encoder.visual.state_dict(), folder / "encoder-0.safetensors")
     return [*words, f"model.encoder.weights={folder}/encoder-{{rank}}.safetensors"]
