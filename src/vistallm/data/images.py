@@ -62,9 +62,8 @@ def decode_image(
         if got != expected:
             raise ValueError(f"expected {expected[0]}x{expected[1]} pixels, got {got[0]}x{got[1]}")
         scale = reduction(expected, size) if kind == "JPEG" and size is not None else 1
-        reduced = getattr(
-            cv2, f"IMREAD_REDUCED_GRAYSCALE_{scale}", 0
-        )  # "grayscale": the bit of BGR is not set; RGB's is
+        # "grayscale": the bit of BGR is not set; RGB's is
+        reduced = getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{scale}", 0)
         flags = reduced | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None:
