@@ -72,10 +72,28 @@ class DecoderConfig:
 
 
 @dataclass
+class LinkConfig:
+    """Super links (model.links=all): boxes, masks and keypoints from learned queries beside the text answers."""
+
+    queries: int = 4  # K: slots behind a routing token; of a GRD or SEG link the most objects
+    tables: str = "separate"  # separate | shared: whether each kind of link has its own K query embeddings
+    objects: int = 100  # object queries of a DET or POSE group: the most objects in an image
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+    blocks: list[int] = field(default_factory=lambda: [9, 19, -2])  # of the encoder whose patch tokens are read
+    stem: bool = True  # false = the ablation without the convolutional stem on the pixels
+    image_size: int | None = None  # side of the stem's square input, pixels; null = the encoder's
+    weight: float = 4.0  # of a link's losses against one supervised token
+    share: float = 0.5  # of the samples that both heads can answer, answered by links while training
+
+
+@dataclass
 class ModelConfig:
-    """The three parts."""
+    """The three parts, and super links beside them."""
 
     name: str = "mini"
+    links: str = "none"  # none (VistaLLM as published) | all
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -185,11 +203,13 @@ class Config:
     coords: str = "tokens"  # tokens | text
     num_bins: int = 1001
     points: int = 32  # budget of one mask object
+    answer: str = "both"  # text | link | both: the heads that evaluation asks
     mask_sampler: str = "adaptive"  # uniform | curvature | adaptive
     target_iou: float | None = None  # fewest points that reach it; null = always the whole budget
     benchmarks: list[str] | None = None  # null = all of data.root's
     predictions: str | None = None  # score this predictions.jsonl instead of generating
     model: ModelConfig = field(default_factory=ModelConfig)
+    links: LinkConfig = field(default_factory=LinkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -205,6 +225,9 @@ CHOICES = {
     "strategy": ("auto", "single", "ddp", "fsdp"),
     "precision": ("auto", "fp32", "bf16"),
     "coords": ("tokens", "text"),
+    "answer": ("text", "link", "both"),
+    "model.links": ("none", "all"),
+    "links.tables": ("separate", "shared"),
     "model.tokenizer.kind": ("qformer", "patches"),
     "mask_sampler": ("uniform", "curvature", "adaptive"),
     "data.missing_sources": ("stop", "skip"),
@@ -213,10 +236,10 @@ CHOICES = {
 }
 LEAST = {  # the smallest value -> numbers that must not be below it
     0: "data.workers data.max_reject_share train.lr train.encoder_lr train.tokenizer_lr train.weight_decay "
-    "train.warmup train.gradient_clip train.bin_sigma log.every_n_seconds",
+    "train.warmup train.gradient_clip train.bin_sigma links.weight links.share log.every_n_seconds",
     1: "model.encoder.image_size model.tokenizer.queries model.decoder.lora_rank data.batch_size data.shuffle_buffer "
     "data.mix_shards data.pool_batches data.max_length checkpoint.every_n_steps checkpoint.keep val.samples "
-    "decode.max_new_tokens decode.batch_size",
+    "decode.max_new_tokens decode.batch_size links.queries links.objects links.layers links.heads",
     2: "num_bins",
     3: "points",
 }

@@ -140,6 +140,31 @@ class Sample:
 
 
 @dataclass
+class LinkBatch:
+    """The L links of a batch, ordered by row and position, and in training their O objects.
+
+    Coordinates are shares of the letterbox square.
+    """
+
+    kind: torch.Tensor  # (L,) int64, index in links.LINKS
+    row: torch.Tensor  # (L,) int64, row of the batch
+    image: torch.Tensor  # (L,) int64, index in Batch.images
+    group: torch.Tensor  # (L,) int64, ascending from 0; the links of a group share object queries
+    object_link: torch.Tensor  # (O,) int64, the link that an object answers
+    boxes: torch.Tensor  # (O, 4) float32, centre x, y, width, height
+    masks: torch.Tensor  # (O, M, M) uint8, 0 or 1
+    has_mask: torch.Tensor  # (O,) bool
+    keypoint_object: torch.Tensor  # (Q,) int64, the object of each keypoint
+    keypoint_link: torch.Tensor  # (Q,) int64, the link that names it
+    keypoints: torch.Tensor  # (Q, 3) float32, x, y and visibility: 0 not labelled, 1 hidden, 2 visible
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LinkBatch:
+        """Return it with every tensor on `device`."""
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in vars(self).items()}
+        return LinkBatch(**moved)
+
+
+@dataclass
 class Batch:
     """Sequences padded to one length; images of all samples are laid one after another, without padding images.
 
@@ -156,6 +181,10 @@ class Batch:
     ids: list[str]
     tasks: list[str]
     rejects: int = 0  # samples rejected since the stream's last batch
+    links: LinkBatch | None = None  # of the answers; None where the model has none, or in generation
+    prompts: torch.Tensor | None = None  # (R, S, S) uint8 0 or 1, the masks of the `<region>` tokens, in order
+    prompt_image: torch.Tensor | None = None  # (R,) int64, index in `images` of each
+    pixels: torch.Tensor | None = None  # (N, 3, L, L) uint8, larger images for the links' stem
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on `device`."""

@@ -1,0 +1,57 @@
+"""Super links: routing tokens in an answer, K slots behind each, and a decoder that reads the slots' hidden states.
+
+A link is written as `[GRD][GRD_1]..[GRD_K]` where the text head would write region tokens. The slot tokens' rows in the
+language model's embedding are the learned queries (VisionLLM v2's super-link queries, arXiv 2406.08394).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vistallm.config import LinkConfig
+
+LINKS = ("DET", "GRD", "SEG", "POSE")
+SCENE_LINKS = ("DET", "POSE")  # all links of one image share object queries; of the others each link has its own
+REGION_TOKEN = "<region>"  # in a prompt: a region that the region encoder reads
+_LINK = re.compile(r"(?:\bimage (\d+)\s*:)?([^\[\],.:]*)[\s:]*\[(" + "|".join(LINKS) + r")\]", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of an answer's text."""
+
+    kind: str  # one of LINKS
+    image: int  # index in the sample, from 0
+    phrase: str  # the words before it
+
+
+def routing_token(kind: str) -> str:
+    """The token that opens a link of this kind."""
+    return f"[{kind}]"
+
+
+def slot_tokens(kind: str, config: LinkConfig) -> list[str]:
+    """The K slot tokens behind the routing token of this kind."""
+    name = kind if config.tables == "separate" else "LINK"
+    return [f"[{name}_{k}]" for k in range(1, config.queries + 1)]
+
+
+def link_tokens(config: LinkConfig) -> list[str]:
+    """All tokens that links add to a vocabulary, each once: routing tokens, slots, the region token."""
+    slots = [token for kind in LINKS for token in slot_tokens(kind, config)]
+    return list(dict.fromkeys([*map(routing_token, LINKS), *slots, REGION_TOKEN]))
+
+
+def write_link(kind: str, config: LinkConfig) -> str:
+    """A link as text: its routing token and slots."""
+    return routing_token(kind) + "".join(slot_tokens(kind, config))
+
+
+def read_links(text: str) -> list[Link]:
+    """The links of an answer's text, in order; where no image is named it is the first, or the last one named."""
+    links: list[Link] = []
+    for match in _LINK.finditer(text):
+        kind = match[3].upper()
+        links.append(Link(kind, int(match[1] or 1) - 1, match[2].strip()))
+    return links
