@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 SCHEMA_VERSION = 1
 
-REGION_KINDS: tuple[str, ...] = ("mask", "box", "point")
+REGION_KINDS: tuple[str, ...] = ("mask", "box", "point")  # what region tokens can write
+STORED_KINDS = (*REGION_KINDS, "keypoints")  # what a shard can hold; keypoints are written by links alone
+PROMPT_SHAPES = ("point", "box", "circle", "scribble", "polygon", "mask")  # in which an instruction shows an object
 Rle = dict[str, Any]  # COCO run lengths: {"size": [H, W], "counts": str (compressed)}
 
 
@@ -32,15 +34,18 @@ class SampleReject(ValueError):
 
 @dataclass
 class Region:
-    """A box, a point or a mask of one object in one image of a sample; the field of its `kind` must be filled."""
+    """A box, a point, a mask or keypoints of one object in one image; the field of its `kind` must be filled."""
 
     image: int  # index in the sample, from 0
-    kind: str  # one of REGION_KINDS
+    kind: str  # one of STORED_KINDS
     object: int = 0  # by which a placeholder such as `{regions:0,2}` names it
     box: tuple[float, ...] | None = None  # (x0, y0, x1, y1)
     point: tuple[float, ...] | None = None  # (x, y)
     rle: Rle | None = None  # the whole mask at the original size
     polygons: list[np.ndarray] | None = None  # the mask as parts, each (n, 2) float32; filled by sampling or parsing
+    # (x, y, v) of each, v as in COCO: 0 = not labelled, 1 = hidden, 2 = visible; the answer's text names them in order.
+    keypoints: tuple[tuple[float, ...], ...] | None = None
+    label: str | None = None  # class name of the object, or the phrase of the link that found it
     confidence: float | None = None  # of a generated region, in [0, 1] (`vistallm.evaluate.confidence`)
 
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +55,8 @@ class Region:
             "point": self.point and [round(float(v), 3) for v in self.point],
             "rle": self.rle,
             "polygons": self.polygons and [np.round(p.astype(float), 3).tolist() for p in self.polygons],
+            "keypoints": self.keypoints and [[round(float(v), 3) for v in point] for point in self.keypoints],
+            "label": self.label,
             "confidence": self.confidence and round(self.confidence, 6),
         }
         own = {"image": self.image, "kind": self.kind, "object": self.object}
@@ -59,13 +66,16 @@ class Region:
     def from_json(cls, record: dict[str, Any]) -> Region:
         """Read a region; raises ValueError when the kind or its field is missing or has the wrong length."""
         kind = record.get("kind")
-        if kind not in REGION_KINDS:
-            raise ValueError(f"region kind: expected one of {', '.join(REGION_KINDS)}, got {kind!r}")
+        if kind not in STORED_KINDS:
+            raise ValueError(f"region kind: expected one of {', '.join(STORED_KINDS)}, got {kind!r}")
         for name, length in (("box", 4), ("point", 2)):
             value = record.get(name)
             if value is not None and (len(value) != length or not np.isfinite(value).all()):
                 raise ValueError(f"region {name}: expected {length} finite numbers, got {value!r}")
-        polygons, box, point = (record.get(name) for name in ("polygons", "box", "point"))
+        polygons, box, point, keypoints = (record.get(name) for name in ("polygons", "box", "point", "keypoints"))
+        for value in keypoints or ():
+            if len(value) != 3 or not np.isfinite(value).all() or value[2] not in (0, 1, 2):
+                raise ValueError(f"region keypoints: expected finite (x, y, v) with v of 0, 1 or 2, got {value!r}")
         region = cls(
             image=int(record.get("image", 0)),
             kind=kind,
@@ -74,9 +84,11 @@ class Region:
             point=None if point is None else tuple(point),
             rle=record.get("rle"),
             polygons=None if polygons is None else [np.asarray(p, np.float32).reshape(-1, 2) for p in polygons],
+            keypoints=None if keypoints is None else tuple(tuple(value) for value in keypoints),
+            label=record.get("label"),
             confidence=record.get("confidence"),
         )
-        if {"mask": region.rle or polygons, "box": box, "point": point}[kind] is None:
+        if {"mask": region.rle or polygons, "box": box, "point": point, "keypoints": keypoints}[kind] is None:
             raise ValueError(f"a {kind} region needs its {'rle' if kind == 'mask' else kind} field, got none: {record}")
         return region
 

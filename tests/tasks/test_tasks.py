@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vistallm.schema import ImageInfo, Sample
+from vistallm.schema import ImageInfo, Region, Sample
 from vistallm.tasks import TASKS, RegionSlot, find_task, load_templates, render, split_placeholders
 
 
@@ -135,9 +135,27 @@ def test_split_placeholders():
         ".",
     ]
     assert split_placeholders("no place {here}") == ["no place {here}"]
-    for wrong in ("{regions:}", "{regions:a}", "x {regions:0,}", "{regions::cube}"):
+    assert split_placeholders("{region:3:circle} and {region:0}: top {point:2}") == [
+        RegionSlot([3], shape="circle"),
+        " and ",
+        RegionSlot([0], shape="mask"),
+        ": top ",
+        RegionSlot([], keypoint=2),
+    ]
+    wrong_links = ("{region:0,1}", "{region:0:cube}", "{point:0,1}")
+    for wrong in ("{regions:}", "{regions:a}", "x {regions:0,}", "{regions::cube}", *wrong_links):
         with pytest.raises(ValueError, match="placeholder"):
             split_placeholders(wrong)
+
+
+def test_keypoints_are_stored():
+    region = Region(0, "keypoints", box=(0.0, 1.0, 5.0, 9.0), keypoints=((1.5, 2.0, 2), (3.25, 4.0, 0)), label="star")
+    assert Region.from_json(region.to_json()) == region
+    for keypoints in ([[1, 2]], [[1, 2, 3]], [[1, float("nan"), 2]]):
+        with pytest.raises(ValueError, match="expected finite \\(x, y, v\\)"):
+            Region.from_json(region.to_json() | {"keypoints": keypoints})
+    with pytest.raises(ValueError, match="a keypoints region needs its keypoints field"):
+        Region.from_json({"kind": "keypoints", "box": [0, 1, 5, 9]})
 
 
 @pytest.mark.parametrize(

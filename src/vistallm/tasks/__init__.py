@@ -1,7 +1,9 @@
 """The task table: a stored sample in, its instruction and answer text out.
 
 Regions stay placeholders in both texts: `{regions:0,2}` writes objects 0 and 2 of the sample, `{regions::mask}` an
-empty pair (no target), `{regions:0:point}` overrides the kind. Other braces in a template name a key of
+empty pair (no target), `{regions:0:point}` overrides the kind. Two more belong to links: `{region:0:circle}` in an
+instruction shows object 0 to the model as a region prompt of that shape (without one: its mask), and `{point:1}` in an
+answer writes keypoint 1 of the objects of the placeholder before it. Other braces in a template name a key of
 `Sample.fields`; a field's text may itself hold placeholders.
 """
 
@@ -16,21 +18,31 @@ from typing import Literal
 
 import numpy as np
 
-from vistallm.schema import Region, Sample
+from vistallm.schema import PROMPT_SHAPES, Region, Sample
 from vistallm.tasks.texts import join
 
-_SLOT = re.compile(r"\{regions:(\d+(?:,\d+)*)?(?::(mask|box|point))?\}")
-_FIELD = re.compile(r"\{(?!regions:)([a-z_0-9]+)\}")
+_SLOT = re.compile(
+    r"\{regions:(?P<objects>\d+(?:,\d+)*)?(?::(?P<kind>mask|box|point))?\}"
+    rf"|\{{region:(?P<shown>\d+)(?::(?P<shape>{'|'.join(PROMPT_SHAPES)}))?\}}|\{{point:(?P<keypoint>\d+)\}}"
+)
+_SLOT_START = re.compile(r"\{(?:regions:|(?:region|point):\d)")
+_FIELD = re.compile(r"\{([a-z_0-9]+)\}")
 # Which instruction templates are drawn: the first n, those of the mini world, or all (None).
 TemplateRange = int | Literal["mini"] | None
 
 
 @dataclass(frozen=True)
 class RegionSlot:
-    """A place in a text where regions are written: object numbers of the sample, and a kind if not the regions' own."""
+    """A place in a text where regions are written: object numbers of the sample, and a kind if not the regions' own.
+
+    `shape`: the place is a region prompt, one of PROMPT_SHAPES, of its one object. `keypoint`: it is the keypoint of
+    that number, from 0, of the objects of the place before it; `objects` is empty then.
+    """
 
     objects: list[int]
     kind: str | None = None
+    shape: str | None = None
+    keypoint: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Task:
     """One kind of instruction."""
 
     name: str  # in shards, configs and template files
-    kind: Literal["text", "mask", "box", "point"]  # of what the answer holds
+    kind: Literal["text", "mask", "box", "point", "keypoints"]  # of what the answer holds
     answer: str  # answer template; `{targets}` writes the objects of `fields["targets"]` (default: object 0)
     metric: str  # the family of scores, by which benchmarks choose their torchmetrics class
     plural: str | None = None  # answer template for several targets, when its words differ
@@ -49,6 +61,13 @@ class Task:
     # The mini world draws from the first so many templates and its vocabulary holds their words; 0 = a task that it
     # lacks. Templates added after them change nothing for a mini model.
     mini: int = 10
+    link: str = ""  # the kind of link that can write the answer's regions, one of `vistallm.links.LINKS`; "" = none
+    mini_links: bool = False  # whether the mini world has the task only where links are on
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """By what the answer's regions can be written: "text" (region tokens), "link", or both."""
+        return ("text",) * (self.kind != "keypoints") + ("link",) * bool(self.link)
 
 
 _BOX, _BOXES = "The bounding box is {targets}.", "The bounding boxes are {targets}."
@@ -63,18 +82,27 @@ TASKS: dict[str, Task] = {
         Task("caption", "text", "{caption}", "caption"),
         Task("reg", "text", "{expr}", "caption", regions=True),
         Task("vqa", "text", _ANSWER, "vqa", fields=("question",)),
-        Task("rec", "box", _BOX, "box", fields=("expr",)),
-        Task("res", "mask", _MASK, "mask", fields=("expr",)),
-        Task("grec", "box", _BOX, "boxes", plural=_BOXES, fields=("expr",)),
-        Task("gres", "mask", _MASK, "masks", plural=_MASKS, fields=("expr",)),
+        Task("rec", "box", _BOX, "box", fields=("expr",), link="GRD"),
+        Task("res", "mask", _MASK, "mask", fields=("expr",), link="GRD"),
+        Task("grec", "box", _BOX, "boxes", plural=_BOXES, fields=("expr",), link="GRD"),
+        Task("gres", "mask", _MASK, "masks", plural=_MASKS, fields=("expr",), link="GRD"),
         Task("pointqa", "text", _ANSWER, "exact", fields=("question",), mini=9),
         Task("boxqa", "text", _ANSWER, "exact", fields=("question",), mini=9),
         Task("v7w", "box", _CHOSEN, "candidates", fields=("question", "candidates"), mini=9),
         Task("vcr", "text", _ANSWER, "choice", fields=("question", "options"), mini=9),
         Task("pope", "text", _ANSWER, "yesno", fields=("question",), mini=9),
         Task("nlvr2", "text", "That is {answer}.", "truth", fields=("statement",), multi_image=True, mini=9),
-        Task("coseg", "mask", _MASK, "coseg", plural=_MASKS, multi_image=True),
-        Task("attcoseg", "mask", _SHARED, "coseg", plural=_SHARING, fields=("attribute", "value"), multi_image=True),
+        Task("coseg", "mask", _MASK, "coseg", plural=_MASKS, multi_image=True, link="SEG"),
+        Task(
+            "attcoseg",
+            "mask",
+            _SHARED,
+            "coseg",
+            plural=_SHARING,
+            fields=("attribute", "value"),
+            multi_image=True,
+            link="SEG",
+        ),
         # `v7w` answered by a point: the target's region has the kind "point", the candidates are boxes or points.
         Task("v7w_point", "point", _CHOSEN, "candidates", fields=("question", "candidates"), mini=0),
         Task("vqa_e", "text", "{explanation} So the answer is {answer}.", "vqa", fields=("question",), mini=0),
@@ -112,15 +140,17 @@ def split_placeholders(text: str) -> list[str | RegionSlot]:
     parts: list[str | RegionSlot] = []
     end = 0
     for match in _SLOT.finditer(text):
-        objects = [int(number) for number in (match[1] or "").split(",") if number]
-        if not objects and match[2] is None:
+        objects = [int(number) for number in (match["objects"] or match["shown"] or "").split(",") if number]
+        keypoint = int(match["keypoint"]) if match["keypoint"] else None
+        shape = (match["shape"] or "mask") if match["shown"] else None
+        if not objects and match["kind"] is None and keypoint is None:
             raise ValueError(f"placeholder {match[0]}: an empty one needs a kind, as in {{regions::mask}}")
-        parts += [text[end : match.start()], RegionSlot(objects, match[2])]
+        parts += [text[end : match.start()], RegionSlot(objects, match["kind"], shape, keypoint)]
         end = match.end()
     for part in (*parts, text[end:]):
-        if isinstance(part, str) and "{regions:" in part:
-            wrong = part[part.index("{regions:") :]
-            raise ValueError(f"placeholder: expected {{regions:0,2}} or {{regions::mask}}, got {wrong!r}")
+        if isinstance(part, str) and (start := _SLOT_START.search(part)):
+            forms = "{regions:0,2}, {regions::mask}, {region:0:circle} or {point:1}"
+            raise ValueError(f"placeholder: expected {forms}, got {part[start.start() :]!r}")
     return [part for part in (*parts, text[end:]) if part]
 
 
