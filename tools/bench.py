@@ -1,12 +1,11 @@
 """Measure parts of the program on this machine, each beside its baseline in the same run.
 
-    python tools/bench.py masks [--file FILE.json] [--points 32]        sampling, drawing and overlap of masks
-    python tools/bench.py metrics [--count 2000]                        scoring of referring segmentation
-    python tools/bench.py loader [key=value ...] [--root DIR] [--workers 0 2]       the training loader
-    python tools/bench.py sharing [--images 2000 --per-image 5]  images stored once: bytes, distances in training
-    python tools/bench.py generate --ckpt RUN --root DIR        answers, and what the grammar costs
-    python tools/bench.py train [tokens=256 steps=10 key=value ...]     training steps of a configuration
-    python tools/bench.py builders [--samples 600] [--out DIR]         building shards
+    python tools/bench.py masks [--points 32]                          sampling, drawing and overlap of masks
+    python tools/bench.py metrics [--count 2000]                       scoring of referring segmentation
+    python tools/bench.py loader [key=value ...] [--per-image 5]       the training loader
+    python tools/bench.py generate --ckpt RUN --root DIR               answers, and what the grammar costs
+    python tools/bench.py train [tokens=256 steps=10 key=value ...]    training steps of a configuration
+    python tools/bench.py builders [--samples 600]                     building shards
 
 What is compared takes turns, so that other work on the machine slows all alike; figures are medians over `--rounds`.
 """
@@ -18,11 +17,9 @@ import contextlib
 import io
 import json
 import os
-import random
 import resource
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 from collections import deque
@@ -38,16 +35,13 @@ import cv2
 import numpy as np
 import torch
 from pycocotools import mask as coco
-from torch.utils.data import DataLoader
 
 from vistallm.coinit.build import BuildOptions, build
-from vistallm.coinit.shards import read_raw, read_shard, write_index, write_shard
+from vistallm.coinit.shards import read_raw
 from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions
 from vistallm.config import Config, load_config
 from vistallm.data.datamodule import CoinItDataModule, build_codec, build_sequencer, reject_log, split_shards
-from vistallm.data.images import decode_sample
-from vistallm.data.sequence import collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.benchmarks import load_benchmarks, score
@@ -60,7 +54,7 @@ from vistallm.regions.codec import RegionCodec
 from vistallm.schema import Parsed, Prediction, Region
 from vistallm.tasks import TASKS
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
-from vistallm.train.plan import GIB, GPUS, VICUNA_ROWS, Workload, made_batch, make_plan
+from vistallm.train.plan import GIB, VICUNA_ROWS, Workload, made_batch, make_plan
 from vistallm.train.run import prepare_model, quiet
 from vistallm.train.strategy import resolve_precision
 
@@ -103,13 +97,8 @@ def outline(rng: np.random.Generator, points: int = 60) -> np.ndarray:
 
 def bench_masks(options: argparse.Namespace) -> None:
     """Encoding beside findContours, drawing beside fillPoly (integer vertices), overlap beside pycocotools."""
-    if options.file:
-        from mask_ceiling import read_masks
-
-        masks = [mask for rle in read_masks(options.file) if (mask := mask_ops.rle_to_mask(rle)).any()]
-    else:
-        rng = np.random.default_rng(0)
-        masks = [mask_ops.polygons_to_mask([outline(rng)], HEIGHT, WIDTH) for _ in range(options.count)]
+    rng = np.random.default_rng(0)
+    masks = [mask_ops.polygons_to_mask([outline(rng)], HEIGHT, WIDTH) for _ in range(options.count)]
     drawn = [(mask_ops.mask_to_polygons(mask, options.points), *mask.shape) for mask in masks]
     whole = [mask_ops.mask_to_rle(mask) for mask in masks]
     pairs = [(rle, mask_ops.polygons_to_rle(*row)) for rle, row in zip(whole, drawn, strict=True)]
@@ -120,24 +109,20 @@ def bench_masks(options: argparse.Namespace) -> None:
     def fill(parts: list[np.ndarray], height: int, width: int) -> Any:
         return cv2.fillPoly(np.zeros((height, width), np.uint8), [np.rint(p).astype(np.int32) for p in parts], 1)
 
-    def runs(parts: list[np.ndarray], height: int, width: int) -> Any:
-        return coco.merge(coco.frPyObjects([np.ravel(part).astype(float) for part in parts], height, width))
-
     def bench(title: str, rows: list[tuple], functions: Calls) -> None:
         calls = {name: lambda call=call: [call(*row) for row in rows] for name, call in functions.items()}
         compare(title, calls, len(rows), "masks", options.rounds)
 
     encode = partial(mask_ops.mask_to_polygons, points=options.points)
     encoders: Calls = {name: partial(encode, sampler=name) for name in mask_ops.SAMPLERS}
-    encoders = {"findContours": contours, **encoders, "adaptive on bins": partial(encode, num_bins=1001)}
-    bench(f"encode at {options.points} points", [(mask,) for mask in masks], encoders)
+    bench(f"encode at {options.points} points", [(mask,) for mask in masks], {"findContours": contours, **encoders})
     ours = {"polygons_to_mask": mask_ops.polygons_to_mask, "polygons_to_rle": mask_ops.polygons_to_rle}
-    bench("draw", drawn, {"fillPoly": fill, "pycocotools": runs, **ours})
+    bench("draw", drawn, {"fillPoly": fill, **ours})
     bench("overlap", pairs, {"pycocotools": lambda a, b: coco.iou([a], [b], [0]), "rle_iou": mask_ops.rle_iou})
 
 
 def bench_metrics(options: argparse.Namespace) -> None:
-    """Scores of one-polygon answers, in memory and from a file, beside polygon -> runs -> overlap and areas."""
+    """Scores of a file of one-polygon answers, beside polygon -> runs -> overlap and areas."""
     name, rng = "refcoco_val_res", np.random.default_rng(0)
     benchmarks, predictions, floors = {name: load_benchmarks()[name]}, list[Prediction](), list[tuple[Any, Any]]()
     for index in range(options.count):
@@ -159,14 +144,13 @@ def bench_metrics(options: argparse.Namespace) -> None:
         write_predictions(predictions, path)
         calls: Calls = {
             "pycocotools": floor,
-            "all scores": lambda: score(predictions, benchmarks),
             "all scores, from the file": lambda: score(read_predictions(path, Faults()), benchmarks),
         }
         compare(f"{options.count} masks of {WIDTH}x{HEIGHT}", calls, options.count, "answers", options.rounds)
 
 
-def write_source(root: Path, count: int, per_image: int = 1) -> int:
-    """A folder for the jsonl source: RES, REC, VQA and caption samples in turn; returns the bytes of all images.
+def write_source(root: Path, count: int, per_image: int = 1) -> None:
+    """A folder for the jsonl source: RES, REC, VQA and caption samples in turn, `per_image` of each image.
 
     Images have the spectrum of a photograph: noise at every scale, less at the finer ones.
     """
@@ -191,7 +175,6 @@ def write_source(root: Path, count: int, per_image: int = 1) -> int:
         line = {"id": str(i), "task": task, "images": [image], "fields": fields}
         lines.append(json.dumps(line | {"regions": [region[i % 4]] if i % 4 < 2 else []}) + "\n")
     (root / "train.jsonl").write_text("".join(lines))
-    return sum(path.stat().st_size for path in root.glob("*.jpg"))
 
 
 def build_source(root: Path, out: Path) -> None:
@@ -201,68 +184,28 @@ def build_source(root: Path, out: Path) -> None:
         build("jsonl", SOURCES["jsonl"], SourceOptions(root, "train"), BuildOptions(out, 100, workers=1))
 
 
-def loader_data(root: Path, words: list[str]) -> CoinItDataModule:
-    """The data module at the real input size and region budget on the mini vocabulary, in pools of 512 samples."""
-    own = "model=mini model.encoder.image_size=224 num_bins=1001 points=32 target_iou=null data.batch_size=16"
-    own += f" data.root={root} data.workers=0 data.pool_batches=32 data.weights.res=1 data.weights.rec=1"
-    config = load_config([*own.split(), "data.weights.vqa=1", "data.weights.caption=1", *words])
-    return CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config)), root)
-
-
 def bench_loader(options: argparse.Namespace) -> None:
     """The loader beside reading the same tars and decoding the same JPEGs in full; no mask is seen twice."""
     cv2.setNumThreads(1)
-    for per_image in [0] if options.root else options.per_image:
-        with tempfile.TemporaryDirectory() as folder:
-            root = options.root or Path(folder) / "shards"
-            if options.root is None:
-                print(f"-- photographs, {per_image} sample(s) of each")
-                write_source(Path(folder) / "made", options.samples * per_image, per_image)
-                build_source(Path(folder) / "made", root)
-            data = loader_data(root, options.words)
-            data.builder.codec = RegionCodec(points=32, num_bins=1001, cache_size=0)
-            loader_parts(data, options.rounds)
-            for workers in options.workers:
-                stream = data.stream(0, 1, workers, RejectLog(None, 0.0))
-                rows = iter(DataLoader(stream, batch_size=None, num_workers=workers) if workers else stream)
-                decoded, count = full_decoding(data), 512 * max(workers, 1)  # whole pools of every worker
-                next(rows)
-                calls: Calls = {  # what comes is dropped at once, as training does
-                    "read and decode in full": lambda rows=decoded, n=count: deque(islice(rows, n), 0),
-                    "loader": lambda rows=rows, n=count // data.config.data.batch_size: deque(islice(rows, n), 0),
-                }
-                # One process is measured by its own processor time, which other programs disturb less.
-                clock = time.perf_counter if workers else time.process_time
-                compare(f"loader with {workers} workers", calls, count, "samples", options.rounds, clock)
-
-
-def bench_sharing(options: argparse.Namespace) -> None:
-    """Shards with images stored once beside one copy a sample: their bytes, and how far apart an image comes again."""
-    samples = options.images * options.per_image
-    for shared in (False, True):
-        with tempfile.TemporaryDirectory() as folder:
-            size = write_source(Path(folder) / "made", samples, options.per_image)
-            build_source(Path(folder) / "made", root := Path(folder) / "shards")
-            if not shared:  # as builders did before: samples are shuffled, each brings its image
-                pairs = [pair for path in sorted(root.glob("*.tar")) for pair in read_shard(path)]
-                random.Random(0).shuffle(pairs)
-                rows = (
-                    ((sample, [(data, "jpg") for data in files]) for sample, files in pairs[i : i + 100])
-                    for i in range(0, samples, 100)
-                )
-                write_index(root, dict(write_shard(root, "train", i, row, False) for i, row in enumerate(rows)))
-            records = sum(len(json.dumps(raw.record)) for path in root.glob("*.tar") for raw in read_raw(path))
-            data = loader_data(root, ["model.encoder.image_size=32", "points=4"])
-            batches = islice(data.stream(0, 1, 0, RejectLog(None, 0.0)), samples // data.config.data.batch_size)
-            ids, met, gaps = (i for batch in batches for i in batch.ids), dict[int, int](), list[int]()
-            for place, image in enumerate(int(i.rpartition("-")[2]) // options.per_image for i in ids):
-                gaps += [place - met[image]] if image in met else []
-                met[image] = place
-            shards = sum(path.stat().st_size for path in root.glob("*.tar"))
-            least, low, middle = np.percentile(gaps, [0, 1, 50])
-            print(f"images stored {'once' if shared else 'with each sample'}: shards {shards / 1e6:.2f} MB")
-            print(f"  distinct images {size / 1e6:.2f} MB, records {records / 1e6:.2f} MB in {samples} members")
-            print(f"  samples between two of one image: at least {least:.0f}, 99% over {low:.0f}, median {middle:.0f}")
+    with tempfile.TemporaryDirectory() as folder:
+        made, root = Path(folder) / "made", Path(folder) / "shards"
+        write_source(made, options.samples * options.per_image, options.per_image)
+        build_source(made, root)
+        # The real input size and region budget on the mini vocabulary.
+        own = "model=mini model.encoder.image_size=224 num_bins=1001 points=32 target_iou=null data.batch_size=16"
+        own += f" data.root={root} data.workers=0 data.pool_batches=32 data.weights.res=1 data.weights.rec=1"
+        config = load_config([*own.split(), "data.weights.vqa=1", "data.weights.caption=1", *options.words])
+        data = CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config)), root)
+        data.builder.codec = RegionCodec(points=32, num_bins=1001, cache_size=0)
+        rows, decoded = iter(data.stream(0, 1, 0, RejectLog(None, 0.0))), full_decoding(data)
+        next(rows)
+        pool = config.data.pool_batches  # what comes is dropped at once, as training does
+        calls: Calls = {
+            "read and decode in full": lambda: deque(islice(decoded, pool * config.data.batch_size), 0),
+            "loader": lambda: deque(islice(rows, pool), 0),
+        }
+        title = f"{options.per_image} sample(s) of each photograph, one process, in its own processor time"
+        compare(title, calls, pool * config.data.batch_size, "samples", options.rounds, time.process_time)
 
 
 def full_decoding(data: CoinItDataModule) -> Iterator[None]:
@@ -273,22 +216,6 @@ def full_decoding(data: CoinItDataModule) -> Iterator[None]:
                 for image in raw.files.values():
                     cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
                 yield
-
-
-def loader_parts(data: CoinItDataModule, rounds: int) -> None:
-    """Samples per second of each part alone, in one process."""
-    raws = list(read_raw(data.mixture.shards[0].place))
-    decoded = [decode_sample(raw, data.builder.image_size) for raw in raws]
-    sequences, size = [data.builder.build(sample) for sample in decoded], data.config.data.batch_size
-    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-    calls: Calls = {
-        "decode in full": lambda: [decode_sample(raw) for raw in raws],
-        "read": lambda: list(islice(read_raw(raws[0].shard), len(raws))),
-        "decode at a reduced size": lambda: [decode_sample(raw, data.builder.image_size) for raw in raws],
-        "sequence (resize, tokens, masks)": lambda: [data.builder.build(sample) for sample in decoded],
-        "collate": lambda: [collate(rows, data.builder.vocabulary) for rows in batches],
-    }
-    compare("parts of the loader, one process", calls, len(raws), "samples", rounds, time.process_time)
 
 
 def bench_generate(options: argparse.Namespace) -> None:
@@ -342,99 +269,65 @@ def matrix_speed(half: bool) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def train_steps(model: VistaLLM, work: Workload, config: Config, steps: int, warm: int) -> dict[str, float]:
-    """Median seconds by part of `steps` steps as training does them (autocast, clipping, AdamW), after `warm` more."""
-    batch, seconds = made_batch(model, work).to(DEVICE), dict[str, list[float]]()
+def train_step(model: VistaLLM, work: Workload, config: Config, steps: int, warm: int) -> float:
+    """Median seconds of `steps` steps as training does them (autocast, clipping, AdamW), after `warm` more."""
+    batch, seconds = made_batch(model, work).to(DEVICE), list[float]()
     optimizer, _ = build_optimizer(model, config.train, 1000)
     half, trained = resolve_precision(config) == "bf16-mixed", [p for p in model.parameters() if p.requires_grad]
-    began: dict[str, float] = {}
-
-    def start(name: str, *_: Any) -> None:
-        began[name] = now()
-
-    def stop(name: str, *_: Any) -> None:
-        seconds.setdefault(name, []).append(now() - began[name])
-
-    parts = {"encoder": model.encoder, "tokenizer": model.tokenizer, "decoder": model.language_model()}
-    for name, part in parts.items():
-        part.register_forward_pre_hook(partial(start, name))
-        part.register_forward_hook(partial(stop, name))
     for _ in range(warm + steps):
-        start("step")
+        start = now()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
             loss = model(batch).loss
-        start("backward")
         loss.backward()
-        stop("backward")
-        start("optimizer")
         torch.nn.utils.clip_grad_norm_(trained, config.train.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
-        stop("optimizer")
-        stop("step")
-    return {name: median(values[warm:]) for name, values in seconds.items()}
+        seconds.append(now() - start)
+    return median(seconds[warm:])
 
 
 def bench_train(options: argparse.Namespace) -> None:
-    """Steps on random weights and made batches, by part, with MFU and the memory peak beside the planner's figures."""
+    """Steps on random weights and made batches beside matrix products, the memory peak beside the planner's."""
     own, words = dict(TRAIN_SETTINGS), [word.partition("=") for word in options.words]
     own |= {key: int(value) for key, _, value in words if key in own}
     config = load_config(["stage=1", *("".join(word) for word in words if word[0] not in own)])
-    size, half = config.data.batch_size, resolve_precision(config) == "bf16-mixed"
+    size = config.data.batch_size
     work = Workload(size, size * own["images"], own["tokens"], own["supervised"], own["instruction"])
     torch.manual_seed(0)
     plan, libraries = make_plan(config, work), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model, speeds, name = random_model(config), {"matrix products here": matrix_speed(half)}, "CPU"
+    model, name = random_model(config), "CPU"
+    speed = matrix_speed(resolve_precision(config) == "bf16-mixed")
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = ((key, gpu) for key, gpu in GPUS.items() if key.partition("-")[0] in name.lower().replace(" ", ""))
-        speeds |= {f"data sheet of {key}": gpu.peak for key, gpu in known}
         torch.cuda.reset_peak_memory_stats()  # random weights were made in float32
-    seconds = train_steps(model, work, config, own["steps"], own["warm"])
-    step = seconds.pop("step")
+    step = train_step(model, work, config, own["steps"], own["warm"])
     host = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - libraries)
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else host
     print(f"{config.model.name}, {name}, {resolve_precision(config)}")
     print(f"{size} samples of {work.tokens} tokens, {work.supervised} supervised, {work.images} images a step")
     print(f"step {step:.3f} s: {size / step:.1f} samples/s, {size * work.tokens / step:,.0f} tokens/s")
-    for name, value in seconds.items():
-        print(f"  {name:<10}{value / step:>7.1%}")
-    for part in plan.parts:
-        print(f"  {part.name:<10}{part.forward / 1e9:>12,.1f} G forward {part.backward / 1e9:>12,.1f} G backward")
-    for name, speed in speeds.items():
-        print(f"{name}: {speed / 1e12:.2f} T/s; MFU {plan.model_operations / step / speed:.1%} of that")
+    share = plan.model_operations / step / speed
+    print(f"matrix products here: {speed / 1e12:.2f} T/s; MFU {share:.1%} of that")
     planned = sum(value for name, value in plan.memory.items() if name != "runtime") / GIB
     print(f"memory peak {peak / GIB:.2f} GiB; the planner expects {planned:.2f} GiB of weights to activations")
 
 
 def bench_builders(options: argparse.Namespace) -> None:
-    """Samples of photographs to the disk, beside json and tarfile on finished samples and a copy of the files."""
-    with tempfile.TemporaryDirectory(dir=options.out) as name:
+    """Samples of photographs to the disk, beside a copy of the files."""
+    with tempfile.TemporaryDirectory() as name:
         made, out, copied = (Path(name) / part for part in ("made", "out", "copy"))
         write_source(made, options.samples)
-        build_source(made, out)
-        finished = [pair for path in sorted(out.glob("*.tar")) for pair in read_shard(path)]
-
-        def write_tar() -> None:
-            with tarfile.open(f"{copied}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-                for i, (sample, images) in enumerate(finished):
-                    for suffix, data in (("json", json.dumps(sample.to_json()).encode()), ("0.jpg", images[0])):
-                        member = tarfile.TarInfo(f"{i:08d}.{suffix}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-
         calls: Calls = {
-            "json and tarfile alone": lambda: (write_tar(), os.sync()),
             "file copy": lambda: (shutil.copytree(made, copied, dirs_exist_ok=True), os.sync()),
             "builder": lambda: (build_source(made, out), os.sync()),
         }
-        compare("photographs, one core, to the disk", calls, len(finished), "samples", options.rounds)
+        compare("photographs, one core, to the disk", calls, options.samples, "samples", options.rounds)
 
 
 def main(argv: list[str]) -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="masks|metrics|loader|sharing|generate|train|builders")
+    commands = parser.add_subparsers(required=True, metavar="masks|metrics|loader|generate|train|builders")
 
     def command(run: Callable[[argparse.Namespace], None], rounds: int = 5) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__.removeprefix("bench_"), description=run.__doc__)
@@ -443,18 +336,12 @@ def main(argv: list[str]) -> None:
         return added
 
     masks = command(bench_masks)
-    masks.add_argument("--file", type=Path, help="annotations or shards, as tools/mask_ceiling.py reads them")
     masks.add_argument("--points", type=int, default=32)
     masks.add_argument("--count", type=int, default=200, help="of made masks")
     command(bench_metrics, 3).add_argument("--count", type=int, default=2000)
     loader = command(bench_loader, 7)
-    loader.add_argument("--root", type=Path, help="shards of one source (default: made photographs)")
-    loader.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     loader.add_argument("--samples", type=int, default=600, help="of made images")
-    loader.add_argument("--per-image", type=int, nargs="+", default=[1, 5], help="samples of each made image")
-    sharing = command(bench_sharing)
-    sharing.add_argument("--images", type=int, default=2000)
-    sharing.add_argument("--per-image", type=int, default=5)
+    loader.add_argument("--per-image", type=int, default=1, help="samples of each made image")
     generate = command(bench_generate, 3)
     generate.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
     generate.add_argument("--root", type=Path, required=True, help="shard folder with a test split")
@@ -463,9 +350,7 @@ def main(argv: list[str]) -> None:
     train = command(bench_train)
     for one in (loader, train):
         one.add_argument("words", nargs="*", metavar="key=value", help="as for train.py")
-    builders = command(bench_builders, 3)
-    builders.add_argument("--samples", type=int, default=600)
-    builders.add_argument("--out", type=Path, help="where to write (default: the system's temporary folder)")
+    command(bench_builders, 3).add_argument("--samples", type=int, default=600)
     options = parser.parse_args(argv)
     options.run(options)
 
