@@ -1,12 +1,12 @@
 """Build instruction shards from a source dataset, check them, or list the images of evaluation splits.
 
-python tools/build_coinit.py SOURCE --root DIR [--images DIR] --split S --out DATA/SOURCE [--exclude IDS] [--part i/n]
+python tools/build_coinit.py SOURCE --root DIR [--images DIR] --split S --out DATA/SOURCE [--exclude IDS]
 python tools/build_coinit.py SOURCE --help
 python tools/build_coinit.py mini --out DIR [--seed N] [--train N --val N --test N] [--workers N]
 python tools/build_coinit.py check DIR [DIR ...] [--exclude IDS]
 python tools/build_coinit.py eval-images DIR [DIR ...] --out IDS
 
-A build that was stopped goes on when the command is given again; the bytes do not depend on workers, parts or stops.
+A build that was stopped goes on when the command is given again; the bytes do not depend on workers or stops.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="split, as the dataset names it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the source")
     parser.add_argument("--workers", type=int, help="processes (default: one per CPU); the bytes do not depend on it")
-    parser.add_argument("--part", default="0/1", help="i/n: shards i, i + n, ... (i from 0), for array jobs")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="about so many (default 1000)")
-    parser.add_argument("--max-side", type=int, help="shrink larger images to this many pixels (default: copy files)")
     parser.add_argument("--exclude", type=Path, help="file of image ids that no training sample may use")
     parser.add_argument("--max-rejects", type=float, default=0.01, help="accepted share of rejects (default 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
@@ -93,21 +91,15 @@ def build_source(arguments: argparse.Namespace) -> int:
     if arguments.root is None or arguments.split is None:
         raise ValueError(f"{arguments.source}: expected --root DIR and --split NAME")
     source = SourceOptions(arguments.root, arguments.split, arguments.images, arguments.seed, settings)
-    try:
-        i, n = map(int, arguments.part.split("/"))
-    except ValueError:
-        raise ValueError(f"--part: expected i/n such as 0/8, got {arguments.part!r}") from None
-    names = ("out", "samples_per_shard", "max_side", "exclude", "workers", "max_rejects")
-    options = BuildOptions(**{name: getattr(arguments, name) for name in names}, part=(i, n))
+    names = ("out", "samples_per_shard", "exclude", "workers", "max_rejects")
+    options = BuildOptions(**{name: getattr(arguments, name) for name in names})
     started = time.perf_counter()
     result = build(arguments.source, SOURCES[arguments.source], source, options)
     seconds = time.perf_counter() - started
-    what = "this part" if n > 1 else arguments.split
-    print(f"{arguments.out}: {what} has {result.samples} samples, {result.size / 1e6:.1f} MB ({seconds:.0f} s)")
+    size = f"{result.samples} samples, {result.size / 1e6:.1f} MB"
+    print(f"{arguments.out}: {arguments.split} has {size} ({seconds:.0f} s)")
     for reason, count in result.rejects.most_common():
         print(f"  rejected {reason:<16}{count:>9}")
-    if result.done < result.shards:
-        print(f"{result.done} of {result.shards} shards are done; the part that writes the last one writes index.json")
     return 0
 
 

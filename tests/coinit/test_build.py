@@ -26,7 +26,7 @@ from vistallm.coinit.sources.custom import load_jsonl
 from vistallm.coinit.sources.records import Record
 from vistallm.config import PAD_COLOUR
 from vistallm.data.images import decode_sample
-from vistallm.regions.masks import mask_to_rle, merge_rles, rle_area, rle_box, rle_to_mask, segmentation_to_rle
+from vistallm.regions.masks import mask_to_rle, merge_rles, rle_area, rle_to_mask, segmentation_to_rle
 from vistallm.schema import ImageInfo, Region, Sample
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def whole(tmp_path_factory, pictures):
     """The set built by one process without interruption."""
     out = tmp_path_factory.mktemp("whole") / "made"
     result = make(out, pictures)
-    assert (result.samples, result.rejects, result.done) == (162, {"odd": 18}, result.shards)
+    assert (result.samples, result.rejects) == (162, {"odd": 18})
     return out
 
 
@@ -125,13 +125,9 @@ def test_image_bytes_are_copied(whole, pictures):
         assert (sample.images[0].width, sample.images[0].height) == (64, 48)
 
 
-def test_same_bytes_for_workers_and_parts(whole, tmp_path, pictures):
+def test_same_bytes_for_workers(whole, tmp_path, pictures):
     make(tmp_path / "two", pictures, workers=2)
     assert contents(tmp_path / "two") == contents(whole)
-    assert make(tmp_path / "parts", pictures, part=(1, 3)).done < make(tmp_path / "parts", pictures, part=(0, 3)).done
-    assert not (tmp_path / "parts" / "index.json").exists()
-    assert make(tmp_path / "parts", pictures, part=(2, 3)).samples < 162
-    assert contents(tmp_path / "parts") == contents(whole)
 
 
 def test_another_seed_gives_another_order(whole, tmp_path, pictures):
@@ -210,8 +206,7 @@ def test_five_kills_and_a_finished_build_give_the_same_bytes(lines, tmp_path):
         ({"settings": {"file": "gone.jpg"}}, "none is there, first"),
         ({"settings": {"size": "wrong"}}, "every sample was rejected"),
         ({"split": "val", "exclude": Path("ids.txt")}, "drops training samples"),
-        ({"part": (2, 2)}, "expected i/n"),
-        ({"max_side": 0}, "of at least 1"),
+        ({"samples_per_shard": 0}, "of at least 1"),
         ({"settings": {"breaks": "17"}}, "record 17: expected key 'box'"),
         ({"settings": {"breaks": "17"}, "workers": 2}, "record 17: expected key 'box'"),
     ],
@@ -224,8 +219,8 @@ def test_refusals(tmp_path, pictures, options, message):
 
 def test_another_recipe_or_source_is_refused(tmp_path, pictures, lines):
     out = tmp_path / "made"
-    make(out, pictures, part=(0, 2))
-    for change in ({"seed": 1}, {"max_side": 32}, {"samples_per_shard": 30}):
+    make(out, pictures)
+    for change in ({"seed": 1}, {"samples_per_shard": 30}):
         with pytest.raises(ValueError, match="another recipe"):
             make(out, pictures, **change)
     with pytest.raises(ValueError, match="source 'made' -> 'jsonl'"):
@@ -245,16 +240,6 @@ def test_excluded_images_are_dropped_and_counted(tmp_path, pictures):
         "coco:2",
         "coco:3",
     }
-
-
-def test_max_side_scales_images_and_regions(tmp_path, pictures):
-    make(tmp_path / "made", pictures, split="val", max_side=32)
-    sample = samples_of(tmp_path / "made")[0]
-    assert (sample.images[0].width, sample.images[0].height) == (32, 24)
-    assert sample.regions[0].box == (10.0, 5.0, 25.0, 15.0)
-    assert sample.regions[0].rle["size"] == [24, 32]
-    assert rle_box(sample.regions[0].rle) == (10.0, 5.0, 25.0, 15.0)
-    assert not check([tmp_path / "made"]).totals
 
 
 def test_images_that_are_missing_broken_or_of_another_size(tmp_path, pictures):

@@ -65,7 +65,6 @@ def test_check_counts_and_finds_faults(shards, build_coinit):
         (["eval-images", "no-such-folder"], "expected --out"),
         (["jsonl", "--out", "x"], "expected --root DIR and --split NAME"),
         (["jsonl", "--out", "x", "--root", "no-such-folder", "--split", "train"], "check --root and --split"),
-        (["jsonl", "--out", "x", "--root", ".", "--split", "train", "--part", "1of2"], "expected i/n such as 0/8"),
     ],
 )
 def test_user_faults_are_one_line(arguments, message, build_coinit):

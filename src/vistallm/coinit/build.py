@@ -1,6 +1,6 @@
 """Source -> shards: plans fixed slices of units, forks workers, writes whole shards, and goes on after a kill.
 
-Bytes depend on the recipe alone, not on workers, parts or stops. A shard is done when its row is in `.build/<split>`.
+Bytes depend on the recipe alone, not on workers or stops. A shard is done when its row is in `.build/<split>`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from vistallm.coinit.images import ImageFile, read_image, scale_region
+from vistallm.coinit.images import ImageFile, read_image
 from vistallm.coinit.shards import EncodedImage, Row, shard_name, write_index, write_shard, write_text
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceOptions, is_training, sample_images
 from vistallm.schema import ImageInfo, Sample
@@ -38,33 +38,27 @@ Load = Callable[[SourceOptions], Source]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a source is built; neither `workers` nor `part` changes the bytes."""
+    """How a source is built; `workers` does not change the bytes."""
 
     out: Path  # folder of the source's shards
     samples_per_shard: int = 1000  # about this many
-    max_side: int | None = None  # larger images are shrunk to this many pixels; None = files are copied as they are
     exclude: Path | None = None  # file of image ids, one per line, whose training samples are dropped
     workers: int | None = None  # processes; None = one per CPU
-    part: tuple[int, int] = (0, 1)  # (i, n): shards i, i + n, ...
     max_rejects: float = 0.01  # a larger share, those that `exclude` drops not counted, fails the build
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1 or (self.max_side is not None and self.max_side < 1):
-            raise ValueError(f"expected samples per shard and max side of at least 1, got {self}")
-        if not 0 <= self.part[0] < self.part[1]:
-            raise ValueError(f"part: expected i/n with i from 0 to n - 1, got {self.part[0]}/{self.part[1]}")
+        if self.samples_per_shard < 1:
+            raise ValueError(f"expected samples per shard of at least 1, got {self.samples_per_shard}")
 
 
 @dataclass
 class BuildReport:
-    """What some shards hold: samples, bytes, rejects by reason with an example; and how many of all are done."""
+    """What some shards hold: samples, bytes, rejects by reason with an example."""
 
     samples: int = 0
     size: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    done: int = 0
-    shards: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
         """Count a shard by its row and rejects."""
@@ -75,7 +69,7 @@ class BuildReport:
 
 
 def build(name: str, load: Load, source_options: SourceOptions, options: BuildOptions) -> BuildReport:
-    """Build one split of the source that `load` reads, or go on with it; returns what this part's shards hold.
+    """Build one split of the source that `load` reads, or go on with it; returns what its shards hold.
 
     Raises:
         ValueError: the files are not as documented, nothing can be built, or `out` holds something else.
@@ -99,26 +93,22 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
     slices = _Slices(source, split, options, units, starts, excluded)
     shown = [[probe.reason] if isinstance(probe, Reject) else probe.sample.to_json() for probe in probes]
     recipe = {"source": name, "seed": source_options.seed, "settings": source_options.settings}
-    recipe |= {"order": _digest(units.tobytes() + starts.tobytes()), "max_side": options.max_side}
+    recipe["order"] = _digest(units.tobytes() + starts.tobytes())
     recipe["excluded"] = _digest("\n".join(sorted(excluded)).encode()) if excluded else None
     slices.claim(recipe | {"annotations": _digest(json.dumps(shown, sort_keys=True).encode())})
-    report, todo = BuildReport(shards=len(starts)), list[int]()
-    own = range(options.part[0], len(starts), options.part[1])
-    for number in own:
+    report, todo = BuildReport(), list[int]()
+    for number in range(len(starts)):
         if (record := slices.record(number)) is not None:
             report.add(record)
         else:
             todo.append(number)
-            slices.remove_unfinished(f"{number:06d}")  # no other part writes this shard
-    with tqdm(total=len(own), initial=len(own) - len(todo), unit="shard", desc=split) as bar:
+            slices.remove_unfinished(f"{number:06d}")
+    with tqdm(total=len(starts), initial=len(starts) - len(todo), unit="shard", desc=split) as bar:
         for record in run_forked(slices.write, todo, options.workers):
             report.add(record)
             bar.set_postfix(samples=report.samples, MB=report.size >> 20, refresh=False)
             bar.update()
-    records = [record for record in map(slices.record, range(len(starts))) if record]
-    report.done = len(records)
-    if report.done == report.shards:
-        slices.finish(records)
+    slices.finish(report)
     return report
 
 
@@ -209,7 +199,7 @@ class _Slices:
     def write(self, number: int) -> dict[str, Any]:
         """Write one shard, then its row: {"row": index row, "rejects": [[reason, where], ...]}."""
         units = self.units[self.starts[number] : [*self.starts, len(self.units)][number + 1]].tolist()
-        read = lru_cache(8)(partial(read_image, max_side=self.options.max_side))  # neighbours mostly share their images
+        read = lru_cache(8)(read_image)  # neighbours mostly share their images
         rejects: list[list[str]] = []
 
         def samples() -> Iterator[tuple[Sample, list[EncodedImage]]]:
@@ -240,31 +230,24 @@ class _Slices:
                 return Reject("missing-image", f"{sample.id}: {path} ({error.strerror or error})")
             except ValueError as error:
                 return Reject("broken-image", f"{sample.id}: {error}")
-            width, height = image.file_size
+            width, height = image.size
             if info.width and (info.width, info.height) != (width, height):
                 got = f"{path.name} is {width} x {height} (as stored: an EXIF orientation is not applied)"
                 return Reject("image-size", f"{sample.id}: expected {info.width} x {info.height}, {got}")
             if boxes := [r.box for r in sample.regions if r.image == i and r.box is not None and is_normalised(r.box)]:
                 return Reject("normalised-box", f"{sample.id}: expected boxes in pixels, got {list(boxes[0])}")
-            try:
-                sample.regions = [scale_region(r, image) if r.image == i else r for r in sample.regions]
-            except ValueError as error:
-                return Reject("max-side", f"{sample.id}: {error}")
             sample.images[i] = ImageInfo(f"{i}.{image.suffix}", *image.size)
             encoded.append((image.data, image.suffix))
         return sample, encoded
 
-    def finish(self, records: list[dict[str, Any]]) -> None:
+    def finish(self, whole: BuildReport) -> None:
         """Write the folder's index; raises ValueError, after that, when too many samples of the split are rejects."""
-        whole = BuildReport()
-        for record in records:
-            whole.add(record)
         unwanted = whole.rejects.total() - whole.rejects["excluded"]
         total = unwanted + whole.samples
         accepted = whole.samples > 0 and unwanted <= self.options.max_rejects * total
         out = self.options.out
         with (out / ROWS / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two parts or splits may get here at once
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two splits may get here at once
             self.remove_unfinished("*")
             (self.rows / FINISHED).write_text("accepted" if accepted else "refused")
             _write_index(out)

@@ -1,9 +1,9 @@
-"""Image files -> what a shard holds: the bytes as they are, or made smaller together with the sample's regions."""
+"""Image files -> what a shard holds: the bytes as they are, or a PNG where a shard can't hold them."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,21 +12,17 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vistallm.config import PAD_COLOUR
-from vistallm.regions.masks import mask_to_rle, rle_to_mask
-from vistallm.schema import Region
 
 _ENDINGS = {"JPEG": ("jpg", b"\xff\xd9"), "MPO": ("jpg", b"\xff\xd9"), "PNG": ("png", b"IEND\xaeB`\x82")}
-_JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An encoded image: its bytes, their suffix ("jpg" or "png"), its (width, height) in pixels, and its file's."""
+    """An encoded image: its bytes, their suffix ("jpg" or "png"), its (width, height) in pixels."""
 
     data: bytes
     suffix: str
     size: tuple[int, int]
-    file_size: tuple[int, int]
 
 
 def decode_pixels(data: bytes, name: object) -> np.ndarray:
@@ -61,10 +57,8 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[str, tuple[int, int]]:
         raise ValueError(f"{path}: expected an image, got {type(error).__name__} at its header") from error
 
 
-def read_image(path: Path, max_side: int | None = None) -> ImageFile:
-    """Read a file; one with a side of over `max_side` pixels is made smaller.
-
-    JPEG stays JPEG; all else is PNG, without transparency.
+def read_image(path: Path) -> ImageFile:
+    """Read a file: JPEG and PNG as they are, all else and what is transparent as opaque PNG.
 
     Raises:
         OSError: the file is not there or can't be read.
@@ -72,33 +66,10 @@ def read_image(path: Path, max_side: int | None = None) -> ImageFile:
     """
     data = path.read_bytes()
     kind, size = _read_header(io.BytesIO(data), path)
-    suffix, ending = _ENDINGS.get(kind, ("png", b""))
-    scale = min(1, (max_side or max(size)) / max(size))
-    if scale == 1 and kind in _ENDINGS:
+    if kind in _ENDINGS:
+        suffix, ending = _ENDINGS[kind]
         if not data.endswith(ending):  # a cut file has another ending, but some whole ones have it too
             decode_pixels(data, path)
-        return ImageFile(data, suffix, size, size)
+        return ImageFile(data, suffix, size)
     pixels = decode_pixels(data, path)
-    if scale < 1:
-        new = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-        pixels = cv2.resize(pixels, new, interpolation=cv2.INTER_AREA)
-    settings = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if suffix == "jpg" else []
-    encoded = cv2.imencode(f".{suffix}", pixels[:, :, ::-1], settings)[1].tobytes()
-    return ImageFile(encoded, suffix, (pixels.shape[1], pixels.shape[0]), size)
-
-
-def scale_region(region: Region, image: ImageFile) -> Region:
-    """A region of the file as one of the image made from it; raises ValueError when a mask is gone."""
-    if image.size == image.file_size:
-        return region
-    sx, sy = image.size[0] / image.file_size[0], image.size[1] / image.file_size[1]
-    box = None if region.box is None else tuple(v * s for v, s in zip(region.box, (sx, sy, sx, sy), strict=True))
-    point = None if region.point is None else (region.point[0] * sx, region.point[1] * sy)
-    rle = region.rle
-    if rle is not None:
-        # A pixel of the small mask is set when most of what it covers was.
-        covered = cv2.resize(rle_to_mask(rle).astype(np.float32), image.size, interpolation=cv2.INTER_AREA)
-        if not (covered >= 0.5).any():
-            raise ValueError(f"the mask of object {region.object} has no pixel left at {image.size}")
-        rle = mask_to_rle(covered >= 0.5)
-    return replace(region, box=box, point=point, rle=rle)
+    return ImageFile(cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes(), "png", size)
