@@ -247,20 +247,29 @@ class Prediction:
     images: list[dict[str, Any]]
     target: dict[str, Any]
     score: float | None = None
-    cut: bool = False  # the answer reached decode.max_new_tokens; written only where it is true
+    # written only where they differ from these
+    cut: bool = False  # the answer reached decode.max_new_tokens
+    head: str = "text"  # text | link: what wrote the regions
+    forced: bool = False  # the links were read with the true answer as text (decode.teacher_forced)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON record of the line."""
-        record = {name: value for name, value in vars(self).items() if name != "cut" or value}
+        usual = {"cut": False, "head": "text", "forced": False}
+        record = {name: value for name, value in vars(self).items() if name not in usual or value != usual[name]}
         return record | {"parsed": None if self.parsed is None else self.parsed.to_json()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Prediction:
         """Inverse of `to_json`; raises ValueError naming missing fields."""
         names = [f.name for f in dataclasses.fields(cls)]
-        optional = ("score", "failure", "parsed", "cut")
+        optional = ("score", "failure", "parsed", "cut", "head", "forced")
         if missing := [name for name in names if name not in record and name not in optional]:
             raise ValueError(f"prediction: missing field(s) {', '.join(missing)}")
         values: dict[str, Any] = {name: record.get(name) for name in names}
         parsed = None if record.get("parsed") is None else Parsed.from_json(record["parsed"])
-        return cls(**values | {"parsed": parsed, "cut": bool(record.get("cut"))})
+        flags = {
+            "cut": bool(record.get("cut")),
+            "head": record.get("head", "text"),
+            "forced": bool(record.get("forced")),
+        }
+        return cls(**values | {"parsed": parsed} | flags)

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from vistallm import metrics
 from vistallm.metrics import METRICS, SCORE_NAMES
 from vistallm.metrics.regions import PRECISIONS
-from vistallm.schema import Parsed, Prediction, Region
+from vistallm.schema import PROMPT_SHAPES, Parsed, Prediction, Region
 
 SHAPES = [(1, 1), (7, 5), (40, 64)]
 COUNT = 24
@@ -64,16 +64,22 @@ def predictions_of(name, count=COUNT):
     rows = []
     for number, (predicted, target) in enumerate(random_masks(1, count)):
         meta = {"held_out": number % 3 == 0, "group": f"g{number // 2}", "ref_id": number // 3, "asks": "object"}
-        meta["mode"] = ("q_a", "qa_r")[number % 2]
-        if name in ("mask", "masks", "coseg"):
-            target = target if name != "mask" or target is not None else np.ones(SHAPES[2], bool)
+        meta |= {"mode": ("q_a", "qa_r")[number % 2], "prompt": PROMPT_SHAPES[number % 6]}
+        if name in ("mask", "masks", "coseg", "prompted", "context", "semseg"):
+            single = name in ("mask", "prompted")
+            target = target if not single or target is not None else np.ones(SHAPES[2], bool)
             rows.append(mask_prediction(number, predicted, [target], **meta))
-        elif name in ("box", "boxes", "phrase", "candidates"):
+        elif name in ("box", "boxes", "phrase", "candidates", "detection", "count", "pose"):
             corner = rng.integers(0, 10, (3, 2))
             boxes = np.concatenate([corner, corner + rng.integers(2, 9, (3, 2))], 1).tolist()
             boxes[0] = boxes[1] if number % 2 else boxes[0]
-            parsed = Parsed("box", regions("box", [(0, boxes[0])]), "") if number % 5 else None
-            target = {"regions": [r.to_json() for r in regions("box", [(0, boxes[1])])], "candidates": boxes}
+            answer, truth = (regions("box", [(0, box)]) for box in boxes[:2])
+            answer[0].confidence = 0.5  # ties are ranked by the samples' ids
+            if name == "pose":
+                for one in (*answer, *truth):
+                    one.keypoints = tuple((x, y, 2) for x, y in np.reshape(one.box, (2, 2)).tolist())
+            parsed = Parsed("box", answer, "") if number % 5 else None
+            target = {"regions": [one.to_json() for one in truth], "candidates": boxes}
             rows.append(prediction(number, parsed, target, **meta))
         else:
             words = {"yesno": ("yes", "no"), "truth": ("True", "False"), "choice": "AB", "letter": "AB"}

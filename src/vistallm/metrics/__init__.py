@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from vistallm.metrics import captions, regions, words
+from vistallm.metrics import captions, detection, regions, words
 from vistallm.metrics.scores import GROUPS, NamedScores, SampleScores
 
 __all__ = ["METRICS", "SCORE_NAMES", "NamedScores", "SampleScores"]
@@ -15,6 +15,12 @@ __all__ = ["METRICS", "SCORE_NAMES", "NamedScores", "SampleScores"]
 METRICS: dict[str, type[SampleScores]] = {  # by the name that the task table and benchmarks.yaml use
     "mask": regions.MaskScores,
     "masks": regions.GeneralizedMaskScores,
+    "prompted": regions.PromptedScores,
+    "context": regions.ContextScores,
+    "semseg": detection.SemanticScores,
+    "detection": detection.DetectionScores,
+    "pose": detection.PoseScores,
+    "count": detection.CountScores,
     "coseg": regions.CosegmentationScores,
     "box": regions.BoxScores,
     "boxes": regions.BoxSetScores,

@@ -7,14 +7,15 @@ region answer (not "no target") that draws nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from vistallm.metrics.scores import SampleScores, Sums
+from vistallm.metrics.scores import NamedScores, Row, SampleScores, Sums, fact, mean
 from vistallm.regions.masks import polygons_to_rle, rle_box
-from vistallm.schema import Prediction, Region, Rle
+from vistallm.schema import PROMPT_SHAPES, Prediction, Region, Rle
 
 Boxes = np.ndarray | Sequence  # (N, 4), or one box (4,)
 PRECISIONS = tuple(f"pr{percent}" for percent in (50, 60, 70, 80, 90))  # Pr@, named by the threshold in per cent
@@ -35,17 +36,20 @@ def target_regions(prediction: Prediction, optional: bool = False) -> list[Regio
     return regions
 
 
+def mask_of(region: Region, image: Mapping[str, Any]) -> Rle:
+    """Return a region's own RLE (a target's, a link's), else its polygons drawn at the image's width and height."""
+    return region.rle or polygons_to_rle(region.polygons or [], int(image["height"]), int(image["width"]))
+
+
 def image_masks(regions: Sequence[Region], prediction: Prediction) -> list[Rle]:
     """Return one RLE per image of the prediction: the union of the mask regions in that image, maybe empty.
 
-    A region is drawn by its own RLE (a target's full mask), else by its polygons. Raises ValueError for an RLE that is
-    not of its image's size.
+    Raises ValueError for an RLE that is not of its image's size.
     """
     drawn = []
     for index, image in enumerate(prediction.images):
         size = [int(image["height"]), int(image["width"])]
-        here = [region for region in regions if region.image == index]
-        masks = [polygons_to_rle(one.polygons or [], *size) if one.rle is None else one.rle for one in here]
+        masks = [mask_of(region, image) for region in regions if region.image == index]
         if wrong := [rle["size"] for rle in masks if list(rle["size"]) != size]:
             raise ValueError(f"image {index}: mask size: expected {size}, height and width, got {wrong[0]}")
         empty = coco_mask.frPyObjects({"size": size, "counts": [size[0] * size[1]]}, *size)
@@ -62,9 +66,12 @@ def mask_counts(predicted: Rle, target: Rle) -> tuple[int, int, int]:
 
 
 def box_of(region: Region) -> tuple[float, ...]:
-    """Return a region's box (x0, y0, x1, y1): its own, its point as a box without area, or the one of its mask."""
-    if region.rle is not None and region.box is None and region.point is None:
+    """Return a region's box (x0, y0, x1, y1): its own, its point as a box without area, or its mask's or keypoints'."""
+    if region.box is None and region.point is None and region.rle is not None:
         return rle_box(region.rle)
+    if region.box is None and region.point is None and region.keypoints is not None:
+        points = np.array([(x, y) for x, y, v in region.keypoints if v > 0] or [(0, 0)], float)
+        return (*points.min(0).tolist(), *points.max(0).tolist())
     return region.box or 2 * (region.point or ())
 
 
@@ -123,13 +130,14 @@ def chosen_candidate(box: np.ndarray, candidates: np.ndarray) -> int:
     return int(np.lexsort((distance, -box_iou(box, candidates, generalized=True)[0]))[0])
 
 
-def _answered(prediction: Prediction) -> list[Region]:
+def answered(prediction: Prediction) -> list[Region]:
+    """Return the regions of an answer, none of one that could not be read."""
     return prediction.parsed.regions if prediction.parsed else []
 
 
 def _counts(prediction: Prediction, target: list[Region]) -> np.ndarray:
     """Return (3, images) int64 pixels of intersection, union and image; an unreadable answer has no mask of its own."""
-    pairs = zip(image_masks(_answered(prediction), prediction), image_masks(target, prediction), strict=True)
+    pairs = zip(image_masks(answered(prediction), prediction), image_masks(target, prediction), strict=True)
     return np.array([mask_counts(*pair) for pair in pairs], np.int64).T
 
 
@@ -169,6 +177,33 @@ class GeneralizedMaskScores(MaskScores):
     optional = True
 
 
+class PromptedScores(MaskScores):
+    """Interactive segmentation: RES's scores for each shape of the region prompt (meta "prompt"), and their mean."""
+
+    names = ("miou_prompts", *(f"miou_{shape}" for shape in PROMPT_SHAPES), "miou", "ciou", *PRECISIONS)
+
+    def _measure(self, prediction: Prediction) -> Sums:
+        sums, shape = super()._measure(prediction), fact(prediction, "prompt")
+        if shape not in PROMPT_SHAPES:
+            raise ValueError(f'its meta["prompt"]: expected one of {", ".join(PROMPT_SHAPES)}, got {shape!r}')
+        own = {f"miou_{name}": (sums["miou"][0] * (name == shape), name == shape) for name in PROMPT_SHAPES}
+        return sums | own | {"miou_prompts": (0, 0)}
+
+    def _ratios(self, rows: Sequence[Row]) -> NamedScores:
+        scores = super()._ratios(rows)
+        return scores | {"miou_prompts": mean(scores[f"miou_{shape}"] for shape in PROMPT_SHAPES)}
+
+
+class ContextScores(GeneralizedMaskScores):
+    """In-context segmentation: GRES's scores, and mIoU over the samples that have a target."""
+
+    names = ("miou", *GeneralizedMaskScores.names)
+
+    def _measure(self, prediction: Prediction) -> Sums:
+        sums = super()._measure(prediction)
+        return sums | {"miou": (sums["miou"][0] * sums["t_acc"][1], sums["t_acc"][1])}
+
+
 class CosegmentationScores(SampleScores):
     """CoSeg and AttCoSeg: Av.J, Av.P, cIoU and whether the right set of images is named.
 
@@ -201,7 +236,7 @@ class BoxScores(SampleScores):
     means: tuple[str, ...] = names
 
     def _measure(self, prediction: Prediction) -> Sums:
-        target, answer = boxes_of(target_regions(prediction)), boxes_of(_answered(prediction))
+        target, answer = boxes_of(target_regions(prediction)), boxes_of(answered(prediction))
         if len(target) != 1:
             raise ValueError(f"expected one target box, got {len(target)}")
         iou = float(box_iou(answer, target)[0, 0]) if len(answer) == 1 else 0.0
@@ -227,7 +262,7 @@ class PhraseScores(SampleScores):
     names = ("recall_any", "recall_merged")
 
     def _measure(self, prediction: Prediction) -> Sums:
-        target, first = boxes_of(target_regions(prediction)), boxes_of(_answered(prediction)[:1])
+        target, first = boxes_of(target_regions(prediction)), boxes_of(answered(prediction)[:1])
         hull = np.concatenate([target[:, :2].min(0), target[:, 2:].max(0)])
         best, merged = (box_iou(first, boxes).max(initial=0) for boxes in (target, hull))
         return {"score": (best, 1), "recall_any": (best >= 0.5, 1), "recall_merged": (merged >= 0.5, 1)}
@@ -240,7 +275,7 @@ class CandidateScores(SampleScores):
 
     def _measure(self, prediction: Prediction) -> Sums:
         candidates = np.asarray(prediction.target.get("candidates") or [], float).reshape(-1, 4)
-        target, answer = boxes_of(target_regions(prediction)), boxes_of(_answered(prediction))
+        target, answer = boxes_of(target_regions(prediction)), boxes_of(answered(prediction))
         if len(candidates) < 2 or len(target) != 1:
             raise ValueError("expected `candidates` and one target box in its target")
         chosen = {chosen_candidate(box, candidates) for box in (*answer, *target)}

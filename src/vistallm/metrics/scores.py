@@ -14,8 +14,9 @@ from torchmetrics.utilities import dim_zero_cat
 from vistallm.schema import Prediction
 
 NamedScores = dict[str, float | None]
-Sums = dict[str, tuple[float, float]]
-"""What one sample adds to the two sums of each score; "score" is the sample's own score in [0, 1]."""
+Sums = dict[str, Any]
+"""What one sample adds to each score: a tuple of two numbers to its two sums, or what the class computes it from, as
+JSON holds it; "score" is the sample's own score in [0, 1]."""
 Row = dict[str, Any]
 """One sample: its "id", "held_out" and "group" (None: not known), and its `Sums`, as JSON lists of two floats."""
 # meta key that samples can be grouped by -> suffix of the averaged scores' names, and their words
@@ -73,7 +74,9 @@ class SampleScores(Metric):
             raise ValueError(f"prediction {prediction.id}: {why}") from error
         group = fact(prediction, self.average or self.group_key, None if self.average else prediction.id)
         facts = {"id": prediction.id, "held_out": fact(prediction, "held_out"), "group": group}
-        return facts | {name: (float(a), float(b)) for name, (a, b) in sums.items()}
+        return facts | {
+            name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in sums.items()
+        }
 
     def rows(self) -> list[Row]:
         """Return the rows of all samples; those of all processes inside of `sync_context()`."""
