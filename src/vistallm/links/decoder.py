@@ -1,0 +1,305 @@
+"""Slot states, patch tokens and pixels -> scores, boxes, masks and keypoints of each link.
+
+A group is decoded as one set of tokens: Q object queries and the P phrases (links) that share them. Layers of
+self-attention, cross-attention to the patch tokens of the group's image and MLP read them, and every answer is a dot
+product: class = query . phrase, mask = query . pixel, keypoint = query . phrase. So a phrase picks what is read out of
+a query, and masks and keypoints are computed for those queries alone that a loss or an answer asks for.
+Shape legend: L links, K slots, G groups, Q queries, P phrases of the largest group, N images, D decoder layers, d
+width, E mask width, M side of a mask. Coordinates are shares of the letterbox square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import box_convert
+
+from vistallm.config import LinkConfig
+from vistallm.links import LINKS, SCENE_LINKS
+from vistallm.schema import LinkBatch
+
+OWN_LINKS = tuple(kind for kind in LINKS if kind not in SCENE_LINKS)  # each of these links is a group
+_FREQUENCIES = 8  # octaves of the sine code of a coordinate
+CODE = 4 * 2 * _FREQUENCIES  # width of the code of a box
+
+
+@dataclass
+class Family:
+    """What the decoder says about G groups that have the same number of queries; the last of D layers is the answer."""
+
+    kind: Tensor  # (G,) int64, index in LINKS, CPU
+    image: Tensor  # (G,) int64, row of `pixels`
+    links: Tensor  # (G, P) int64, numbers of the links, -1 = no phrase, CPU
+    asked: Tensor  # (G, P) bool: phrases that name a class; the others name keypoints or are padding
+    boxes: Tensor  # (D, G, Q, 4) float32, centre x, y, width, height
+    scores: Tensor  # (D, G, Q, P) float32 logits
+    embeddings: Tensor  # (D, G, Q, E + 1): mask embeddings and a bias
+    pose: Tensor  # (D, G, Q, d), what keypoints are read from
+    readouts: Tensor  # (D, G, P, 3, d): x, y and visibility of a phrase's keypoint
+    pixels: Tensor  # (N, E, M, M), of the images that have links
+
+    def masks(self, group: Tensor, query: Tensor) -> Tensor:
+        """Mask logits (D', n, m, M, M) of m queries (D', n, m) int64 in each group of (n,), in the last D' layers."""
+        chosen = self._take(self.embeddings, group, query).transpose(0, 1)
+        vectors, bias = chosen.flatten(1, 2).tensor_split([-1], 2)
+        logits = vectors @ self.pixels[self.image[group]].flatten(2).to(vectors.dtype) + bias
+        return logits.unflatten(2, self.pixels.shape[2:]).unflatten(1, chosen.shape[1:3]).transpose(0, 1)
+
+    def keypoints(self, group: Tensor, query: Tensor) -> Tensor:
+        """Keypoints (D', n, m, P, 3) float32 of queries as in `masks`: x, y and a visibility logit.
+
+        A keypoint is placed from the query's box: its centre plus a share of its sides.
+        """
+        readouts = self.readouts[-len(query) :, group].float()
+        values = torch.einsum("lnmd,lnpcd->lnmpc", self._take(self.pose, group, query).float(), readouts)
+        centre, size = self._take(self.boxes, group, query).unsqueeze(-2).split(2, -1)
+        return torch.cat([centre + size * values[..., :2], values[..., 2:]], -1)
+
+    def _take(self, values: Tensor, group: Tensor, query: Tensor) -> Tensor:
+        """Rows (D', n, m, C) of `values` (D, G, Q, C)."""
+        return values[-len(query) :, group].gather(2, query.unsqueeze(-1).expand(*query.shape, values.shape[-1]))
+
+
+@dataclass
+class LinkAnswer:
+    """What one link answers: its candidates by falling score, at most `limit` of `link_answers`."""
+
+    scores: Tensor  # (Q,) float32 in [0, 1]; of a keypoint's link those of the class
+    boxes: Tensor  # (Q, 4) float32, x0, y0, x1, y1
+    masks: Tensor  # (Q, M, M) float32 logits; positive is inside
+    keypoints: Tensor | None  # (Q, 3) float32, x, y and visibility in [0, 1]: of a link that names a keypoint
+
+
+def link_answers(families: Sequence[Family], count: int, limit: int = 100) -> list[LinkAnswer]:
+    """Answers of the `count` links of a batch, in their order; the candidates of a POSE group have one order."""
+    answers: dict[int, LinkAnswer] = {}
+    for family in families:
+        groups, queries = family.boxes.shape[1:3]
+        group = torch.arange(groups, device=family.boxes.device)
+        everyone = torch.arange(queries, device=family.boxes.device).expand(1, groups, queries)
+        masks, keypoints = family.masks(group, everyone)[0].float(), family.keypoints(group, everyone)[0]
+        for g, p in (family.links >= 0).nonzero().tolist():
+            is_keypoint = LINKS[family.kind[g]] == "POSE" and p > 0
+            scores = family.scores[-1, g, :, 0 if is_keypoint else p].sigmoid()
+            order = scores.argsort(descending=True, stable=True)[:limit]
+            x, y, visible = keypoints[g, order, p].unbind(-1)
+            answers[int(family.links[g, p])] = LinkAnswer(
+                scores=scores[order],
+                boxes=box_convert(family.boxes[-1, g, order], "cxcywh", "xyxy"),
+                masks=masks[g, order],
+                keypoints=torch.stack([x, y, visible.sigmoid()], -1) if is_keypoint else None,
+            )
+    return [answers[number] for number in range(count)]
+
+
+class Attention(nn.Module):
+    """Attention of `heads` heads; keys and values may be projected once for several groups of an image."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key_value = nn.Linear(width, width), nn.ModuleList([nn.Linear(width, width) for _ in "kv"])
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, of: Tensor | None, mask: Tensor | None) -> Tensor:
+        """States x (G, T, d) read keys and values (N, S, d), of row `of` (G,), where `mask` (G, 1, 1, S) is true."""
+        key, value = (part(memory) for part, memory in zip(self.key_value, (keys, values), strict=True))
+        if of is not None:
+            key, value = key[of], value[of]
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), key, value))
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(read.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries and phrases, cross-attention to patches, MLP; pre-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+        self.within, self.across = Attention(width, heads), Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, place: Tensor, mask: Tensor, memory: tuple[Tensor, Tensor], image: Tensor) -> Tensor:
+        """States x and `place` (G, T, d), `mask` (G, 1, 1, T), `memory` keys and values (N, S, d) of the patches."""
+        y = self.norms[0](x)
+        x = x + self.within(y + place, y + place, y, None, mask)
+        x = x + self.across(self.norms[1](x) + place, *memory, image, None)
+        return x + self.mlp(self.norms[2](x))
+
+
+def mlp(width: int, out: int) -> nn.Sequential:
+    """Two layers with a ReLU between them."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    layer = nn.Conv2d(inputs, outputs, 3, stride, 1)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return nn.Sequential(layer, nn.ReLU())
+
+
+def sine_code(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) in [0, 1] -> (..., 4 * 2 * 8) sines and cosines, octaves from half a wave over the image."""
+    angle = boxes.unsqueeze(-1) * math.pi * 2.0 ** torch.arange(_FREQUENCIES, device=boxes.device)
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+def grid_boxes(grid: int, device: torch.device) -> Tensor:
+    """Boxes (grid * grid, 4), centre x, y, width, height, of the patches row by row."""
+    centre = (torch.arange(grid, device=device) + 0.5) / grid
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    return torch.stack([x, y, torch.full_like(x, 1 / grid), torch.full_like(x, 1 / grid)], -1).flatten(0, 1)
+
+
+class PixelMap(nn.Module):
+    """Patch tokens and a light convolutional stem on the pixels -> one vector per pixel at half the image's side."""
+
+    def __init__(self, inputs: int, grid: int, channels: int, stem: bool) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patches = nn.Linear(inputs, 2 * channels)
+        self.fine = _conv(3, channels, 2) if stem else None
+        self.quarter = (
+            nn.Sequential(_conv(channels, 2 * channels, 2), _conv(2 * channels, 2 * channels)) if stem else None
+        )
+        self.fuse = nn.Sequential(_conv(2 * channels, 2 * channels), nn.Conv2d(2 * channels, channels, 1))
+        self.out = nn.Sequential(_conv(channels, channels), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, patches: Tensor, pixels: Tensor) -> Tensor:
+        """Patches (N, P, C) and normalised pixels (N, 3, S, S) -> (N, E, S / 2, S / 2)."""
+        side = pixels.shape[-1]
+        coarse = self.patches(patches).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        x = _resized(coarse.contiguous(memory_format=torch.channels_last), side // 4)
+        if self.fine is None or self.quarter is None:
+            return self.out(_resized(self.fuse(x), side // 2))
+        fine = self.fine(pixels.contiguous(memory_format=torch.channels_last))
+        x = self.fuse(x + self.quarter(fine))
+        return self.out(_resized(x, side // 2) + fine)
+
+
+def _resized(x: Tensor, side: int) -> Tensor:
+    return F.interpolate(x, size=(side, side), mode="bilinear")
+
+
+class LinkDecoder(nn.Module):
+    """The decoder of all kinds of links.
+
+    Args:
+        config: sizes.
+        blocks: encoder blocks whose patch tokens are read.
+        encoder_width: of a patch token.
+        grid: patches per side.
+        width: of a slot's hidden state in the language model.
+    """
+
+    def __init__(self, config: LinkConfig, blocks: int, encoder_width: int, grid: int, width: int) -> None:
+        super().__init__()
+        d, channels, self.grid = config.width, config.width // 4, grid
+        if d % (4 * config.heads):
+            raise ValueError(
+                f"links.width={d} links.heads={config.heads}: expected a width that 4 * heads divides; change one"
+            )
+        self.slots = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
+        self.phrase = mlp(d, d)
+        self.own_queries = nn.Parameter(torch.randn(len(OWN_LINKS), config.queries, d))
+        self.scene_queries = nn.Parameter(torch.randn(len(SCENE_LINKS), config.objects, d))
+        self.block_norms = nn.ModuleList([nn.LayerNorm(encoder_width) for _ in range(blocks)])
+        self.memory, self.place = nn.Linear(blocks * encoder_width, d), nn.Linear(CODE, d)
+        self.layers = nn.ModuleList([DecoderLayer(d, config.heads) for _ in range(config.layers)])
+        self.norm = nn.LayerNorm(d)
+        self.first_box, self.box = mlp(d, 4), mlp(d, 4)
+        self.class_query, self.class_phrase = nn.Linear(d, d), nn.Linear(d, d)
+        self.class_bias = nn.Parameter(torch.tensor([-2.0]))  # few queries hold an object
+        self.mask, self.pose, self.readout = mlp(d, channels + 1), mlp(d, d), nn.Linear(d, 3 * d)
+        self.pixels = PixelMap(blocks * encoder_width, grid, channels, config.stem)
+
+    def forward(self, states: Tensor, links: LinkBatch, features: Sequence[Tensor], pixels: Tensor) -> list[Family]:
+        """Decode the links of a batch.
+
+        Args:
+            states: (L, K, width), last hidden states of the slots.
+            links: of the same L links; targets are not read.
+            features: per encoder block (N, grid * grid, encoder_width) patch tokens of all images of the batch.
+            pixels: (N, 3, S, S) normalised; S divides by 4, and M is S / 2.
+
+        Returns:
+            The family of the links with queries of their own (GRD, SEG), and that of the scene links (DET, POSE).
+            Either may have no group: the parts are run all the same, so that each weight has a gradient in each step.
+        """
+        if pixels.shape[-1] % 4:
+            raise ValueError(f"pixels: expected a side that 4 divides, got {pixels.shape[-1]}; set links.image_size")
+        dtype, device = self.memory.weight.dtype, states.device
+        table = torch.stack([links.kind, links.image, links.group]).cpu()  # the shapes below depend on it
+        used, table[1] = table[1].unique(return_inverse=True)  # images without a link cost nothing
+        used = used.to(device)
+        blocks = [norm(f[used].to(dtype)) for norm, f in zip(self.block_norms, features, strict=True)]
+        patches = torch.cat(blocks, -1)
+        values = self.memory(patches)
+        memory = (values + self.place(sine_code(grid_boxes(self.grid, device))), values)
+        pixel_map = self.pixels(patches, pixels[used].to(dtype))
+        slots = self.slots(states.to(dtype))
+        families = []
+        for names, queries in ((OWN_LINKS, self.own_queries), (SCENE_LINKS, self.scene_queries)):
+            links_GP, kind, image = _layout(table, [LINKS.index(name) for name in names])
+            number = torch.tensor([names.index(LINKS[k]) for k in kind], dtype=torch.long)
+            learned, image = queries[number.to(device)], image.to(device)
+            index, present = links_GP.clamp(min=0).to(device), (links_GP >= 0).to(device)
+            hidden, boxes = self._decode(learned, slots[index], present, memory, image)
+            asked = links_GP >= 0
+            asked[kind == LINKS.index("POSE"), 1:] = False
+            answers = self._answers(*hidden.tensor_split([boxes.shape[2]], 2))
+            families.append(Family(kind, image, links_GP, asked.to(device), boxes, *answers, pixel_map))
+        return families
+
+    def _decode(
+        self, learned: Tensor, slots: Tensor, present: Tensor, memory: tuple[Tensor, Tensor], image: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layers: learned queries (G, Q, d) and slots (G, P, K, d) -> (D, G, Q + P, d), boxes (D, G, Q, 4)."""
+        count, phrases = learned.shape[1], slots.shape[1]
+        weight = (present / present.sum(1, keepdim=True).clamp(min=1)).to(slots.dtype)
+        mean = torch.einsum("gpkd,gp->gkd", slots, weight)
+        queries = learned + mean[:, torch.arange(count, device=mean.device) % mean.shape[1]]
+        x = torch.cat([queries, self.phrase(slots.mean(2))], 1)
+        mask = F.pad(present, (count, 0), value=True)[:, None, None]
+        logits = self.first_box(queries).float()
+        states, boxes = [], []
+        for layer in self.layers:
+            place = F.pad(self.place(sine_code(logits.sigmoid())), (0, 0, 0, phrases))
+            x = layer(x, place, mask, memory, image)
+            y = self.norm(x)
+            refined = logits + self.box(y[:, :count]).float()
+            states.append(y)
+            boxes.append(refined.sigmoid())
+            logits = refined.detach()
+        return torch.stack(states), torch.stack(boxes)
+
+    def _answers(self, queries: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries (D, G, Q, d) and phrases (D, G, P, d) -> scores, mask embeddings, pose states and readouts."""
+        scores = self.class_query(queries) @ self.class_phrase(phrases).transpose(2, 3)
+        scores = scores.float() / queries.shape[-1] ** 0.5 + self.class_bias
+        return (
+            scores,
+            self.mask(queries),
+            self.pose(queries),
+            self.readout(phrases).unflatten(-1, (3, -1)) / queries.shape[-1] ** 0.5,
+        )
+
+
+def _layout(table: Tensor, kinds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Links of these kinds by group: their numbers (G, P) with -1 as padding, and kind and image (G,) of each group.
+
+    `table` (3, L) int64 on the CPU: kind, image and group of every link.
+    """
+    number = torch.isin(table[0], torch.tensor(kinds)).nonzero()[:, 0]
+    number = number[table[2, number].argsort(stable=True)]
+    _, group, counts = table[2, number].unique_consecutive(return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    links = torch.full((len(counts), max(counts.tolist(), default=1)), -1)
+    links[group, torch.arange(len(number)) - first[group]] = number
+    return links, table[0, number[first]], table[1, number[first]]

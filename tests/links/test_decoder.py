@@ -1,0 +1,118 @@
+"""The link decoder: shapes, groups, gradients, and that it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.ops import box_convert
+
+from vistallm.config import LinkConfig
+from vistallm.links.decoder import LinkDecoder, link_answers
+from vistallm.links.losses import link_losses
+
+MIXED = [("GRD", 0, 1, 0), ("GRD", 0, 0, 0), ("SEG", 1, 2, 0), ("DET", 1, 2, 0), ("DET", 1, 0, 0), ("POSE", 2, 2, 3)]
+
+
+@pytest.mark.parametrize("items", [MIXED, MIXED[:2], MIXED[3:5], [("GRD", 0, 0, 0)], []])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_weight_gets_a_finite_gradient(tiny_decoder, make_links, inputs, items, bf16):
+    links = make_links(items)
+    states, features, pixels = inputs(len(links.kind), 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        families = tiny_decoder(states, links, features, pixels)
+    loss, _ = link_losses(families, links)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tiny_decoder.parameters())
+
+
+def test_answers_come_in_the_order_of_the_links(tiny_decoder, make_links, inputs):
+    links = make_links(MIXED)
+    states, features, pixels = inputs(len(links.kind), 3)
+    with torch.no_grad():
+        answers = link_answers(tiny_decoder(states, links, features, pixels), len(links.kind), limit=5)
+    assert [len(a.scores) for a in answers] == [4, 4, 4, 5, 5, 5, 5, 5, 5]  # K, or `limit` of the object queries
+    assert [a.keypoints is not None for a in answers] == [False] * 6 + [True] * 3  # the names behind the POSE link
+    for answer in answers:
+        count = len(answer.scores)
+        assert answer.boxes.shape == (count, 4)
+        assert answer.masks.shape == (count, 16, 16)
+        assert (answer.scores.diff() <= 0).all()
+    assert torch.equal(answers[5].boxes, answers[6].boxes)  # a pose's candidates have one order
+
+
+def test_a_link_does_not_depend_on_the_rest_of_the_batch(tiny_decoder, make_links, inputs):
+    states, features, pixels = inputs(9, 3)
+    links = make_links(MIXED)
+    with torch.no_grad():
+        together = link_answers(tiny_decoder(states, links, features, pixels), 9)
+        alone = make_links([("DET", 1, 2, 0), ("DET", 1, 0, 0)])
+        both = link_answers(tiny_decoder(states[3:5], alone, features, pixels), 2)
+    for a, b in zip(together[3:5], both, strict=True):
+        torch.testing.assert_close(a.scores, b.scores)
+        torch.testing.assert_close(a.masks, b.masks, rtol=1e-4, atol=1e-5)
+
+
+def test_without_stem_the_shapes_are_the_same_and_pixels_do_not_count(make_links, inputs):
+    links = make_links(MIXED)
+    states, features, pixels = inputs(9, 3)
+    decoder = LinkDecoder(LinkConfig(objects=6, width=32, layers=2, heads=2, stem=False), 2, 24, 4, 20)
+    with torch.no_grad():
+        first, second = (link_answers(decoder(states, links, features, p), 9) for p in (pixels, pixels.flip(0)))
+    assert torch.equal(first[0].masks, second[0].masks)
+    assert first[0].masks.shape == (4, 16, 16)
+
+
+def test_wrong_sizes_are_refused(tiny_decoder, make_links, inputs):
+    with pytest.raises(ValueError, match="links.width=36"):
+        LinkDecoder(LinkConfig(width=36, heads=4), 2, 24, 4, 20)
+    states, features, pixels = inputs(1, 3)
+    with pytest.raises(ValueError, match="links.image_size"):
+        tiny_decoder(states, make_links(MIXED[:1]), features, pixels[..., :30, :30])
+
+
+def _made(items, make_links):
+    """Bright squares on dark images, one per image, as boxes, masks and two corners; states say which link it is."""
+    links = make_links(items)
+    pixels = torch.full((len(items), 3, 32, 32), -1.0)
+    for number, (x, y, w, h) in enumerate((links.boxes * 8).round().mul(4).int().tolist()):
+        x0, y0, x1, y1 = x - w // 2, y - h // 2, x + w // 2, y + h // 2
+        pixels[number, :, y0:y1, x0:x1] = 1.0
+        links.boxes[number] = torch.tensor([x0 + x1, y0 + y1, 2 * (x1 - x0), 2 * (y1 - y0)]) / 64
+    links.masks, links.has_mask = (F.avg_pool2d(pixels[:, 0] / 2 + 0.5, 2) * 255).byte(), torch.ones(len(items)) > 0
+    if len(links.keypoints):
+        centre, size = links.boxes[links.keypoint_object].split(2, 1)
+        sign = torch.tensor([[-0.5, -0.5], [0.5, 0.5]]).repeat(len(links.keypoints) // 2, 1)
+        links.keypoints = torch.cat([centre + sign * size, torch.full((len(sign), 1), 2.0)], 1)
+    patches = F.pad(F.unfold(F.avg_pool2d(pixels[:, :1], 2), 4, stride=4).transpose(1, 2), (0, 8))
+    return links, [patches, patches], pixels
+
+
+@pytest.mark.parametrize("kind", ["GRD", "POSE"])
+def test_it_learns_boxes_masks_and_keypoints_of_made_images(make_links, kind):
+    torch.manual_seed(0)
+    links, features, pixels = _made([(kind, i, 1, 2 * (kind == "POSE")) for i in range(8)], make_links)
+    decoder = LinkDecoder(LinkConfig(objects=4, width=64, layers=2, heads=2), 2, 24, 4, 20)
+    states = torch.randn(3, 4, 20).repeat(8, 1, 1)[: len(links.kind)] if kind == "POSE" else torch.randn(8, 4, 20)
+    optimizer = torch.optim.AdamW(decoder.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 120)
+    for _ in range(120):
+        loss, _ = link_losses(decoder(states, links, features, pixels), links)
+        optimizer.zero_grad()
+        (loss / 8).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        answers = link_answers(decoder(states, links, features, pixels), len(links.kind))
+    names = len(links.kind) // 8 - 1
+    boxes = box_convert(torch.stack([a.boxes[0] for a in answers[:: names + 1]]), "xyxy", "cxcywh")
+    assert (boxes - links.boxes).abs().mean() < 0.03
+    masks = torch.stack([a.masks[0] > 0 for a in answers[:: names + 1]])
+    wanted = links.masks > 127
+    assert (masks & wanted).sum() / (masks | wanted).sum() > 0.9
+    assert all(a.scores[0] > 0.5 > a.scores[1] for a in answers)
+    if names:
+        keypoints = torch.stack([a.keypoints[0] for a in answers if a.keypoints is not None])
+        assert (keypoints - links.keypoints)[:, :2].abs().mean() < 0.04
+        assert (keypoints[:, 2] > 0.5).all()
