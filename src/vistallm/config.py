@@ -132,6 +132,7 @@ class TrainConfig:
     encoder: bool = False
     tokenizer: bool = True
     decoder: str = "full"  # full | lora | frozen
+    links: bool = True  # the link decoder and the region encoder, where model.links is on
     lr: float = 2e-5
     encoder_lr: float | None = None  # null = lr
     tokenizer_lr: float | None = None  # of the QFormer and its queries, without the projection; null = lr
@@ -175,6 +176,7 @@ class DecodeConfig:
     grammar: bool = True  # only tokens that keep regions readable; false = free decoding
     limit: int | None = None  # samples per benchmark; null = all
     template: int = 0  # number of the instruction template; 0 = the fixed one that scores are published with
+    teacher_forced: bool = False  # links are read behind the true answer's text (answer=link); false = free-running
 
 
 @dataclass

@@ -57,7 +57,7 @@ def test_confidences_equal_those_of_one_pass_over_the_answer(
     written, generate = [], tiny_model.generate
     monkeypatch.setattr(tiny_model, "generate", lambda *a, **k: written.append(generate(*a, **k)) or written[0])
     answers = answerer.answer(sequences)
-    for sequence, answer, row in zip(sequences, answers, written[0].tolist(), strict=True):
+    for sequence, answer, row in zip(sequences, answers, written[0].ids.tolist(), strict=True):
         ids = row[: answer.tokens - 1]
         batch = collate([sequence], tiny_model.vocabulary, generation=True)
         words = tiny_model.decoder.get_input_embeddings()(torch.tensor([ids]))

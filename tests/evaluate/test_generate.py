@@ -16,7 +16,6 @@ from vistallm.evaluate.generate import (
     Pace,
     generate_predictions,
     picked_images,
-    prompt_length,
     read_answer,
     read_units,
 )
@@ -103,7 +102,7 @@ def test_samples_of_like_length_share_a_batch_and_come_back_in_the_order_of_the_
     answer = answerer.answer
 
     def noted(rows):
-        batches.append([prompt_length(row) for row in rows])
+        batches.append([row.prompt_length for row in rows])
         return answer(rows)
 
     monkeypatch.setattr(answerer, "answer", noted)
@@ -133,7 +132,7 @@ def test_the_prompt_alone_decides_whether_a_sample_fits(livelier, tiny_config, m
     (unit,) = read_units(mini_root, [one], 9, None, {})
     config = tiny_config(f"run_dir={tmp_path}", "data.max_reject_share=1")
     made = [Answerer(livelier, config)._prompt(raw) for raw in unit.raws]
-    longest = max(prompt_length(sequence) for sequence in made)
+    longest = max(sequence.prompt_length for sequence in made)
     assert any(len(sequence.input_ids) > longest for sequence in made), "a true answer must not fit beside its prompt"
     config.data.max_length = longest
     assert len(Answerer(livelier, config).answer_unit(unit, reject_log(config))[0]) == len(unit.raws)

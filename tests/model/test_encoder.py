@@ -37,15 +37,15 @@ def test_patch_tokens_are_those_of_the_named_block(encoder):
         blocks.append(hidden[:, 1:])
     assert (encoder.patches, encoder.width) == (16, 192)
     torch.testing.assert_close(encoder(images()), blocks[-1], rtol=1e-4, atol=1e-4)
-    encoder.layer = 1
+    encoder.block = 1
     torch.testing.assert_close(encoder(images()), blocks[1], rtol=1e-4, atol=1e-4)
-    encoder.layer = -2
+    encoder.block = len(encoder.blocks) - 2
     torch.testing.assert_close(encoder(images()), blocks[-2], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_patches_come_row_by_row(encoder):
-    encoder.layer = 0
+    encoder.block = 0
     plain = torch.full((1, 3, 48, 48), 128, dtype=torch.uint8)
     dotted = plain.clone()
     dotted[:, :, 12:24, 36:48] = 255  # second row, fourth column of 4 x 4 patches

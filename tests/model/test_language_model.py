@@ -51,7 +51,7 @@ def test_lora_trains_adapters_and_new_rows_alone(tiny_config, vocabulary, builde
     sequences = [builder.build(samples[task][0]) for task in ("rec", "nlvr2")]
     model(collate(sequences, vocabulary)).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    answer = model.eval().generate(collate(sequences, vocabulary, generation=True), 3)
+    answer = model.eval().generate(collate(sequences, vocabulary, generation=True), 3).ids
     assert answer.shape[1] <= 3
 
 
@@ -106,7 +106,7 @@ def test_vicuna_config_builds_through_the_same_classes(checkpoints, samples):
     builder = build_sequencer(config, vocabulary)
     sequences = [builder.build(samples[task][0]) for task in ("res", "coseg")]
     assert torch.isfinite(model(collate(sequences, vocabulary)).loss)
-    assert model.generate(collate(sequences, vocabulary, generation=True), 4).shape[0] == 2
+    assert model.generate(collate(sequences, vocabulary, generation=True), 4).ids.shape[0] == 2
 
 
 def test_missing_decoder_weights_are_named(tmp_path):

@@ -133,7 +133,7 @@ def test_guidance_in_the_whole_model(tiny_model, builder, samples, guided):
     other = dataclasses.replace(sample, fields=sample.fields | {"question": "Is there a cat in this picture?"})
     batch = collate([builder.build(sample), builder.build(other)], builder.vocabulary)
     with torch.no_grad():
-        one, two = tiny_model.image_tokens(batch)
+        one, two = tiny_model.encode(batch)[0]
     assert torch.allclose(one, two, atol=1e-6) != guided
 
 
@@ -145,7 +145,7 @@ def test_patches_go_straight_to_the_decoder(tiny_config, vocabulary, mini_root):
     rows = list(evaluation_sequences(split_shards(mini_root, "val", "rec"), builder, "rec", RejectLog(None, 0.0), 2))
     batch = collate(rows, vocabulary)
     expected = model.tokenizer.projection(model.tokenizer.feature_norm(model.encoder(batch.images)))
-    torch.testing.assert_close(model.image_tokens(batch), expected)
+    torch.testing.assert_close(model.encode(batch)[0], expected)
     slots = model.input_embeddings(batch)[0].isclose(expected[0, 7], atol=1e-4).all(-1)
     assert slots.any(), "a slot holds the eighth patch"
     assert model(batch).loss.isfinite()

@@ -103,7 +103,7 @@ def test_batched_cached_answers_equal_single_and_uncached_ones(livelier, sequenc
     end, pad = vocabulary.lm.eos_token_id, vocabulary.lm.pad_token_id
 
     def answers(rows):
-        ids = livelier.generate(collate(rows, vocabulary, generation=True), 12).tolist()
+        ids = livelier.generate(collate(rows, vocabulary, generation=True), 12).ids.tolist()
         return [row[: row.index(end) + 1] if end in row else row for row in ids], ids
 
     expected = [uncached(livelier, sequence, vocabulary, 12) for sequence in sequences]
@@ -122,7 +122,7 @@ def test_generation_stops_at_the_end_token(livelier, sequences, vocabulary):
     text = livelier.vocabulary.lm
     end, text.eos_token = text.eos_token, text.convert_ids_to_tokens(first[2])
     try:
-        ids = livelier.generate(collate(sequences[:1], vocabulary, generation=True), 6)[0].tolist()
+        ids = livelier.generate(collate(sequences[:1], vocabulary, generation=True), 6).ids[0].tolist()
     finally:
         text.eos_token = end
     assert ids == first[: first.index(first[2]) + 1]
@@ -131,5 +131,5 @@ def test_generation_stops_at_the_end_token(livelier, sequences, vocabulary):
 def test_a_batch_whose_slots_and_images_disagree(tiny_model, sequences, vocabulary):
     batch = collate(sequences, vocabulary)
     broken = dataclasses.replace(batch, images=batch.images[:-1], image_owner=batch.image_owner[:-1])
-    with pytest.raises(ValueError, match="image slots"):
+    with pytest.raises(ValueError, match="<im_patch> tokens"):
         tiny_model(broken)

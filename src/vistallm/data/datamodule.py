@@ -50,6 +50,7 @@ def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
         max_instruction=config.model.tokenizer.max_instruction_tokens,
         templates=cast(TemplateRange, templates),
         template=config.decode.template,
+        links=None if config.model.links == "none" else config.links,
     )
 
 

@@ -3,12 +3,14 @@
 `USER: [Image 1: ]<im_start><im_patch>*Q<im_end> instruction ASSISTANT:` then the answer and the end token, which alone
 are supervised (vicuna_v1.1, paper.md 1.6). Earlier rounds of a conversation come before, `USER: .. ASSISTANT: ..</s>`,
 each answer supervised. The instructions of all rounds, joined, also go to the QFormer. A special token that a
-sample's text spells out is text: only the codec's region tokens and the image slots are tokens.
+sample's text spells out is text: only region tokens, links and the image slots are tokens. An answer's regions are
+written by one of two heads: region tokens ("text"), or links, whose targets the sequence then holds.
 """
 
 from __future__ import annotations
 
 import random
+import zlib
 from dataclasses import dataclass, field
 
 import cv2
@@ -16,13 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistallm.config import PAD_COLOUR
+from vistallm.config import PAD_COLOUR, LinkConfig
 from vistallm.data.vocabulary import Piece, Vocabulary, encode, encode_pieces, token_ids
+from vistallm.links import REGION_TOKEN, write_link
+from vistallm.links.prompts import draw_prompt
+from vistallm.links.targets import LinkTarget, link_target, make_links, square_mask
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox, square_resize
-from vistallm.schema import IGNORE_INDEX, Batch, Sample, SampleReject
+from vistallm.regions.masks import rle_to_mask
+from vistallm.schema import IGNORE_INDEX, Batch, Region, Sample, SampleReject
 from vistallm.tasks import (
     TASKS,
+    RegionSlot,
     TemplateRange,
     earlier_rounds,
     find_region,
@@ -44,6 +51,11 @@ class Sequence:
     prompt: str  # without image slots
     answer: str
     sample: Sample
+    prompt_length: int  # tokens before the last answer
+    head: str = "text"  # that writes the answer's regions: text or link
+    links: list[LinkTarget] = field(default_factory=list)  # in the order of the routing tokens
+    prompts: list[tuple[int, np.ndarray]] = field(default_factory=list)  # image and (S, S) uint8 mask of each <region>
+    pixels: Tensor | None = None  # (K, 3, L, L) uint8, larger images for the links' stem
 
 
 @dataclass
@@ -59,90 +71,107 @@ class SequenceBuilder:
     max_instruction: int = 128  # tokens of the QFormer's copy, cut beyond
     templates: TemplateRange = None  # only the first n of a task, or "mini" (`Task.mini`); None = all
     template: int = 0  # the one that is taken where none is drawn; 0 = the fixed evaluation template
+    links: LinkConfig | None = None  # None: the model has no links
     _openings: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
+    _slot_ids: frozenset[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Note the ids of slots: what stands behind a routing token is given, not learned."""
+        self._slot_ids = frozenset(slot for _, *slots in self.vocabulary.link_ids for slot in slots)
 
     def build(
-        self, sample: Sample, rng: random.Random | None = None, generation: bool = False, answered: bool = True
+        self,
+        sample: Sample,
+        rng: random.Random | None = None,
+        generation: bool = False,
+        answered: bool = True,
+        head: str | None = None,
     ) -> Sequence:
         """Build the sequence of a decoded sample; `rng` draws the template, without it number `template` is taken.
 
         With `generation`, `max_length` counts the prompt alone: what the true answer is must not decide which samples
-        are evaluated. Without `answered` the sequence ends where the answer begins, and the sample needs none.
+        are evaluated. Without `answered` the sequence ends where the answer begins, and the sample needs none. `head`
+        writes the answer's regions, "text" or "link"; without it `rng` draws one of those that the task has.
 
         Raises:
-            SampleReject: unknown task, a placeholder without its region, no answer token, too many tokens, or a special
-                token in the text that the tokenizer can't read as text.
+            SampleReject: unknown task, a placeholder without its region, no answer token, too many tokens, a special
+                token in the text that the tokenizer can't read as text, or a head that model or task does not have.
         """
         if sample.task not in TASKS:
             raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
-        images, letterboxes = self._images(sample)
+        letterboxes = [Letterbox(info.width, info.height, self.image_size) for info in sample.images]
+        regions = _Regions(self, sample, letterboxes, self._head(sample, rng) if head is None else head)
         try:
             texts = [text for pair in earlier_rounds(sample) for text in pair]
             texts.append(write_instruction(sample, None if rng else self.template, rng, self.templates))
             if answered:
-                texts.append(write_answer(sample))
-            written = [self._write_regions(text, sample, letterboxes) for text in texts]
+                texts.append(write_answer(sample, regions.head))
+            written = [regions.write(text, answer=bool(number % 2)) for number, text in enumerate(texts)]
+        except SampleReject:
+            raise
         except (KeyError, ValueError) as error:
             raise SampleReject("bad-text", f"{sample.id}: {error}") from error
         instructions, answers = written[0::2], written[1::2]
         qformer = self.vocabulary.qformer
         joined = [piece for instruction in instructions for piece in [Piece(" "), *instruction]][1:]
-        ids, labels = self._tokens(sample, instructions, answers, generation or not answered)
+        ids, labels, prompt_length = self._tokens(sample, instructions, answers, generation or not answered)
         guide = encode_pieces(qformer, joined)[: self.max_instruction - 2]
         return Sequence(  # NumPy reads a list five times as quickly as torch
             input_ids=torch.from_numpy(np.array(ids)),
             labels=torch.from_numpy(np.array(labels)),
             instruction_ids=torch.from_numpy(np.array([qformer.cls_token_id, *guide, qformer.sep_token_id])),
-            images=images,
+            images=self._images(sample, self.image_size),
             letterboxes=letterboxes,
             prompt="".join(piece.text for piece in instructions[-1]),
             answer="".join(piece.text for piece in answers[-1]) if answered else "",
             sample=sample,
+            prompt_length=prompt_length,
+            head=regions.head,
+            links=regions.links,
+            prompts=regions.prompts,
+            pixels=self._images(sample, self.links.image_size) if self.links and self.links.image_size else None,
         )
+
+    def _head(self, sample: Sample, rng: random.Random | None) -> str:
+        """The head of a training sample: drawn where both can answer; a question about regions may show them, too."""
+        task, share = TASKS[sample.task], self.links.share if self.links else 0.0
+        if not self.links or "text" not in task.heads:
+            return task.heads[0]
+        return "link" if rng and (task.link or task.kind == "text") and rng.random() < share else "text"
 
     def _tokens(
         self, sample: Sample, instructions: list[list[Piece]], answers: list[list[Piece]], generation: bool
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of the rounds, one after another, and their labels: every answer and the end token behind it."""
-        lm, counted = self.vocabulary.lm, 0
+    ) -> tuple[list[int], list[int], int]:
+        """Token ids of the rounds, one after another, their labels, and where the last answer begins.
+
+        Every answer is supervised, but for the slots of links, and so is the end token behind it.
+        """
+        lm, start = self.vocabulary.lm, 0
         ids, labels = self._opening_ids(len(sample.images)), list[int]()
         for number, instruction in enumerate(instructions):
             ids += encode_pieces(lm, [Piece("USER: " if number else ""), *instruction, Piece(" ASSISTANT:")])
             labels += [IGNORE_INDEX] * (len(ids) - len(labels))
-            counted = len(ids)
+            start = len(ids)
             if number == len(answers):
                 break
             answer = [*encode_pieces(lm, answers[number]), lm.eos_token_id]
             if len(answer) < 2 and not generation:
                 raise SampleReject("empty-answer", f"{sample.id}: the answer has no token to supervise")
             ids += answer
-            labels += answer
-        counted = counted if generation else len(ids)
+            labels += [IGNORE_INDEX if token in self._slot_ids else token for token in answer]
+        counted = start if generation else len(ids)
         if counted > self.max_length:
             raise SampleReject("too-long", f"{sample.id}: {counted} tokens, data.max_length is {self.max_length}")
-        return ids, labels
+        return ids, labels, start
 
-    def _write_regions(self, text: str, sample: Sample, letterboxes: list[Letterbox]) -> list[Piece]:
-        """Replace `{regions:...}` placeholders by region tokens; raises ValueError for a missing object."""
-        pieces = []
-        for part in split_placeholders(text):
-            if isinstance(part, str):
-                pieces.append(Piece(part))
-                continue
-            chosen = [find_region(sample, number, part.kind) for number in part.objects]
-            written = self.codec.encode(chosen, letterboxes, part.kind or chosen[0].kind)
-            pieces.append(Piece(written, tokens=written.count("<")))
-        return pieces
-
-    def _images(self, sample: Sample) -> tuple[Tensor, list[Letterbox]]:
+    def _images(self, sample: Sample, size: int) -> Tensor:
         assert sample.pixels, "the stream decodes the images before building"
-        size = self.image_size
         images = np.empty((len(sample.images), 3, size, size), np.uint8)
         for planes, pixels, info in zip(images, sample.pixels, sample.images, strict=True):
             if pixels.shape[:2] != (size, size):  # else it is the square already
                 pixels = square_resize(pixels, size, PAD_COLOUR, (info.width, info.height))[0]
             cv2.split(pixels, list(planes))
-        return torch.from_numpy(images), [Letterbox(info.width, info.height, size) for info in sample.images]
+        return torch.from_numpy(images)
 
     def _opening_ids(self, images: int) -> list[int]:
         """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""
@@ -159,18 +188,88 @@ class SequenceBuilder:
         return list(self._openings[images])
 
 
+@dataclass
+class _Regions:
+    """Writes the regions of one sample's texts, and collects the links and region prompts among them."""
+
+    builder: SequenceBuilder
+    sample: Sample
+    letterboxes: list[Letterbox]
+    head: str
+    links: list[LinkTarget] = field(default_factory=list)
+    prompts: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def write(self, text: str, answer: bool) -> list[Piece]:
+        """Replace placeholders by region tokens, links or `<region>`; ValueError for a missing object."""
+        sample, task, config = self.sample, TASKS[self.sample.task], self.builder.links
+        shown = self.head == "link" and task.kind == "text" and not answer  # regions of a question become prompts
+        pieces = []
+        for part in split_placeholders(text):
+            if isinstance(part, str):
+                pieces.append(Piece(part))
+                continue
+            by_link = answer and self.head == "link" and task.link
+            if config is None and (by_link or part.shape or part.keypoint is not None):
+                text = f"{sample.id}: {sample.task} needs a model with links (model.links=all)"
+                raise SampleReject("needs-links", text)
+            chosen = [find_region(sample, number, part.kind) for number in part.objects]
+            if config is not None and (part.shape or shown):
+                pieces += [self._show(region, part.shape or region.kind) for region in chosen]
+            elif config is not None and by_link:
+                pieces.append(self._link(part, chosen, task.link, config))
+            elif part.keypoint is not None:
+                raise ValueError("a keypoint is written by links alone")
+            else:
+                written = self.builder.codec.encode(chosen, self.letterboxes, part.kind or chosen[0].kind)
+                pieces.append(Piece(written, tokens=written.count("<")))
+        return pieces
+
+    def _link(self, part: RegionSlot, chosen: list[Region], kind: str, config: LinkConfig) -> Piece:
+        """A link per image that holds objects, or one without objects; a keypoint's link shares the objects before."""
+        size, links = (config.image_size or self.builder.image_size) // 2, list[LinkTarget]()
+        if part.keypoint is not None:
+            image = self.links[-1].image
+            links.append(link_target(kind, image, [], self.letterboxes[image], size))
+            links[-1].keypoint = part.keypoint
+        for image in sorted({region.image for region in chosen}) or [0] * (part.keypoint is None):
+            objects = [region for region in chosen if region.image == image]
+            links.append(link_target(kind, image, objects, self.letterboxes[image], size))
+        self.links += links
+        named = len(self.letterboxes) > 1 and chosen
+        texts = [f"image {one.image + 1}: " * bool(named) + write_link(kind, config) for one in links]
+        return Piece(" ".join(texts), tokens=len(links) * (1 + config.queries))
+
+    def _show(self, region: Region, shape: str) -> Piece:
+        """A region prompt: its mask, or that of its box or point, drawn as `shape`, always alike for one sample."""
+        box = self.letterboxes[region.image]
+        if region.rle is not None:
+            mask = rle_to_mask(region.rle)
+        else:
+            mask = np.zeros((box.height, box.width), bool)
+            x0, y0, x1, y1 = (int(value) for value in region.box or 2 * (region.point or (0, 0)))
+            mask[min(y0, box.height - 1) : max(y1, y0 + 1), min(x0, box.width - 1) : max(x1, x0 + 1)] = True
+        drawn = draw_prompt(mask, shape, np.random.default_rng(zlib.crc32(self.sample.id.encode())))
+        self.prompts.append((region.image, square_mask(drawn, box, self.builder.image_size)))
+        return Piece(REGION_TOKEN, tokens=1)
+
+
 def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool = False) -> Batch:
     """Pad `sequences` to one batch.
 
     With `generation`, the rows hold the prompt only (no last answer) and are padded on the left.
     """
     # The last answer ends the sequence; those of earlier rounds belong to the prompt.
-    ends = [int((s.labels == IGNORE_INDEX).nonzero()[-1]) + 1 if generation else None for s in sequences]
+    ends = [s.prompt_length if generation else None for s in sequences]
     ids = [s.input_ids[:end] for s, end in zip(sequences, ends, strict=True)]
     labels = [s.labels[:end] for s, end in zip(sequences, ends, strict=True)]
     counts = torch.tensor([len(s.images) for s in sequences])
     pad = vocabulary.lm.pad_token_id
     instruction = [s.instruction_ids for s in sequences]
+    first = (counts.cumsum(0) - counts).tolist()
+    prompts = [(image + start, mask) for s, start in zip(sequences, first, strict=True) for image, mask in s.prompts]
+    pixels = [s.pixels for s in sequences if s.pixels is not None]
+    with_links = bool(vocabulary.link_tokens) and not generation
+    side = (sequences[0].images if sequences[0].pixels is None else sequences[0].pixels).shape[-1]
     return Batch(
         input_ids=_pad(ids, pad, generation),
         labels=_pad(labels, IGNORE_INDEX, generation),
@@ -181,6 +280,10 @@ def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool 
         image_owner=torch.repeat_interleave(torch.arange(len(sequences)), counts),
         ids=[s.sample.id for s in sequences],
         tasks=[s.sample.task for s in sequences],
+        links=make_links([s.links for s in sequences], counts.tolist(), side // 2) if with_links else None,
+        prompts=torch.from_numpy(np.stack([mask for _, mask in prompts])) if prompts else None,
+        prompt_image=torch.tensor([image for image, _ in prompts]) if prompts else None,
+        pixels=torch.cat(pixels) if pixels else None,
     )
 
 

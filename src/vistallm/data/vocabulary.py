@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vistallm.config import ModelConfig
+from vistallm.config import LinkConfig, ModelConfig
+from vistallm.links import LINKS, REGION_TOKEN, link_tokens, routing_token, slot_tokens
 from vistallm.regions.codec import RegionCodec
 from vistallm.schema import SampleReject
 from vistallm.tasks import TASKS, load_templates
@@ -38,6 +39,7 @@ class Vocabulary:
     qformer_first_new: int
     region_tokens: list[str]
     bin_values: np.ndarray  # (num_bins,) float64, the coordinates of the `<bin_i>`, in [0, 1]
+    link_tokens: list[list[str]] = field(default_factory=list)  # of each of LINKS: routing token, slots; empty: none
 
     def __post_init__(self) -> None:
         """A tokenizer.json may ask for truncation and padding, which `encode` must not do."""
@@ -48,18 +50,33 @@ class Vocabulary:
                 fast.no_padding()
 
     @classmethod
-    def build(cls, model: ModelConfig, codec: RegionCodec) -> Vocabulary:
-        """Load (or, for a model from scratch, make) both tokenizers and add the image and region tokens."""
+    def build(cls, model: ModelConfig, codec: RegionCodec, links: LinkConfig | None = None) -> Vocabulary:
+        """Load (or, for a model from scratch, make) both tokenizers and add image, region and `links` tokens."""
         lm, qformer = _lm_tokenizer(model), _qformer_tokenizer(model)
         first_new, qformer_first_new = len(lm), len(qformer)
         lm.add_tokens([*IMAGE_TOKENS, *codec.tokens])
         qformer.add_tokens(codec.tokens)
-        return cls(lm, qformer, first_new, qformer_first_new, codec.tokens, np.asarray(codec.bin_values))
+        tokens: list[list[str]] = []
+        if links is not None and model.links != "none":
+            lm.add_tokens(link_tokens(links))
+            qformer.add_tokens([REGION_TOKEN])
+            tokens = [[routing_token(kind), *slot_tokens(kind, links)] for kind in LINKS]
+        return cls(lm, qformer, first_new, qformer_first_new, codec.tokens, np.asarray(codec.bin_values), tokens)
 
     @property
     def image_id(self) -> int:
         """Id of `<im_patch>`."""
         return token_ids(self.lm, IMAGE_TOKENS[:1])[0]
+
+    @property
+    def region_id(self) -> int:
+        """Id of `<region>`."""
+        return token_ids(self.lm, [REGION_TOKEN])[0]
+
+    @property
+    def link_ids(self) -> list[list[int]]:
+        """Ids of each kind of link: its routing token, then its slots."""
+        return [token_ids(self.lm, tokens) for tokens in self.link_tokens]
 
     @property
     def bin_ids(self) -> list[int]:
@@ -76,7 +93,8 @@ class Vocabulary:
         self.lm.save_pretrained(folder / "text")
         self.qformer.save_pretrained(folder / "instruction")
         values = (self.first_new, self.qformer_first_new, self.region_tokens, self.bin_values.tolist())
-        (folder / "vocabulary.json").write_text(json.dumps(dict(zip(_STORED, values, strict=True))))
+        stored = dict(zip(_STORED, values, strict=True)) | {"link_tokens": self.link_tokens}
+        (folder / "vocabulary.json").write_text(json.dumps(stored))
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
@@ -88,7 +106,8 @@ class Vocabulary:
             stored = json.loads(path.read_text())
             lm, qformer = (AutoTokenizer.from_pretrained(folder / name) for name in ("text", "instruction"))
             first_new, qformer_first_new, region_tokens, values = (stored[name] for name in _STORED)
-            return cls(lm, qformer, first_new, qformer_first_new, region_tokens, np.asarray(values))
+            links = stored.get("link_tokens", [])
+            return cls(lm, qformer, first_new, qformer_first_new, region_tokens, np.asarray(values), links)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{folder}: cut short, or of another version ({reason}); copy the run again") from error
@@ -109,7 +128,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class Piece(NamedTuple):
-    """A piece of a sample's text: words, or what the codec wrote, with so many region tokens."""
+    """A piece of a sample's text: words, or regions, with so many region or link tokens."""
 
     text: str
     tokens: int = 0

@@ -24,12 +24,14 @@ from vistallm.data.stream import RejectLog
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
 from vistallm.evaluate.grammar import AnswerGrammars, Rule, rule_of
+from vistallm.evaluate.links import read_link_answer
+from vistallm.links.decoder import LinkAnswer
 from vistallm.metrics.regions import box_of
 from vistallm.metrics.words import read_words
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
-from vistallm.schema import IGNORE_INDEX, Parsed, Prediction, Region, Sample
+from vistallm.schema import Parsed, Prediction, Region, Sample
 from vistallm.tasks import Task, find_task
 
 WINDOW = 4  # batches of samples that are read together, so that prompts of like length share a batch
@@ -42,7 +44,7 @@ class Answer:
     """A generated answer: its text without end and padding tokens, the number of tokens written, its confidences.
 
     cut: it had to end at the limit. regions: one confidence per region, in order; presence: see
-    `vistallm.evaluate.confidence`; both empty under coords=text.
+    `vistallm.evaluate.confidence`; both empty under coords=text. links: what each link found, in order.
     """
 
     text: str
@@ -50,6 +52,8 @@ class Answer:
     cut: bool
     regions: list[float] = field(default_factory=list)
     presence: float | None = None
+    links: list[LinkAnswer] = field(default_factory=list)
+    forced: bool = False  # the text is the true answer's
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ class Answerer:
     def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
         """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
         device, text, decode = self.model.bin_ids.device, self.model.vocabulary.lm, self.config.decode
-        grammar = self.grammars.constrain(rules or [rule_of(sequence.sample) for sequence in sequences])
+        if decode.teacher_forced:
+            return self._answer_forced(sequences)
+        grammar = self.grammars.constrain(rules or [rule_of(sequence.sample, sequence.head) for sequence in sequences])
         log = TokenLog(self.grammars.roles, grammar if decode.grammar else None)
         limit, lengths = grammar.limit, [one.length for one in grammar.grammars]
         if not decode.grammar:
@@ -94,12 +100,23 @@ class Answerer:
         batch = collate(sequences, self.model.vocabulary, generation=True).to(device)
         # bf16 on an accelerator; the CPU decodes in fp32, where small matrices leave bf16 nothing to gain
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            ids = self.model.generate(batch, limit, logits_processor=[log], synced_gpus=self.sharded).tolist()
-        end = text.eos_token_id
+            made = self.model.generate(batch, limit, logits_processor=[log], synced_gpus=self.sharded)
+        ids, end = made.ids.tolist(), text.eos_token_id
         rows = [row[: row.index(end)] if end in row else row for row in ids]
         return [
-            Answer(str(text.decode(row, skip_special_tokens=False)), len(row) + 1, len(row) >= length, *confidences)
-            for row, length, confidences in zip(rows, lengths, log.read(rows), strict=True)
+            Answer(str(text.decode(row, skip_special_tokens=False)), len(row) + 1, len(row) >= length, *sure, links)
+            for row, length, sure, links in zip(rows, lengths, log.read(rows), made.links, strict=True)
+        ]
+
+    def _answer_forced(self, sequences: list[Sequence]) -> list[Answer]:
+        """What links find where the true answer is given; a published score of others is often of this kind."""
+        if any(sequence.head != "link" for sequence in sequences):
+            raise ValueError("decode.teacher_forced=true: expected benchmarks that links answer (answer=link)")
+        batch = collate(sequences, self.model.vocabulary).to(self.model.bin_ids.device)
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=batch.images.is_cuda):
+            found = self.model.find(batch)
+        return [
+            Answer(one.answer, 0, False, links=links, forced=True) for one, links in zip(sequences, found, strict=True)
         ]
 
     def answer_unit(self, unit: Unit, rejects: RejectLog) -> tuple[list[Prediction], Pace]:
@@ -111,10 +128,10 @@ class Answerer:
         for raw in unit.raws:
             rejects.read += 1
             try:
-                sequences.append(self._prompt(raw))
+                sequences.append(self._prompt(raw, getattr(unit.benchmark, "head", "text")))
             except SampleReject as reject:
                 rejects.add(raw, reject)
-        order = sorted(range(len(sequences)), key=lambda i: prompt_length(sequences[i]))
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
         answers: dict[int, Answer] = {}
         start = time.perf_counter()
         for rows in (order[first : first + size] for first in range(0, len(order), size)):
@@ -126,16 +143,11 @@ class Answerer:
         made = [make_prediction(one, answers[i], self.builder, unit.benchmark.name) for i, one in enumerate(sequences)]
         return made, pace
 
-    def _prompt(self, raw: RawSample) -> Sequence:
-        sequence, most = self.builder.build(decode_sample(raw)), self.config.data.max_length
-        if (length := prompt_length(sequence)) > most:
+    def _prompt(self, raw: RawSample, head: str = "text") -> Sequence:
+        sequence, most = self.builder.build(decode_sample(raw), head=head), self.config.data.max_length
+        if (length := sequence.prompt_length) > most:
             raise SampleReject("too-long", f"{raw.key}: a prompt of {length} tokens, data.max_length is {most}")
         return sequence
-
-
-def prompt_length(sequence: Sequence) -> int:
-    """Return the number of tokens before the last answer."""
-    return int((sequence.labels == IGNORE_INDEX).nonzero()[-1]) + 1
 
 
 def read_units(
@@ -199,8 +211,12 @@ def generate_predictions(
 def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder, benchmark: str) -> Prediction:
     """Read a generated answer and set it beside its target."""
     sample = sequence.sample
-    parsed, failure = read_answer(answer.text, sequence.letterboxes, builder.codec, find_task(sample.task))
-    if parsed is not None:
+    task, linked = find_task(sample.task), sequence.head == "link"
+    if linked and task.link:
+        parsed, failure = read_link_answer(answer.text, answer.links, sequence.letterboxes, task)
+    else:
+        parsed, failure = read_answer(answer.text, sequence.letterboxes, builder.codec, task)
+    if parsed is not None and not answer.links:
         set_confidence(parsed, answer.regions, answer.presence)
     return Prediction(
         id=sample.id,
@@ -213,6 +229,8 @@ def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder
         images=[{"width": image.width, "height": image.height} for image in sample.images],
         target=target_of(sample, sequence.answer),
         cut=answer.cut,
+        head=sequence.head,
+        forced=answer.forced,
     )
 
 
@@ -227,7 +245,8 @@ def read_answer(
         "no-region", "wrong-kind", "wrong-count", "empty", "no-choice", "no-yes-or-no", "no-true-or-false".
     """
     try:
-        parsed = codec.decode(text, letterboxes, None if task.kind == "text" else task.kind)
+        kind = None if task.kind == "text" else task.kind
+        parsed = codec.decode(text, letterboxes, kind, labels="{found}" in task.answer)
     except RegionParseError as error:
         return None, error.reason
     # rounded as in predictions.jsonl: the file scores exactly as the run behind it

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, token_ids
+from vistallm.links import LINKS
 from vistallm.schema import REGION_KINDS, Sample
 from vistallm.tasks import find_task, write_answer
 
@@ -43,25 +44,30 @@ class Rule:
 
     forms: the whole answers to choose from, where `{targets}` is the regions and `{images}` a list of image numbers;
     empty = free words around the regions. words, for free words without a kind: "any"; "some", there is a word beside
-    the regions; "short", no regions, and a word follows "answer is".
+    the regions; "short", no regions, and a word follows "answer is"; "list", phrases, each with its regions. link:
+    its kind, if links write the regions.
     """
 
     kind: str | None = None  # "mask", "box" or "point": at least one group of it; None = of any one kind, or none
     single: bool = False  # exactly one object
     images: int = 1  # of the prompt; with several, `image k:` stands before each group that holds objects
     forms: tuple[str, ...] = ()
-    words: Literal["any", "some", "short"] = "any"
+    words: Literal["any", "some", "short", "list"] = "any"
+    link: str = ""
 
 
-def rule_of(sample: Sample) -> Rule:
-    """Return the rule of an evaluation sample, from its task and, for a multiple choice, from its options."""
+def rule_of(sample: Sample, head: str = "text") -> Rule:
+    """Return the rule of an evaluation sample, from its task, head and, for a multiple choice, from its options."""
     task, images = find_task(sample.task), len(sample.images)
+    link = task.link if head == "link" else ""
+    if "{found}" in task.answer:
+        return Rule(task.kind, False, images, words="list", link=link)
     if task.kind != "text":
         # REC, RES and candidate questions have one target by definition; GREC, GRES and the rest none, one or several.
         single = task.metric in ("box", "mask", "candidates")
         own = sample.answer is not None or "{targets}" not in task.answer
-        forms = (task.answer, *((task.plural,) if task.plural and not single else ()))
-        return Rule(task.kind, single, images, () if own else forms)
+        forms = (task.answer, *((task.plural,) if task.plural and not single and not link else ()))
+        return Rule(task.kind, single, images, () if own else forms, link=link)
     choices: list[str] = {"yesno": ["yes", "no"], "truth": ["True", "False"]}.get(task.metric, [])
     if task.metric == "choice":
         options, form = str(sample.fields.get("options", "")), str(sample.fields.get("answer", "A"))
@@ -94,17 +100,28 @@ def write_grammar(rule: Rule, vocabulary: Vocabulary, points: int, objects: int)
         *(f'more_{k} ::= "" | comma point more_{k - 1}' for k in (1, 2)),
         'more_0 ::= ""',
     ]
+    if rule.link:
+        lines.append(
+            f"link ::= {' '.join(f'Token({number})' for number in vocabulary.link_ids[LINKS.index(rule.link)])}"
+        )
     for kind in REGION_KINDS:
         more = f"(separator_{kind} {kind}){{0,{objects - 1}}}" if objects > 1 else ""
         lines.append(f"group_{kind} ::= start_{kind} ({kind} {more}) stop_{kind}")
         lines.append(f"empty_{kind} ::= start_{kind} stop_{kind}")
-    x = "<" if vocabulary.region_tokens else r"\[\]"  # what begins and ends a region: no word holds it
+    # What begins and ends regions and links: no word holds it.
+    x = ("<" if vocabulary.region_tokens else "") + (
+        r"\[\]" if vocabulary.link_tokens or not vocabulary.region_tokens else ""
+    )
     named = [rf'{_SP} [iI] "mage" {_SP} "{k}" {_SP} ":" {_SP}' for k in range(1, rule.images + 1)]
     if rule.forms:
         roots = [_literal(form) for form in rule.forms]
         numbers = f"({' | '.join(json.dumps(str(k)) for k in range(1, rule.images + 1))})"
         lines.append(f'images ::= {numbers} ({_SP} ("," | "and") {_SP} {numbers}){{0,{rule.images - 1}}}')
         lines += _targets(rule, named)
+    elif rule.words == "list":
+        group = "link" if rule.link else f"(group_{rule.kind} | empty_{rule.kind})"
+        lines.append(f"item ::= [^{x},.:{_SPACE}]? [^{x},.:]* [{_LETTERS}] {_SP} {group}")
+        roots = [f'item ({_SP} "," {_SP} item)* ({_SP} ".")?']
     elif rule.words == "short":
         roots = [_short_answer(x)]
     else:
@@ -137,15 +154,15 @@ def _literal(form: str) -> str:
 
 def _targets(rule: Rule, named: list[str]) -> list[str]:
     """`targets`, the regions of an answer form: image by image, ascending, each at most once."""
-    kind = rule.kind or "mask"
-    empty = "" if rule.single else f"empty_{kind} | "
+    group = "link" if rule.link else f"group_{rule.kind or 'mask'}"
+    empty = "" if rule.single else "link | " if rule.link else f"empty_{rule.kind or 'mask'} | "
     if len(named) == 1:
-        return [f"targets ::= {empty}group_{kind}"]
+        return [f"targets ::= {group}" if rule.link else f"targets ::= {empty}{group}"]
     if rule.single:
-        return [f"targets ::= ({' | '.join(named)}) group_{kind}"]
-    lines = [f"targets ::= {empty}from_1", f"from_{len(named)} ::= {named[-1]} group_{kind}"]
+        return [f"targets ::= ({' | '.join(named)}) {group}"]
+    lines = [f"targets ::= {empty}from_1", f"from_{len(named)} ::= {named[-1]} {group}"]
     for k, name in enumerate(named[:-1], 1):
-        lines.append(f"from_{k} ::= {name} group_{kind} from_{k + 1}? | from_{k + 1}")
+        lines.append(f"from_{k} ::= {name} {group} from_{k + 1}? | from_{k + 1}")
     return lines
 
 
@@ -217,6 +234,7 @@ class AnswerGrammars:
         for role, bracket in ((Role.STOP, b"]"), (Role.START, b"[")):
             found = self.roles == role if tokens else np.array([piece == bracket for piece in pieces])
             self.ends.append(torch.from_numpy(np.flatnonzero(found)))
+        self.ends.append(torch.tensor([ids[0] for ids in vocabulary.link_ids], dtype=torch.long))
         self.ends.append(torch.tensor([i for i, piece in enumerate(pieces) if len(piece) == 1 and piece.isalpha()]))
         # xgrammar 0.2.8 takes rules for the same that differ in the ids of Token() alone: its cache mixes them up
         self.compiler = xg.GrammarCompiler(self.info, max_threads=1, cache_enabled=False)
@@ -225,9 +243,11 @@ class AnswerGrammars:
     def _compile(self, rule: Rule) -> AnswerGrammar:
         """Tokens are counted as if each were a byte."""
         number = 1 if self.vocabulary.region_tokens else len(str(len(self.vocabulary.bin_values))) + 3
-        numbers = {"mask": 2 * self.points, "box": 4, "point": 2, None: 0}[rule.kind]
+        numbers = {"mask": 2 * self.points, "box": 4, "point": 2}.get(rule.kind or "", 0)
         each = number * (numbers + numbers // 6 + 1)
-        objects, length = 1 if rule.single else MAX_OBJECTS, self.max_new_tokens or WORDS
+        if rule.link:
+            each = len(self.vocabulary.link_ids[0])
+        objects, length = 1 if rule.single or rule.link else MAX_OBJECTS, self.max_new_tokens or WORDS
         limit = length + 16 * number + GROUP  # what is open ends within three vertices, or a word
         if rule.forms:
             words = max(2 * len(form.encode()) for form in rule.forms)
@@ -247,7 +267,7 @@ class AnswerGrammars:
 class RegionGrammar(LogitsProcessor):
     """Masks the scores of a batch of answers; `limit` is how many tokens to generate at most.
 
-    `ends`: the ids that end an answer, that end a group, that begin one, and letters.
+    `ends`: the ids that end an answer, that end a group, that begin one, that begin a link, and letters.
     """
 
     def __init__(self, grammars: list[AnswerGrammar], vocab_size: int, ends: list[Tensor]) -> None:

@@ -14,7 +14,8 @@ from vistallm.config import LinkConfig
 LINKS = ("DET", "GRD", "SEG", "POSE")
 SCENE_LINKS = ("DET", "POSE")  # all links of one image share object queries; of the others each link has its own
 REGION_TOKEN = "<region>"  # in a prompt: a region that the region encoder reads
-_LINK = re.compile(r"(?:\bimage (\d+)\s*:)?([^\[\],.:]*)[\s:]*\[(" + "|".join(LINKS) + r")\]", re.IGNORECASE)
+_LINK = re.compile(rf"\[({'|'.join(LINKS)})\]", re.IGNORECASE)
+_IMAGE = re.compile(r"\bimage\s+(\d+)\s*:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ def write_link(kind: str, config: LinkConfig) -> str:
 
 
 def read_links(text: str) -> list[Link]:
-    """The links of an answer's text, in order; where no image is named it is the first, or the last one named."""
-    links: list[Link] = []
+    """The links of an answer's text, in order; one that names no image is of the first.
+
+    >>> read_links("star [DET][DET_1], red cross [DET][DET_1]")
+    [Link(kind='DET', image=0, phrase='star'), Link(kind='DET', image=0, phrase='red cross')]
+    """
+    links, end = list[Link](), 0
     for match in _LINK.finditer(text):
-        kind = match[3].upper()
-        links.append(Link(kind, int(match[1] or 1) - 1, match[2].strip()))
+        before, end = text[end : match.start()], match.end()
+        named = _IMAGE.findall(before)
+        phrase = re.split(r"[\[\],.:]", _IMAGE.sub("", before))[-1].strip()
+        links.append(Link(match[1].upper(), int(named[-1]) - 1 if named else 0, phrase))
     return links

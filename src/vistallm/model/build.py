@@ -13,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import Vocabulary, loading
+from vistallm.links.decoder import LinkDecoder
+from vistallm.links.prompts import RegionEncoder
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.language_model import add_lora, build_decoder, check_sizes, initialise_new_rows
 from vistallm.model.qformer import InstructionGuidedTokenizer, build_tokenizer, load_tokenizer_weights
@@ -30,11 +32,14 @@ def build_model(
     `dtype` is the language model's; with a `decoder_config` it gets that shape, and its weights are loaded later.
     Raises ValueError where weights are missing or broken, or settings do not fit them.
     """
-    encoder = ImageEncoder(config.model.encoder, config.model.tokenizer.class_token)
+    linked = config.model.links != "none"
+    encoder = ImageEncoder(
+        config.model.encoder, config.model.tokenizer.class_token, config.links.blocks if linked else ()
+    )
     decoder: Any = build_decoder(config.model.decoder, vocabulary.lm, dtype, decoder_config)
     bins = torch.as_tensor(vocabulary.bin_values)
     for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
-        initialise_new_rows(matrix, vocabulary.first_new, vocabulary.bin_ids, bins)
+        initialise_new_rows(matrix, vocabulary.first_new, vocabulary.bin_ids, bins, vocabulary.link_ids)
     rows, width = len(vocabulary.qformer), decoder.config.hidden_size
     tokenizer = build_tokenizer(config.model.tokenizer, rows, encoder.tokens, encoder.width, width)
     if isinstance(tokenizer, InstructionGuidedTokenizer):
@@ -47,7 +52,11 @@ def build_model(
             settings["context_fn"] = lambda: (contextlib.nullcontext(), training_attention())
         for part in (decoder, *([tokenizer.qformer] if isinstance(tokenizer, InstructionGuidedTokenizer) else [])):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    return VistaLLM(encoder, tokenizer, decoder, vocabulary, config.train.bin_sigma)
+    links = regions = None
+    if linked:
+        links = LinkDecoder(config.links, len(encoder.read), encoder.width, round(encoder.patches**0.5), width)
+        regions = RegionEncoder(len(encoder.read), encoder.width, width)
+    return VistaLLM(encoder, tokenizer, decoder, vocabulary, config.train.bin_sigma, links, regions)
 
 
 def wrap_with_lora(decoder: Any, config: Config, vocabulary: Vocabulary) -> Any:

@@ -151,9 +151,30 @@ def _read_exported(manifest: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(model: VistaLLM, path: Path) -> None:
-    """Load the weights of a checkpoint into a model; ValueError names every key that is missing or does not fit."""
-    model.load_state_dict(_checked_state(model, path))
+def load_weights(model: VistaLLM, path: Path, known: Vocabulary | None = None) -> None:
+    """Load the weights of a checkpoint into a model; ValueError names every key that is missing or does not fit.
+
+    `known` is the checkpoint's vocabulary where the model has links and the checkpoint has none: word rows are matched
+    by token, and what links add stays as it starts.
+    """
+    model.load_state_dict(_checked_state(model, path) if known is None else _grown_state(model, path, known))
+
+
+def _grown_state(model: VistaLLM, path: Path, known: Vocabulary) -> dict[str, Tensor]:
+    own, state = model.state_dict(), read_state(path)
+    for key, rows in state.items():
+        if key.endswith(("embed_tokens.weight", "lm_head.weight", "word_embeddings.weight")) and key in own:
+            sides = [(v.qformer if key.startswith("tokenizer.") else v.lm) for v in (known, model.vocabulary)]
+            former, wanted = (side.get_vocab() for side in sides)
+            shared = [token for token in former if token in wanted]
+            state[key] = own[key].clone()
+            state[key][[wanted[token] for token in shared]] = rows[[former[token] for token in shared]].to(own[key])
+    state = {key: value for key, value in own.items() if key.startswith(("links.", "region_encoder."))} | state
+    for name, other in model.tied_weights().items():
+        state.setdefault(name, state[other])
+    advice = "links can be added to a run with a whole language model; export one with LoRA first (tools/export.py)"
+    check_keys(own, state, str(path), advice)
+    return state
 
 
 def load_run(

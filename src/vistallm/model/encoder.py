@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import open_clip
@@ -25,7 +25,7 @@ class ImageEncoder(nn.Module):
     mean: Tensor  # (3, 1, 1) float32, of pixels in 0..255
     std: Tensor
 
-    def __init__(self, config: EncoderConfig, class_token: bool = False) -> None:
+    def __init__(self, config: EncoderConfig, class_token: bool = False, read: Sequence[int] = ()) -> None:
         super().__init__()
         if config.name not in open_clip.list_models():
             raise ValueError(
@@ -42,7 +42,8 @@ class ImageEncoder(nn.Module):
         logging.getLogger().removeFilter(_is_not_about_random_weights)
         if is_file:
             self._load(str(config.weights))
-        self.layer, self.image_size, self.class_token = config.layer, size, class_token
+        self.image_size, self.class_token = size, class_token
+        self.block, *self.read = self._numbers([config.layer, *read])
         self.register_buffer("mean", 255 * torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
         trunk = getattr(self.visual, "trunk", None)
@@ -52,18 +53,28 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode (N, 3, S, S) uint8 RGB images to tokens (N, P, D): patches row by row from the top left."""
-        weight = next(self.visual.parameters())
-        pixels = ((images.to(self.mean) - self.mean) / self.std).to(weight.dtype)
+        return self.features(images)[0]
+
+    def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encode as `forward` does; also return the patch tokens (N, P, D) of each block that links read."""
+        weight, blocks = next(self.visual.parameters()), sorted({self.block, *self.read})
         result = self.visual.forward_intermediates(
-            pixels,
-            indices=[self._block()],
+            self.normalise(images).to(weight.dtype),
+            indices=blocks,
             stop_early=True,
             intermediates_only=True,
             output_fmt="NLC",
             output_extra_tokens=self.class_token,
         )
-        class_tokens = result["image_intermediates_prefix"] if self.class_token else []
-        return torch.cat([*class_tokens, *result["image_intermediates"]], 1)
+        patches, own = result["image_intermediates"], blocks.index(self.block)
+        tokens = patches[own]
+        if self.class_token:
+            tokens = torch.cat([result["image_intermediates_prefix"][own], tokens], 1)
+        return tokens, [patches[blocks.index(block)] for block in self.read]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn (N, 3, H, W) uint8 RGB images into the float32 pixels that the tower reads."""
+        return (images.to(self.mean) - self.mean) / self.std
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -73,14 +84,18 @@ class ImageEncoder(nn.Module):
 
     def unread_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the weights that `forward` never reads: later blocks, and the tower's final norm and head."""
-        for block in self.blocks[self._block() + 1 :]:
+        for block in self.blocks[max([self.block, *self.read]) + 1 :]:
             yield from block.parameters()
         for name, parameter in self.visual.named_parameters():
             if name.removeprefix("trunk.").partition(".")[0] in AFTER_BLOCKS:
                 yield parameter
 
-    def _block(self) -> int:
-        return self.layer % len(self.blocks)
+    def _numbers(self, layers: Sequence[int]) -> list[int]:
+        """Numbers of blocks from 0, from numbers of which negative ones count from the end."""
+        count = len(self.blocks)
+        if wrong := [layer for layer in layers if not -count <= layer < count]:
+            raise ValueError(f"model.encoder.layer, links.blocks: expected blocks of {count}, got {wrong}")
+        return [layer % count for layer in layers]
 
     def _load(self, path: str) -> None:
         """Load a safetensors file; ValueError unless names and shapes match exactly."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +111,25 @@ def check_sizes(asked: DecoderConfig, folder: Path) -> None:
 
 
 @torch.no_grad()
-def initialise_new_rows(weight: Tensor, first_new: int, bin_ids: list[int], bin_values: Tensor) -> None:
+def initialise_new_rows(
+    weight: Tensor, first_new: int, bin_ids: list[int], bin_values: Tensor, link_ids: Sequence[list[int]] = ()
+) -> None:
     """Set the rows of a (V, D) matrix from `first_new` on, in place: the mean of the old rows, plus a smooth code.
 
     The code is for the rows `bin_ids` of the coordinate tokens, whose (num_bins,) values are in [0, 1]. It is a random
     rotation of sines and cosines from half a period to num_bins / 4 periods over the image, so near coordinates start
-    with near rows. As large as an old row is, its amplitude falls with the frequency.
+    with near rows. As large as an old row is, its amplitude falls with the frequency. The slots of links, behind the
+    first of each list of `link_ids`, start as far from the mean as an old row, in random directions.
     """
     if weight.is_meta:  # a model whose weights are loaded later
         return
     old = weight[:first_new].float()
     mean, scale = old.mean(0), (old - old.mean(0)).norm(dim=1).mean()
     weight[first_new:] = mean.to(weight.dtype)
+    slots = sorted({number for _, *numbers in link_ids for number in numbers})
+    if slots:
+        noise = torch.randn(len(slots), weight.shape[1], generator=torch.Generator().manual_seed(1))
+        weight[slots] = (mean.cpu() + noise * scale.cpu() / weight.shape[1] ** 0.5).to(weight)
     if not bin_ids:
         return
     bands = min(16, weight.shape[1] // 2)

@@ -1,13 +1,14 @@
 """VistaLLM: Batch -> loss, or Batch -> generated token ids. A plain nn.Module that knows no Lightning.
 
 encoder (frozen) -> instruction-guided tokenizer (one run per image) -> image slots of the decoder's input embeddings.
+With links: the decoder's last hidden states at the slots of a link -> boxes, masks and keypoints (vistallm.links).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig
+from transformers.generation import LogitsProcessor
 
 from vistallm.data.vocabulary import Vocabulary
+from vistallm.links import LINKS, read_links
+from vistallm.links.decoder import LinkAnswer, LinkDecoder, link_answers
+from vistallm.links.losses import link_losses
+from vistallm.links.prompts import RegionEncoder
+from vistallm.links.targets import links_to_find
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.qformer import Tokenizer
-from vistallm.schema import IGNORE_INDEX, Batch
+from vistallm.schema import IGNORE_INDEX, Batch, LinkBatch
 
 
 @dataclass
@@ -29,6 +36,8 @@ class Output:
     token_loss: Tensor  # (M,) float32, with gradient
     row: Tensor  # (M,) int64: the sample of each token
     correct: Tensor  # (M,) bool: whether it is the most probable one
+    link_loss: Tensor | None = None  # () float32, summed over the batch's links and objects, with gradient
+    link_parts: dict[str, Tensor] = field(default_factory=dict)  # its parts, () float32 each
 
     @property
     def loss(self) -> Tensor:
@@ -50,48 +59,78 @@ def training_attention() -> Iterator[None]:
             yield
 
 
+@dataclass
+class Generated:
+    """The answers of a batch."""
+
+    ids: Tensor  # (B, G) int64 new token ids, padded after the end token
+    links: list[list[LinkAnswer]]  # of each row, what its links found, in the order of the answer; empty without links
+
+
 class VistaLLM(nn.Module):
     """Encoder, instruction-guided tokenizer and decoder behind `forward` (losses) and `generate` (greedy answers).
 
     The decoder is a transformers causal language model or peft's wrapper of one, whose rows are the vocabulary's ids;
-    `bin_sigma` is the width of a coordinate's soft target in bins, 0 = cross-entropy.
+    `bin_sigma` is the width of a coordinate's soft target in bins, 0 = cross-entropy. `links` reads the slots of an
+    answer's links, `region_encoder` the region prompts; both or none are there.
     """
 
     bin_ids: Tensor  # (num_bins,) int64, ids of the coordinate tokens
+    link_ids: Tensor  # (4, 1 + K) int64, of each kind of link the routing token and its slots; (0,) without links
 
     def __init__(
-        self, encoder: ImageEncoder, tokenizer: Tokenizer, decoder: Any, vocabulary: Vocabulary, bin_sigma: float = 0.0
+        self,
+        encoder: ImageEncoder,
+        tokenizer: Tokenizer,
+        decoder: Any,
+        vocabulary: Vocabulary,
+        bin_sigma: float = 0.0,
+        links: LinkDecoder | None = None,
+        region_encoder: RegionEncoder | None = None,
     ) -> None:
         super().__init__()
         self.vocabulary, self.bin_sigma = vocabulary, bin_sigma
         self.encoder, self.tokenizer, self.decoder = encoder, tokenizer, decoder
+        self.links, self.region_encoder = links, region_encoder
         self.register_buffer("bin_ids", torch.tensor(vocabulary.bin_ids, dtype=torch.long), persistent=False)
+        self.register_buffer("link_ids", torch.tensor(vocabulary.link_ids, dtype=torch.long), persistent=False)
 
-    def image_tokens(self, batch: Batch) -> Tensor:
-        """Return (N, Q, C) image tokens, one block per image, guided by the instruction of the image's sample."""
+    def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Return (N, Q, C) image tokens, one block per image, guided by its sample's instruction, and patch tokens.
+
+        The patch tokens, (N, P, D) each, are those of the encoder blocks that links read.
+        """
         frozen = not any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen), training_attention():
-            patch_tokens_NPD = self.encoder(batch.images)
+            tokens_NPD, patches = self.encoder.features(batch.images)
         owner = batch.image_owner
         with training_attention():
-            return self.tokenizer(patch_tokens_NPD, batch.instruction_ids[owner], batch.instruction_mask[owner])
+            return self.tokenizer(tokens_NPD, batch.instruction_ids[owner], batch.instruction_mask[owner]), patches
 
-    def input_embeddings(self, batch: Batch) -> Tensor:
-        """Return (B, T, C) embeddings with the image tokens laid into the image slots."""
+    def input_embeddings(self, batch: Batch, encoded: tuple[Tensor, list[Tensor]] | None = None) -> Tensor:
+        """Return (B, T, C) embeddings with image tokens laid into the image slots, and regions into `<region>`.
+
+        `encoded`: what `encode` gives, where it is known.
+        """
+        image_tokens, patches = encoded or self.encode(batch)
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
-        slots = (batch.input_ids == self.vocabulary.image_id).unsqueeze(-1)
-        image_tokens = self.image_tokens(batch).to(embeddings.dtype)
-        expected = slots.sum().item()
-        if expected != image_tokens.shape[0] * image_tokens.shape[1]:
-            raise ValueError(
-                f"batch: {expected} image slots, but {tuple(image_tokens.shape[:2])} image tokens; rebuild it"
-            )
-        return embeddings.masked_scatter(slots, image_tokens)
+        laid = {self.vocabulary.image_id: image_tokens.flatten(0, 1)}
+        if self.region_encoder is not None and batch.prompts is not None and batch.prompt_image is not None:
+            pixels = self.encoder.normalise(batch.images)
+            laid[self.vocabulary.region_id] = self.region_encoder(patches, pixels, batch.prompts, batch.prompt_image)
+        for token, states in laid.items():
+            slots = batch.input_ids == token
+            if (expected := slots.sum().item()) != len(states):
+                name = self.vocabulary.lm.convert_ids_to_tokens(token)
+                raise ValueError(f"batch: {expected} {name} tokens, but {len(states)} states of them; rebuild it")
+            embeddings = embeddings.masked_scatter(slots.unsqueeze(-1), states.to(embeddings.dtype))
+        return embeddings
 
     def forward(self, batch: Batch) -> Output:
         """Loss over the supervised positions of a right-padded batch; the LM head runs on those positions alone."""
         # Right padding and a causal mask: no real token sees a pad, so the mask is left out (and SDPA stays fast).
-        embeddings = self.input_embeddings(batch)
+        image_tokens, patches = self.encode(batch)
+        embeddings = self.input_embeddings(batch, (image_tokens, patches))
         with training_attention():
             hidden = self.language_model()(inputs_embeds=embeddings).last_hidden_state
         targets = batch.labels[:, 1:]
@@ -102,22 +141,101 @@ class VistaLLM(nn.Module):
         if self.bin_sigma > 0:
             is_bin = torch.isin(target, self.bin_ids)
             token_loss = torch.where(is_bin, self._soft_bin_loss(logits, target), token_loss)
-        return Output(token_loss, row, logits.detach().argmax(-1) == target)
+        output = Output(token_loss, row, logits.detach().argmax(-1) == target)
+        if self.links is not None and self.region_encoder is not None:
+            pixels, states = self._stem_pixels(batch), self._slot_states(batch.input_ids, hidden)[0]
+            links = batch.links or links_to_find([], [], [], pixels.shape[-1] // 2).to(hidden.device)
+            families = self.links(states, links, patches, pixels)
+            loss, output.link_parts = link_losses(families, links)
+            # ddp waits for a gradient of every parameter, also where no prompt shows a region
+            unread = sum(parameter.sum() for parameter in self.region_encoder.parameters()) * 0.0
+            output.link_loss = loss + unread
+        return output
+
+    def _slot_states(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Read (B, T, D) behind each routing token of `ids` (B, T), where all its K slots are there.
+
+        Returns (L, K, D) states of the slots and (L,) int64 rows.
+        """
+        row, position = torch.isin(ids, self.link_ids[:, 0]).nonzero(as_tuple=True)
+        whole = position + self.link_ids.shape[1] <= ids.shape[1]
+        row, position = row[whole], position[whole]
+        slots = position[:, None] + torch.arange(1, self.link_ids.shape[1], device=ids.device)
+        return hidden[row[:, None], slots], row
+
+    def _stem_pixels(self, batch: Batch) -> Tensor:
+        return self.encoder.normalise(batch.images if batch.pixels is None else batch.pixels)
 
     @torch.inference_mode()
-    def generate(self, batch: Batch, max_new_tokens: int, **arguments: object) -> Tensor:
-        """Greedy answers for a left-padded batch: (B, G) int64 new token ids, padded after the end token."""
-        text = self.vocabulary.lm
-        return self.decoder.generate(
-            inputs_embeds=self.input_embeddings(batch),
-            attention_mask=batch.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=text.eos_token_id,
-            pad_token_id=text.pad_token_id,
-            **arguments,
+    def generate(
+        self, batch: Batch, max_new_tokens: int, logits_processor: Sequence[LogitsProcessor] = (), **arguments: object
+    ) -> Generated:
+        """Greedy answers for a left-padded batch, and what the links in them find.
+
+        A routing token is followed by its slots: they are tokens like all others, so a row waits for no other row.
+        """
+        text, states = self.vocabulary.lm, list[Tensor]()
+        image_tokens, patches = self.encode(batch)
+        forced = [ForcedSlots(self.link_ids, len(text))] if self.links is not None else []
+        handle = self.language_model().register_forward_hook(
+            lambda module, inputs, output: states.append(output.last_hidden_state[:, -1]) if forced else None
         )
+        try:
+            ids = self.decoder.generate(
+                inputs_embeds=self.input_embeddings(batch, (image_tokens, patches)),
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=text.eos_token_id,
+                pad_token_id=text.pad_token_id,
+                logits_processor=[*forced, *logits_processor],
+                **arguments,
+            )
+        finally:
+            handle.remove()
+        if not forced:
+            return Generated(ids, [[] for _ in ids])
+        # The first state is of the prompt's last token; a link that the limit has cut lacks its last states.
+        return Generated(ids, self._find(batch, ids[:, : len(states) - 1], states[1:], patches))
+
+    def _find(self, batch: Batch, ids: Tensor, states: list[Tensor], patches: list[Tensor]) -> list[list[LinkAnswer]]:
+        """Run the link decoder on G generated ids (B, G) and the state (B, D) of each."""
+        assert self.links is not None
+        found: list[list[LinkAnswer]] = [[] for _ in ids]
+        if not states:
+            return found
+        hidden, owners = self._slot_states(ids, torch.stack(states, 1))
+        counts = torch.bincount(batch.image_owner, minlength=len(batch)).tolist()
+        kinds, rows, images, first = list[int](), owners.tolist(), list[int](), 0
+        for row, (answer, count) in enumerate(zip(ids.tolist(), counts, strict=True)):
+            for link in read_links(str(self.vocabulary.lm.decode(answer)))[: rows.count(row)]:
+                kinds.append(LINKS.index(link.kind))
+                images.append(first + min(link.image, count - 1))  # reading the answer faults a wrong number
+            first += count
+        links = links_to_find(kinds, rows, images, 1).to(ids.device)
+        return self._answers(batch, links, hidden, patches) if kinds else found
+
+    def _answers(self, batch: Batch, links: LinkBatch, states: Tensor, patches: list[Tensor]) -> list[list[LinkAnswer]]:
+        assert self.links is not None
+        families, found = (
+            self.links(states, links, patches, self._stem_pixels(batch)),
+            [list[LinkAnswer]() for _ in batch.ids],
+        )
+        for row, answer in zip(links.row.tolist(), link_answers(families, len(links.row)), strict=True):
+            found[row].append(answer)
+        return found
+
+    @torch.inference_mode()
+    def find(self, batch: Batch) -> list[list[LinkAnswer]]:
+        """What the links of the true answers find, for each row of a right-padded batch (teacher forcing)."""
+        assert batch.links is not None, "a batch with answers, of a vocabulary with links"
+        image_tokens, patches = self.encode(batch)
+        embeddings = self.input_embeddings(batch, (image_tokens, patches))
+        states = self._slot_states(batch.input_ids, self.language_model()(inputs_embeds=embeddings).last_hidden_state)[
+            0
+        ]
+        return self._answers(batch, batch.links, states, patches)
 
     def base_decoder(self) -> Any:
         """The transformers model, also under LoRA."""
@@ -146,3 +264,24 @@ class VistaLLM(nn.Module):
         centre = torch.searchsorted(self.bin_ids, target_M).clamp(max=len(bins) - 1)
         weight = torch.softmax(-0.5 * ((bins[None] - centre[:, None]) / self.bin_sigma) ** 2, dim=1)
         return -(weight * torch.log_softmax(logits_MV, 1)[:, self.bin_ids]).sum(1)
+
+
+class ForcedSlots(LogitsProcessor):
+    """Lets a routing token be followed by its slots, in order, and nothing else write a slot.
+
+    link_ids: (4, 1 + K) int64, `VistaLLM.link_ids`; size: tokens of the vocabulary.
+    """
+
+    def __init__(self, link_ids: Tensor, size: int) -> None:
+        self.follower = torch.full((size,), -1, dtype=torch.long, device=link_ids.device)
+        self.follower[link_ids[:, :-1]] = link_ids[:, 1:]
+        self.slots = link_ids[:, 1:].flatten()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the masked scores (B, V)."""
+        scores = scores.index_fill(1, self.slots, -torch.inf)
+        if input_ids.shape[1] == 0:  # the prompt is not among them
+            return scores
+        follower = self.follower[input_ids[:, -1]]
+        only = torch.full_like(scores, -torch.inf).scatter_(1, follower.clamp(min=0)[:, None], 0.0)
+        return torch.where((follower >= 0)[:, None], only, scores)

@@ -114,13 +114,14 @@ class RegionCodec:
                 groups.append(prefix + self._write_group(objects, kind))
         return " ".join(groups)
 
-    def decode(self, text: str, letterboxes: list[Letterbox], kind: str | None = None) -> Parsed:
+    def decode(self, text: str, letterboxes: list[Letterbox], kind: str | None = None, labels: bool = False) -> Parsed:
         """Read every region group of an answer.
 
         Args:
             text: the answer, with markers; white space between tokens is ignored.
             letterboxes: the sample's images, in the order of their numbers.
             kind: what an empty bracket of `coords="text"` stands for, "mask" if not given; tokens say it themselves.
+            labels: each region gets the phrase before its group as its label ("star [..], red cross [..]").
 
         Returns:
             Regions in original pixels, float32, clipped to the image; the kind is "text" when no marker occurs; the
@@ -132,14 +133,18 @@ class RegionCodec:
         pattern = _TOKEN_GROUP if self.coords == "tokens" else _TEXT_GROUP
         regions: list[Region] = []
         kinds: set[str] = set()
+        end = 0
         for match in pattern.finditer(text):
             found, objects = self._read_group(match, kind)
             kinds.add(found)
+            label = re.split(r"[,.:]", text[end : match.start()])[-1].strip() if labels else None
+            end = match.end()
             if not objects:
                 continue
             image = self._image_index(match["image"], len(letterboxes))
             for parts in objects:
                 regions.append(self._region(found, parts, image, len(regions), letterboxes[image]))
+                regions[-1].label = label
         rest = pattern.sub(" ", text)
         if self.coords == "tokens" and (stray := _ANY_MARKER.search(rest)):
             raise RegionParseError(

@@ -21,7 +21,7 @@ from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
 from vistallm.train.strategy import shard
 
 # What is summed over the micro-batches and ranks of an optimizer step, before loss and weight of each task.
-FACTS = ("weight", "loss", "correct", "tokens", "supervised", "samples", "cells", "rejects", "stop")
+FACTS = ("weight", "loss", "correct", "tokens", "links", "supervised", "samples", "cells", "rejects", "stop")
 TASK_NAMES = list(TASKS)
 BAD_STEPS = 3  # in a row, with a gradient that is not finite, stop the run
 
@@ -70,7 +70,7 @@ class VistaModule(L.LightningModule):
         torch.manual_seed((self.config.seed << 40) + number + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the batch's weighted sum of token losses; the step's total weight divides the gradient at its end."""
+        """Return the batch's weighted sum of token and link losses; the step's total weight divides its gradient."""
         output = self.model(batch)
         weights = token_weights(output.row, len(batch), self.config.train.loss_weight)
         losses = output.token_loss * weights
@@ -79,10 +79,19 @@ class VistaModule(L.LightningModule):
         by_task = losses.new_zeros(2, len(TASK_NAMES))
         by_task.index_add_(1, index[output.row], torch.stack([losses.detach(), weights]))
         counts = torch.tensor([len(losses), len(batch), batch.input_ids.numel(), batch.rejects, 0.0])
-        computed = torch.stack([weights.sum(), losses.detach().sum(), output.correct.sum(), batch.attention_mask.sum()])
+        # An object of a link weighs as much as `links.weight` supervised tokens: so no sum but theirs has to be shared.
+        linked = losses.new_zeros(()) if output.link_loss is None else self.config.links.weight * output.link_loss
+        facts = [
+            weights.sum(),
+            losses.detach().sum(),
+            output.correct.sum(),
+            batch.attention_mask.sum(),
+            linked.detach(),
+        ]
+        computed = torch.stack(facts)
         sums = torch.cat([computed, counts.to(losses.device, non_blocking=True), by_task.flatten()])
         self._sums = sums if self._sums is None else self._sums + sums
-        return losses.sum()
+        return losses.sum() + linked
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log teacher-forced loss and token accuracy."""
@@ -135,7 +144,7 @@ class VistaModule(L.LightningModule):
         self.stop_seen = facts["stop"] > 0
         losses, weights = (values[len(FACTS) :][i * len(TASK_NAMES) :][: len(TASK_NAMES)] for i in range(2))
         self.report = {
-            "loss": facts["loss"] / facts["weight"],
+            "loss": (facts["loss"] + facts["links"]) / facts["weight"],
             "accuracy": facts["correct"] / facts["supervised"],
             "lr": known["lr"],
             "grad_norm": norm,
@@ -145,6 +154,7 @@ class VistaModule(L.LightningModule):
             "skipped": float(not math.isfinite(norm)),
             "padding": 1 - facts["tokens"] / facts["cells"],
             **{f"loss/{task}": a / b for task, a, b in zip(TASK_NAMES, losses, weights, strict=True) if b},
+            **({"loss/links": facts["links"] / facts["weight"]} if facts["links"] else {}),
         }
         self._bad_steps = self._bad_steps + 1 if self.report["skipped"] else 0
         if self._bad_steps:

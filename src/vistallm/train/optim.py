@@ -22,11 +22,14 @@ def set_trainable(model: VistaLLM, config: TrainConfig) -> list[tuple[str, str, 
     if config.decoder != "lora":  # peft has set the adapters trainable and all else frozen
         model.decoder.requires_grad_(config.decoder == "full")
     # Without a gradient they would stop ddp, which waits for one of each trainable parameter.
+    for part in (model.links, model.region_encoder):
+        if part is not None:
+            part.requires_grad_(config.links)
     for parameter in chain(model.encoder.unread_parameters(), model.tokenizer.unread_parameters()):
         parameter.requires_grad_(False)
     rows = []
-    for name in ("encoder", "tokenizer", "decoder"):
-        setting = getattr(config, name)
+    for name in ("encoder", "tokenizer", "decoder", *(["links", "region_encoder"] if model.links is not None else [])):
+        setting = getattr(config, name.replace("region_encoder", "links"))
         state = setting if isinstance(setting, str) else "trained" if setting else "frozen"
         counts = [(p.numel(), p.requires_grad) for p in getattr(model, name).parameters()]
         rows.append((name, state, sum(n for n, trains in counts if trains), sum(n for n, _ in counts)))
@@ -45,7 +48,7 @@ def keep_frozen_in_eval(model: VistaLLM) -> None:
     Its checkpointed layers alone stay in training mode, in which transformers checkpoints: their own code has no
     dropout, their submodules are in evaluation mode, and gradients pass through them to what trains before.
     """
-    for part in (model.encoder, model.tokenizer, model.decoder):
+    for part in filter(None, (model.encoder, model.tokenizer, model.decoder, model.links, model.region_encoder)):
         if not any(p.requires_grad for p in part.parameters()):
             part.eval()
             for layer in part.modules():

@@ -177,7 +177,9 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
     start, codec = find_checkpoint(config.ckpt) if config.ckpt else None, build_codec(config)
     if start:
         check_sizes(config.model.decoder, start[0])
-    vocabulary = Vocabulary.load(start[0] / "vocabulary") if start else Vocabulary.build(config.model, codec)
+    vocabulary = known = Vocabulary.load(start[0] / "vocabulary") if start else None
+    if vocabulary is None or config.model.links != "none" and not vocabulary.link_tokens:
+        vocabulary = Vocabulary.build(config.model, codec, config.links)
     if vocabulary.region_tokens != codec.tokens:
         raise ValueError(
             f"ckpt={config.ckpt}: its vocabulary has {len(vocabulary.region_tokens)} region tokens, "
@@ -186,7 +188,7 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
         )
     data = CoinItDataModule(config, vocabulary, root)
     steps = _steps(config, data)
-    model, rows = prepare_model(config, vocabulary, start)
+    model, rows = prepare_model(config, vocabulary, start, known if vocabulary is not known else None)
     print(f"stage {config.stage}, {config.model.name}: {steps} steps" + (f" from {start[1]}" if start else ""))
     for name, state, trainable, total in rows:
         print(f"  {name:<10} {state:<8} {trainable:>13,} of {total:>13,} parameters train")
@@ -194,7 +196,7 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
 
 
 def prepare_model(
-    config: Config, vocabulary: Vocabulary, start: tuple[Path, Path] | None
+    config: Config, vocabulary: Vocabulary, start: tuple[Path, Path] | None, known: Vocabulary | None = None
 ) -> tuple[VistaLLM, list[tuple[str, str, int, int]]]:
     """Build the model, freeze what does not train, cast and compile it; the rows are `set_trainable`'s.
 
@@ -207,7 +209,7 @@ def prepare_model(
     else:
         half = frozen_half and config.train.decoder != "full"
         dtype = torch.bfloat16 if half else torch.float32
-        model = load_start(config, vocabulary, start, dtype) if start else build_model(config, vocabulary, dtype)
+        model = load_start(config, vocabulary, start, dtype, known) if start else build_model(config, vocabulary, dtype)
     rows = set_trainable(model, config.train)
     if frozen_half:
         cast_frozen(model)
@@ -239,17 +241,24 @@ def resume_path(config: Config) -> Path | None:
     return chosen
 
 
-def load_start(config: Config, vocabulary: Vocabulary, start: tuple[Path, Path], dtype: torch.dtype) -> VistaLLM:
+def load_start(
+    config: Config,
+    vocabulary: Vocabulary,
+    start: tuple[Path, Path],
+    dtype: torch.dtype,
+    known: Vocabulary | None = None,
+) -> VistaLLM:
     """Build the model as the checkpoint was trained, with LoRA or without, load it, then merge LoRA or add it.
 
-    A stage 1 of LoRA so goes on with a frozen (merged) language model, and one without goes on with LoRA.
+    A stage 1 of LoRA so goes on with a frozen (merged) language model, and one without goes on with LoRA. `known` is
+    the checkpoint's vocabulary where it has no links and the model does.
     """
     former, wanted = config_from_file(start[0] / "config.yaml"), config.train.decoder == "lora"
     had = former.train.decoder == "lora"
     shape = replace(config.model, decoder=former.model.decoder) if had and not wanted else config.model
     trained = replace(config.train, decoder="lora" if had else "full")
     model = build_model(replace(config, model=shape, train=trained), vocabulary, dtype)
-    load_weights(model, start[1])
+    load_weights(model, start[1], known)
     if had and not wanted:
         model.decoder = model.decoder.merge_and_unload()
     elif wanted and not had:
