@@ -25,7 +25,6 @@ import numpy as np
 from vistallm.regions import masks as M
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
-from vistallm.regions.overlay import draw_regions
 from vistallm.schema import Region, Rle
 
 COLUMNS = "sampler points masks mean_iou under_0.8 worst tokens ms_sample ms_all"
@@ -67,24 +66,6 @@ def measure(masks: list[Rle], codec: RegionCodec, options: dict[str, Any]) -> di
     return {**dict(zip(COLUMNS.split(), values, strict=True)), "iou": scores.round(5).tolist()}
 
 
-def save_sheet(path: Path, masks: list[Rle], ious: list[float], count: int, options: dict[str, Any]) -> None:
-    """Picture of the worst masks, each with its number and IoU; polygons are white with their vertices."""
-    tiles = []
-    for index in np.argsort(ious)[:count].tolist():
-        x0, y0, x1, y1 = (round(v) for v in M.rle_box(masks[index]))
-        mask = M.rle_to_mask(masks[index])
-        polygons = [polygon - (x0 - 2, y0 - 2) for polygon in M.mask_to_polygons(mask, **options)]
-        crop = np.zeros((max(x1 - x0, y1 - y0) + 4,) * 2, bool)
-        crop[2 : y1 - y0 + 2, 2 : x1 - x0 + 2] = mask[y0:y1, x0:x1]
-        whole, written = Region(0, "mask", rle=M.mask_to_rle(crop)), Region(0, "mask", polygons=polygons)
-        black, tag = np.zeros((*crop.shape, 3), np.uint8), f"#{index} IoU {ious[index]:.3f}"
-        tile = draw_regions(black, [whole], 240 / len(crop), [tag], [written])
-        tiles.append(cv2.copyMakeBorder(tile, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=(90, 90, 90)))
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 6)
-    sheet = np.vstack([np.hstack(tiles[k : k + 6]) for k in range(0, len(tiles), 6)])
-    cv2.imwrite(str(path), sheet[:, :, ::-1])
-
-
 def main() -> int:
     """Read, measure, print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,11 +74,7 @@ def main() -> int:
     parser.add_argument("--sampler", nargs="+", default=list(M.SAMPLERS), choices=M.SAMPLERS)
     parser.add_argument("--num-bins", type=int, default=1001)
     parser.add_argument("--target-iou", type=float, help="fewest points that reach this IoU, --points being the most")
-    parser.add_argument(
-        "--out", "--json", dest="json", type=Path, help="write the table here, with the IoU of every mask"
-    )
-    parser.add_argument("--sheet", type=Path, help="save a picture of the worst masks of the last row")
-    parser.add_argument("--worst", type=int, default=24, help="masks on the sheet")
+    parser.add_argument("--out", type=Path, help="write the table here, with the IoU of every mask")
     args = parser.parse_args()
     try:
         read = list(read_masks(args.file))
@@ -116,10 +93,8 @@ def main() -> int:
         reason = str(error).partition("\n")[0].removeprefix(f"{args.file}: ")  # tarfile has a line per compression
         print(f"mask_ceiling: {args.file}: {type(error).__name__}: {reason}", file=sys.stderr)
         return 1
-    if args.json:
-        args.json.write_text(json.dumps({"file": args.file.name, "num_bins": args.num_bins, "rows": rows}))
-    if args.sheet:
-        save_sheet(args.sheet, masks, rows[-1]["iou"], args.worst, options)
+    if args.out:
+        args.out.write_text(json.dumps({"file": args.file.name, "num_bins": args.num_bins, "rows": rows}))
     return 0
 
 

@@ -186,7 +186,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb: bool = False
     project: str = "vistallm"
-    every_n_seconds: float = 30.0  # between printed lines where there is no terminal for a progress bar
+    every_n_seconds: float = 30.0  # between printed lines
 
 
 @dataclass

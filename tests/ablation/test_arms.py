@@ -58,7 +58,6 @@ def test_the_multi_image_arms_read_the_same_samples_of_each_task():
         ("ablations.points.arms.8", ["pionts=8"], r"run masks/pionts=8: unknown key 'pionts'.*'points'"),
         ("ablations.points.arms.8", ["points=x"], r"run masks/points=x: points: Value 'x'"),
         ("ablations.points.better", "9", r"ablation points: better=9: expected one of two arms or more, got 8, 12"),
-        ("ablations.points.arms.many", ["points=64"], r"axis=points per mask: expected arms named by numbers.*many"),
         ("ablations.points.metric", "mini_rec.p_at_50", r"metric=mini_rec.p_at_50: expected BENCHMARK.SCORE.*mini_res"),
         ("ablations.points.recipe", "musks", r"ablation points: no recipe 'musks'; there are boxes, masks, multi"),
         ("ablations.points.clam", "x", r"'clam'.*ablations.points.clam"),

@@ -69,7 +69,6 @@ def finished(tmp_path):
         better="16",
         equal="steps",
         arms={name: [] for name in runs},
-        axis="points",
         name="points",
         runs=runs,
     )
@@ -84,7 +83,7 @@ def finished(tmp_path):
     return ablation, runner
 
 
-def test_pages_tables_and_plots(finished, tmp_path):
+def test_pages_and_tables(finished, tmp_path):
     ablation, runner = finished
     result = collect(ablation, runner, 3)
     assert result.verdict == "undecided at this scale", "an arm has not run"
@@ -98,7 +97,6 @@ def test_pages_tables_and_plots(finished, tmp_path):
     assert "| 32 | not run |" in text
     page = (tmp_path / "out/results.html").read_text()
     assert "More &lt;points&gt;." in page
-    assert {p.name for p in (tmp_path / "out/plots").iterdir()} == {"points.png", "points.svg"}
 
 
 def test_an_unknown_score_names_those_there_are(finished):

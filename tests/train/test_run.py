@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_size_names_every_key(stage_one, train_tiny, tmp
         train_tiny(tmp_path / "x", *start, "model.decoder.hidden_size=32")
 
 
-def test_resume_with_other_settings_names_the_keys(stage_one, train_tiny, tmp_path):
+def test_resume_with_other_settings_names_every_key(stage_one, train_tiny, tmp_path):
     resume = [f"resume={stage_one.dir}/checkpoints/step-000003.ckpt", "trainer.max_steps=6"]
     for word, key in (("model.tokenizer.layers=1", "layer.1.attention"), ("train.decoder=frozen", "")):
         with pytest.raises(

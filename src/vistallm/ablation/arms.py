@@ -64,7 +64,6 @@ class Ablation:
     better: str
     equal: str
     arms: dict[str, list[str]]
-    axis: str | None = None
     name: str = ""
     runs: dict[str, Any] = field(default_factory=dict)
 
@@ -122,8 +121,6 @@ def _check(ablation: Ablation, scored: list[str]) -> None:
     benchmark, _, score = ablation.metric.partition(".")
     if benchmark not in scored or not score:
         raise ValueError(f"metric={ablation.metric}: expected BENCHMARK.SCORE, a benchmark among {', '.join(scored)}")
-    if ablation.axis and not all(re.fullmatch(r"\d+(\.\d+)?", arm) for arm in ablation.arms):
-        raise ValueError(f"axis={ablation.axis}: expected arms named by numbers, got {', '.join(ablation.arms)}")
 
 
 def make_run(recipes: dict[str, Recipe], name: str, arm: Overrides, extra: Overrides = ()) -> Run:

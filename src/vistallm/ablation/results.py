@@ -1,4 +1,4 @@
-"""Finished runs -> results.csv, results.md, results.html and plots, with intervals and a verdict for each claim.
+"""Finished runs -> results.csv, results.md and results.html, with intervals and a verdict for each claim.
 
 Arms are compared seed by seed: the difference between the arm that the claim prefers and another one is taken for each
 seed, and its mean gets a 95% interval by Student's t over the seeds.
@@ -19,7 +19,7 @@ from scipy.stats import t as student
 
 from vistallm.ablation.arms import Ablation
 from vistallm.ablation.runner import Runner
-from vistallm.evaluate.plots import draw_arms, read_columns
+from vistallm.evaluate.plots import read_columns
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "not confirmed", "undecided at this scale"
 Interval = tuple[float, float]  # mean and half the width of its 95% interval; NaN where there are too few numbers
@@ -110,18 +110,13 @@ def paired_difference(best: Arm, other: Arm) -> Interval:
 
 
 def write_results(results: list[AblationScores], out: Path, command: str) -> None:
-    """Write results.csv (a row per arm and seed), results.md, results.html, and plots/NAME.png and .svg into `out`."""
-    (out / "plots").mkdir(parents=True, exist_ok=True)
+    """Write results.csv (a row per arm and seed), results.md and results.html into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["ablation", "arm", "seed", "metric", "score", "ceiling", "samples", "tokens", "seconds"])
         for one, arms in ((result.ablation, result.arms) for result in results):
             writer.writerows([one.name, arm.name, run.seed, one.metric, *run[1:]] for arm in arms for run in arm.runs)
-            columns = {
-                arm.name: ([run.score for run in arm.runs], *arm.mean("score"), arm.mean("ceiling")[0]) for arm in arms
-            }
-            label = f"{one.metric.replace('.', ' ')} x 100"
-            draw_arms(out / "plots" / one.name, columns, one.better, one.axis or "", label)
     templates = Environment(loader=PackageLoader("vistallm.ablation", "."), trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"spread": spread, "amount": amount}
     for name in ("results.md", "results.html"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -252,14 +251,13 @@ def describe_data(data: CoinItDataModule, world_size: int) -> list[str]:
         lines.append(f"  missing in {data.root}: {', '.join(missing)}")
     if shards := data.missing_shards():
         lines.append(f"  {len(shards)} of {len(mixture.shards)} shards are listed and not there, first {shards[0]}")
-    workers, started = max(data.config.data.workers, 1), time.perf_counter()
+    workers = max(data.config.data.workers, 1)
     lanes, epoch = data.lanes or world_size * workers, Epoch(mixture, data.config.seed, 0)
     sizes = [high - low for low, high in (epoch.bounds(lane, lanes) for lane in range(lanes))]
     visits = [len(epoch.visits(lane, lanes)) for lane in range(lanes)]
     lines.append(
         f"  {world_size} ranks x {workers} workers, {lanes} lanes: {min(sizes):,} to {max(sizes):,} samples and "
-        f"{min(visits)} to {max(visits)} shards each; {len(epoch):,} shards to read "
-        f"(planned in {time.perf_counter() - started:.2f} s)"
+        f"{min(visits)} to {max(visits)} shards each; {len(epoch):,} shards to read"
     )
     if len(epoch) < lanes:
         lines.append(f"  too many lanes for {len(epoch):,} shards: lower data.workers, or write more, smaller shards")

@@ -83,35 +83,3 @@ def precision_curve(scores: Sequence[float]) -> Curve:
     """Return the share of samples whose score is at least t, for t = 0, 0.01, ..., 1."""
     thresholds = np.linspace(0, 1, 101)
     return thresholds, (np.asarray(scores, float)[None] >= thresholds[:, None]).mean(1)
-
-
-def draw_arms(
-    path: Path, arms: Mapping[str, tuple[Sequence[float], float, float, float]], best: str, axis: str, label: str
-) -> None:
-    """Write an ablation's plot as `path`.png and `path`.svg: seeds as dots, mean and 95% interval.
-
-    Args:
-        path: of the files, without suffix.
-        arms: name -> (score of each seed, mean, half the interval, ceiling), in [0, 1], NaN where there is none.
-        best: the arm in blue.
-        axis: what the arms' names count, on a logarithmic axis; "": names in a row.
-        label: of the scores.
-    """
-    places = [float(name) if axis else number for number, name in enumerate(arms)]
-    with matplotlib.rc_context(fname=STYLE):
-        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-        axes = figure.add_subplot(xlabel=axis, ylabel=label)
-        if axis:
-            axes.plot(places, [100 * mean for _, mean, *_ in arms.values()], color=LINES[0], linewidth=1.4)
-            axes.set_xscale("log")
-            axes.minorticks_off()
-        for place, (name, (scores, mean, half, _)) in zip(places, arms.items(), strict=True):
-            colour = LINES[0] if name == best else SOFT
-            axes.plot([place] * len(scores), 100 * np.array(scores), ".", color=colour, alpha=0.45)
-            axes.errorbar(place, 100 * mean, 100 * np.nan_to_num(half), fmt="o", color=colour, capsize=4)
-        # Ceilings as words: scores of small budgets lie far below them, and one scale for both hides what differs.
-        ceilings = [f"\nceiling {100 * top:.1f}" if np.isfinite(top) else "" for *_, top in arms.values()]
-        axes.set_xticks(places, [name + text for name, text in zip(arms, ceilings, strict=True)], fontsize=8)
-        axes.margins(x=0.15)
-        figure.savefig(path.with_suffix(".png"), dpi=160)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vistallm.model.vistallm import VistaLLM
 from vistallm.tasks import TASKS
@@ -53,7 +53,7 @@ class MetricsFile(Callback):
     waits for the device. On resume, rows after the checkpoint's step are dropped.
     """
 
-    def __init__(self, path: Path, print_every: float | None = None) -> None:
+    def __init__(self, path: Path, print_every: float) -> None:
         self.path, self.print_every = path, print_every
         self._clock = self._ready = self._printed = 0.0
         self._closed: dict[str, Any] | None = None  # the step whose report is still to be read
@@ -108,7 +108,7 @@ class MetricsFile(Callback):
         report = pl_module.read_report()
         row |= {key: round(value, 6) if key != "lr" else value for key, value in report.items()}
         self._write(trainer, row)
-        if self.print_every is not None and trainer.is_global_zero and self._clock - self._printed >= self.print_every:
+        if trainer.is_global_zero and self._clock - self._printed >= self.print_every:
             self._printed = self._clock
             left = (trainer.max_steps - row["step"]) * (self._clock - self._began) / (row["step"] - self._start)
             rate = row["samples"] / row["seconds"]
@@ -226,19 +226,3 @@ class StopAtSignal(Callback):
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former.clear()
-
-
-class StageBar(RichProgressBar):
-    """Lightning's progress bar under the stage's name: it would count epochs, of which a run by steps has -1."""
-
-    def __init__(self, stage: int) -> None:
-        super().__init__()
-        self._stage = stage
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"stage {self._stage}   "  # as wide as the "Validation" that replaces it
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-        """Show loss and learning rate of the last report beside what the validation has logged."""
-        shown = {key: f"{pl_module.report[key]:.4g}" for key in ("loss", "lr") if pl_module.report}
-        return super().get_metrics(trainer, pl_module) | shown

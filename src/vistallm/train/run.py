@@ -8,7 +8,6 @@ import fcntl
 import importlib.util
 import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -44,13 +43,11 @@ from vistallm.train.callbacks import (
     Checkpoints,
     MetricsFile,
     Preempted,
-    StageBar,
     StopAtSignal,
     keep_best,
 )
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
-from vistallm.train.plan import EFFICIENCY, GPUS, Workload, make_plan
 from vistallm.train.strategy import build_strategy, check_layout, compile_layers, resolve_precision
 
 OTHER_RUN = "of a run with other model.* or train.*; resume with its settings, or start a new run_dir= with ckpt="
@@ -136,17 +133,12 @@ def fit(trainer: L.Trainer, module: VistaModule, data: CoinItDataModule, resume:
 
 def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
     """Print what the run would read and do."""
-    size, world, means = config.data.batch_size, _world_size(config), dataset_statistics(data)
+    world, means = _world_size(config), dataset_statistics(data)
     print("\n".join(["data", *describe_data(data, world), *means.lines()]))
-    samples = steps * size * world * int(config.trainer.get("accumulate_grad_batches", 1))
-    work = (size * means.images, means.tokens / (1 - means.padding), means.supervised, means.instruction)
-    plan = make_plan(config, Workload(size, *(max(1, round(mean)) for mean in work)), world)
-    seconds = samples / size / world * plan.operations / EFFICIENCY
-    hours = ", ".join(f"{seconds / gpu.peak / 3600:,.3g} on {name}" for name, gpu in GPUS.items())
-    print(
-        f"  cost model: {plan.operations / 1e12:,.2f} T operations a micro-batch, {EFFICIENCY:.0%} of the peak; hours "
-        f"with {world} GPU(s): {hours} (tools/plan.py says what fits)"
-    )
+    samples = steps * config.data.batch_size * world * int(config.trainer.get("accumulate_grad_batches", 1))
+    words = f"tokens={means.tokens / (1 - means.padding):.0f} supervised={means.supervised:.0f}"
+    words += f" images={means.images:.2f} instruction={means.instruction:.0f}"
+    print(f"  memory and time: python tools/plan.py with the words of this run and {words}")
     print(
         f"dry run: {steps:,} steps, {samples:,} samples, {samples * means.tokens:,.0f} tokens from {data.root}; "
         "nothing was trained"
@@ -269,17 +261,16 @@ def load_start(
 def build_trainer(config: Config, run_dir: Path, score: Score | None = None) -> L.Trainer:
     """Build the Lightning Trainer: endless stream, steps from the config, checkpoints in the run folder."""
     arguments: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "check_val_every_n_epoch": None}
-    arguments |= {"enable_model_summary": False, "enable_progress_bar": sys.stdout.isatty()}
+    arguments |= {"enable_model_summary": False, "enable_progress_bar": False}
     arguments |= {"devices": 1} if config.strategy == "single" else {}
     arguments |= config.trainer  # `build` has put max_steps there
-    bar, best = arguments["enable_progress_bar"], config.checkpoint.best
+    best = config.checkpoint.best
     callbacks: list[Callback] = [
         *([AnswerScores(score)] if score else []),
-        MetricsFile(run_dir / "metrics.csv", None if bar else config.log.every_n_seconds),
+        MetricsFile(run_dir / "metrics.csv", config.log.every_n_seconds),
         StopAtSignal(),
         Checkpoints(run_dir / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep),
         *([keep_best(run_dir / "checkpoints", best)] if best else []),
-        *([StageBar(config.stage)] if bar else []),
     ]
     loggers: list[Logger] = []
     if config.log.tensorboard:
