@@ -164,7 +164,7 @@ class LinkBatch:
     group: torch.Tensor  # (L,) int64, ascending from 0; the links of a group share object queries
     object_link: torch.Tensor  # (O,) int64, the link that an object answers
     boxes: torch.Tensor  # (O, 4) float32, centre x, y, width, height
-    masks: torch.Tensor  # (O, M, M) uint8, 0 or 1
+    masks: torch.Tensor  # (O, M, M) uint8, the share of each pixel that is covered, 255 = all of it
     has_mask: torch.Tensor  # (O,) bool
     keypoint_object: torch.Tensor  # (Q,) int64, the object of each keypoint
     keypoint_link: torch.Tensor  # (Q,) int64, the link that names it

@@ -249,7 +249,8 @@ class _Regions:
             x0, y0, x1, y1 = (int(value) for value in region.box or 2 * (region.point or (0, 0)))
             mask[min(y0, box.height - 1) : max(y1, y0 + 1), min(x0, box.width - 1) : max(x1, x0 + 1)] = True
         drawn = draw_prompt(mask, shape, np.random.default_rng(zlib.crc32(self.sample.id.encode())))
-        self.prompts.append((region.image, square_mask(drawn, box, self.builder.image_size)))
+        shown = square_mask(drawn, box, self.builder.image_size) > 0  # also a dot that is less than a pixel
+        self.prompts.append((region.image, shown.astype(np.uint8)))
         return Piece(REGION_TOKEN, tokens=1)
 
 

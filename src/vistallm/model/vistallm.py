@@ -145,7 +145,8 @@ class VistaLLM(nn.Module):
         if self.links is not None and self.region_encoder is not None:
             pixels, states = self._stem_pixels(batch), self._slot_states(batch.input_ids, hidden)[0]
             links = batch.links or links_to_find([], [], [], pixels.shape[-1] // 2).to(hidden.device)
-            families = self.links(states, links, patches, pixels)
+            with training_attention():
+                families = self.links(states, links, patches, pixels)
             loss, output.link_parts = link_losses(families, links)
             # ddp waits for a gradient of every parameter, also where no prompt shows a region
             unread = sum(parameter.sum() for parameter in self.region_encoder.parameters()) * 0.0
