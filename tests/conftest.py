@@ -47,7 +47,7 @@ def mini_root(tmp_path_factory):
     from vistallm.mini.build import build_mini
 
     root = tmp_path_factory.mktemp("shards") / "mini"
-    build_mini(root, workers=1, train=306, val=30, test=30, samples_per_shard=17)
+    build_mini(root, workers=1, links=False, train=306, val=30, test=30, samples_per_shard=17)
     return root
 
 

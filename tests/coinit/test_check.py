@@ -10,6 +10,7 @@ from vistallm.coinit.build import read_ids
 from vistallm.coinit.check import FIRST, broken_text, check, evaluation_images, sample_faults
 from vistallm.coinit.shards import read_index, write_index, write_shard
 from vistallm.mini.build import MiniRecipe, build_mini, make_sample
+from vistallm.mini.link_tasks import LINK_MAKERS
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import Region
@@ -29,7 +30,7 @@ def write(root, split, pairs):
 
 
 def test_mini_set_is_sound_and_counted(tmp_path):
-    build_mini(tmp_path, workers=1, train=60, val=15, test=30, samples_per_shard=20)
+    build_mini(tmp_path, workers=1, links=False, train=60, val=15, test=30, samples_per_shard=20)
     report = check([tmp_path], workers=1)
     assert not report.totals
     assert not report.faults
@@ -252,6 +253,35 @@ def test_checker_sees_each_fault(pair, change, kind, message):
     assert list(sample_faults(sample, files, codec)) == []
     change(sample, files)
     assert any(k == kind and message in text for k, text in sample_faults(sample, files, codec))
+
+
+@pytest.mark.parametrize("task", LINK_MAKERS)
+def test_samples_of_links_are_sound(task):
+    for serial in range(12):
+        sample, files = make_sample(MiniRecipe(), "val", task, serial)
+        assert list(sample_faults(sample, [data for data, _ in files], RegionCodec(mask_sampler="uniform"))) == []
+
+
+@pytest.mark.parametrize(
+    ("keypoints", "text", "message"),
+    [
+        (((5.0, 500.0, 2), (1.0, 1.0, 1)), None, "keypoint (5.0, 500.0) is not inside"),
+        (((-1.0, -1.0, 0), (1.0, 1.0, 1)), "square {regions:0}, top {point:2}", "point 2 of object 0: it has 2"),
+        (((1.0, 1.0, 2),), "square {regions:7}, top {point:0}", "names object 7"),
+    ],
+)
+def test_faults_of_keypoints_are_seen(keypoints, text, message):
+    sample, files = make_sample(MiniRecipe(), "val", "pose", 1)
+    sample.answer, sample.regions[0].keypoints = text, keypoints
+    faults = sample_faults(sample, [data for data, _ in files], RegionCodec())
+    assert any(message in text for _, text in faults)
+
+
+def test_a_region_prompt_needs_a_mask():
+    sample, files = make_sample(MiniRecipe(), "val", "rec", 1)
+    sample.instruction = "Box {region:0:circle}."
+    ((kind, text),) = sample_faults(sample, [data for data, _ in files], RegionCodec())
+    assert (kind, "region prompt circle of object 0: expected a mask" in text) == ("placeholder", True)
 
 
 def test_a_character_that_was_lost_before_is_a_warning(tmp_path):

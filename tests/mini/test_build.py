@@ -4,6 +4,8 @@
 objects listed in `meta["scenes"]`, never on the builder's `Expression`.
 """
 
+import hashlib
+import json
 import re
 from collections import Counter
 
@@ -12,10 +14,12 @@ import pytest
 
 from vistallm.mini import build
 from vistallm.mini.build import MiniRecipe, build_mini, ensure_mini, make_sample
+from vistallm.mini.link_tasks import LINK_MAKERS, link_words
 from vistallm.mini.scene import ATTRIBUTES, HELD_OUT, random_scene
 from vistallm.mini.tasks import MAKERS, mini_words, point_of
 from vistallm.regions.masks import rle_box, rle_to_mask
-from vistallm.tasks import TASKS, load_templates, render
+from vistallm.schema import PROMPT_SHAPES
+from vistallm.tasks import TASKS, find_region, load_templates, render, split_placeholders
 
 RECIPE = MiniRecipe(seed=11)
 WORD = {value: name for name, values in ATTRIBUTES.items() for value in values}
@@ -236,7 +240,7 @@ def test_answers_are_balanced():
         assert min(answers.values()) > 0.5 * answers.total() / len(values), name
 
 
-@pytest.mark.parametrize("task", MAKERS)
+@pytest.mark.parametrize("task", MAKERS | LINK_MAKERS)
 def test_training_never_shows_or_names_a_held_out_pair(task):
     pairs = re.compile("|".join(rf"{colour} {shape}" for shape, colour in HELD_OUT))
     for sample in samples(task, 60):
@@ -247,15 +251,109 @@ def test_training_never_shows_or_names_a_held_out_pair(task):
     assert 0.3 < held < 0.7
 
 
-@pytest.mark.parametrize("task", MAKERS)
+@pytest.mark.parametrize("task", MAKERS | LINK_MAKERS)
 def test_words_are_all_listed(task):
-    known = set(mini_words())
+    known = set(mini_words()) | (set(link_words()) if TASKS[task].mini_links else set())
     for text in (*load_templates(task, "mini"), TASKS[task].answer, TASKS[task].plural or ""):
         known |= set(re.findall(r"\w+|[^\w\s]", re.sub(r"\{[^}]*\}", " ", text)))
     for sample in samples(task, 40, "test"):
         for text in render(sample, 0):
             words = re.findall(r"\w+|[^\w\s]", re.sub(r"\{[^}]*\}", " ", text))
             assert set(words) <= known
+
+
+def listed(sample):
+    """(name, its regions) in the order of an answer's list; keypoint names are left out."""
+    parts = split_placeholders(render(sample, 0)[1])
+    pairs = [(word.strip(" ,"), slot) for word, slot in zip(parts[0::2], parts[1::2], strict=False)]
+    return [(name, [find_region(sample, i, s.kind) for i in s.objects]) for name, s in pairs if s.keypoint is None]
+
+
+@pytest.mark.parametrize("task", ["det", "insseg", "semseg", "count", "pose"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_named_objects_are_all_that_the_names_mean(task, split):
+    absent = several = 0
+    for sample in samples(task, 150, split):
+        names = [name for name, _ in listed(sample)]
+        asked = sample.fields["names"].split(", ") if "names" in sample.fields else [sample.fields["expr"]]
+        assert names == [singular(w) if task == "count" else w for w in asked] or task == "count"
+        used = [i for name in names for i in meaning(name, sample)]
+        assert len(used) == len(set(used)), "an object belongs to one name"
+        for name, regions in listed(sample):
+            boxes = [objects(sample)[i]["box"] for i in meaning(name, sample)]
+            assert {region.label for region in regions} <= {name}
+            if task == "semseg" and boxes:
+                low, high = np.array(boxes)[:, :2].min(0), np.array(boxes)[:, 2:].max(0)
+                boxes = [[*low.tolist(), *high.tolist()]]
+            found = [tuple(r.box) if r.box is not None else tuple(rle_box(r.rle)) for r in regions]
+            assert sorted(found) == sorted(map(tuple, boxes))
+            assert [b[0] + b[2] for b in found] == sorted(b[0] + b[2] for b in found)
+            absent, several = absent + (not boxes), several + (len(boxes) > 1)
+    assert absent >= 14
+    assert several >= (0 if task == "semseg" else 20)
+
+
+def test_counts_and_prompts_come_up_equally_often():
+    assert set(Counter(len(s.regions) for s in samples("count", 50)).values()) == {10}
+    shown = Counter(re.search(r":(\w+)}", s.fields["prompt"])[1] for s in samples("interactive", 60))
+    assert shown == dict.fromkeys(PROMPT_SHAPES, 10)
+    assert all(s.meta["prompt"] in s.fields["prompt"] for s in samples("interactive", 12))
+
+
+def test_the_other_image_holds_all_of_the_kind_of_the_example():
+    for sample in samples("incontext", 60):
+        example, *found = boxes_of(sample)
+        (shown,) = (o for o in objects(sample) if tuple(o["box"]) == example)
+        same = [o for o in objects(sample, 1) if (o["shape"], o["colour"]) == (shown["shape"], shown["colour"])]
+        assert sorted(found) == sorted(tuple(o["box"]) for o in same)
+        assert [r.image for r in sample.regions] == [0] + [1] * len(same)
+        assert sample.fields["targets"] == list(range(1, len(same) + 1))
+
+
+def test_keypoints_lie_where_their_names_say():
+    hidden = []
+    for sample in samples("pose", 150):
+        names = sample.fields["points"].split(", ")
+        for region in sample.regions:
+            placed = dict(zip(names, np.array(region.keypoints), strict=True))
+            middle = np.mean([p[:2] for p in placed.values()], 0)
+            inside = rle_to_mask(region.rle)
+            for name, (x, y, v) in placed.items():
+                way = np.array([x, y]) - middle
+                words = name.split()
+                signs = [("right" in words) - ("left" in words), ("bottom" in words) - ("top" in words)]
+                assert all(way[axis] * sign > 0 for axis, sign in enumerate(signs) if sign), (name, placed)
+                if len(words) == 1:  # the other axis is the smaller one
+                    assert abs(way[signs.index(0)]) < abs(way[1 - signs.index(0)])
+                rows, columns = np.nonzero(inside)
+                near = np.hypot(columns + 0.5 - x, rows + 0.5 - y).min()
+                assert near < 4 if v == 2 else near > 0.5
+                hidden.append(v == 1)
+    assert 0.005 < np.mean(hidden) < 0.15
+
+
+# Hashes of records from before the tasks of links came; an image's bytes also depend on OpenCV's encoder.
+BEFORE = {
+    "caption": "89a8a74660c1", "reg": "d52a63a4147b", "vqa": "80eae5965df5", "rec": "c8dadec9a730",
+    "res": "ad6cdf5fbb2c", "grec": "abf1846e061e", "gres": "2fd0b4df97ca", "pointqa": "c583bd7ef0dc",
+    "boxqa": "2a3bc6d8ca44", "v7w": "2867dfc2f726", "vcr": "11594e73aa38", "pope": "8d133f12baa0",
+    "nlvr2": "b37c69e87aa8", "coseg": "d8850eaeec98", "attcoseg": "85044dfda226",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", BEFORE)
+def test_older_tasks_keep_their_bytes(task):
+    digest = hashlib.sha256()
+    for serial in range(4):
+        digest.update(json.dumps(make_sample(MiniRecipe(), "test", task, serial)[0].to_json()).encode())
+    assert digest.hexdigest()[:12] == BEFORE[task]
+
+
+def test_without_links_the_set_is_that_of_before():
+    plans = [MiniRecipe(links=links).plan("train") for links in (False, True)]
+    assert {task for task, _ in plans[0]} == set(MAKERS)
+    assert set(plans[0]) == {(task, serial) for task, serial in plans[1] if task in MAKERS}
+    assert hashlib.sha256(repr(plans[0]).encode()).hexdigest()[:12] == "633331b1c1ee"
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path):

@@ -25,8 +25,16 @@ from vistallm.coinit.shards import read_index, read_raw, read_shard
 from vistallm.coinit.sources.base import is_training, sample_images
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
-from vistallm.schema import ImageInfo, Region, Sample
-from vistallm.tasks import TASKS, earlier_rounds, find_region, split_placeholders, write_answer, write_instruction
+from vistallm.schema import REGION_KINDS, ImageInfo, Region, Sample
+from vistallm.tasks import (
+    TASKS,
+    RegionSlot,
+    earlier_rounds,
+    find_region,
+    split_placeholders,
+    write_answer,
+    write_instruction,
+)
 
 FIRST = 5  # faults of each kind that are kept with their text
 WARNINGS = ("lost-character", "exif-orientation")  # kinds that leave a set usable
@@ -243,14 +251,14 @@ def _text_faults(name: str, text: str, sample: Sample, codec: RegionCodec) -> It
     elif broken:
         yield "mojibake", f"holds {broken!r}; read the source's texts as UTF-8"
     letterboxes = [Letterbox(info.width, info.height, max(info.width, info.height)) for info in sample.images]
-    pieces, written = [], []  # of the text; the image of each region in it
+    pieces, written, posed = [], list[int](), list[Region]()  # of the text; the image of each region in it
     try:
         for piece in split_placeholders(text):
-            if not isinstance(piece, str):
-                regions = [find_region(sample, number, piece.kind) for number in piece.objects]
-                regions.sort(key=lambda region: region.image)
-                written += [region.image for region in regions]
-                piece = codec.encode(regions, letterboxes, piece.kind or regions[0].kind)
+            if isinstance(piece, RegionSlot):
+                regions, kind = _written(piece, sample, posed)
+                written += [region.image for region in regions if kind]
+                posed = regions
+                piece = codec.encode(regions, letterboxes, kind) if kind else ""
             pieces.append(piece)
         if written and name.endswith("answer"):
             read = [region.image for region in codec.decode("".join(pieces), letterboxes).regions]
@@ -260,6 +268,22 @@ def _text_faults(name: str, text: str, sample: Sample, codec: RegionCodec) -> It
         yield "parse-back", f"can't be read: {error}"
     except ValueError as error:
         yield "placeholder", f"has a wrong placeholder: {error}"
+
+
+def _written(slot: RegionSlot, sample: Sample, before: list[Region]) -> tuple[list[Region], str]:
+    """The regions that a placeholder is about and the kind of their tokens, "" where links alone write them.
+
+    A keypoint is about the regions `before` it. Raises ValueError for a region prompt without a mask, or a keypoint
+    that an object lacks.
+    """
+    regions = [find_region(sample, number, slot.kind) for number in slot.objects]
+    regions = sorted(regions, key=lambda region: region.image) if slot.keypoint is None else before
+    if slot.shape and any(region.rle is None for region in regions):
+        raise ValueError(f"region prompt {slot.shape} of object {slot.objects[0]}: expected a mask, got none")
+    if slot.keypoint is not None and (short := [r for r in regions if slot.keypoint >= len(r.keypoints or ())]):
+        raise ValueError(f"point {slot.keypoint} of object {short[0].object}: it has {len(short[0].keypoints or ())}")
+    kind = slot.kind or (regions[0].kind if regions else "")
+    return regions, kind if kind in REGION_KINDS and not slot.shape and slot.keypoint is None else ""
 
 
 def _region_fault(region: Region, image: ImageInfo) -> str | None:
@@ -272,6 +296,9 @@ def _region_fault(region: Region, image: ImageInfo) -> str | None:
             return f"box {region.box} is in the first pixel; expected pixels, not shares of the image's sides"
     if region.point is not None and not (0 <= region.point[0] <= width and 0 <= region.point[1] <= height):
         return f"point {region.point} is not inside 0..{width} x 0..{height}"
+    for x, y, v in region.keypoints or ():
+        if v and not (0 <= x <= width and 0 <= y <= height):
+            return f"keypoint {(x, y)} is not inside 0..{width} x 0..{height}"
     if region.rle is None:
         return None
     if list(region.rle.get("size", ())) != [height, width] or not isinstance(region.rle.get("counts"), str):

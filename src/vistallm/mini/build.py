@@ -19,8 +19,10 @@ from tqdm import tqdm
 from vistallm.coinit import shards
 from vistallm.coinit.build import run_forked
 from vistallm.coinit.shards import EncodedImage, Row, read_index, write_index, write_shard
-from vistallm.mini.tasks import MAKERS, MULTI_IMAGE
+from vistallm.mini.link_tasks import LINK_MAKERS
+from vistallm.mini.tasks import MAKERS
 from vistallm.schema import ImageInfo, Sample
+from vistallm.tasks import TASKS
 
 SOURCE = "mini"
 SPLITS = ("train", "val", "test")
@@ -29,22 +31,29 @@ TRAIN_WEIGHTS = {
     "caption": 5, "reg": 5, "vqa": 8, "rec": 11, "res": 14, "grec": 6, "gres": 10, "pointqa": 5, "boxqa": 5,
     "v7w": 5, "vcr": 4, "pope": 6, "nlvr2": 6, "coseg": 5, "attcoseg": 7,
 }  # fmt: skip
+# The tasks of links come on top, on the same scale.
+LINK_WEIGHTS = {"det": 10, "insseg": 8, "semseg": 8, "count": 4, "interactive": 6, "incontext": 8, "pose": 10}
+_ALL_MAKERS = MAKERS | LINK_MAKERS  # a task's place here seeds its samples
 _JPEG_QUALITY, _PNG_SHARE = 92, 0.1
 
 
 @dataclass(frozen=True)
 class MiniRecipe:
-    """What the bytes of a mini set depend on, beside the code; `train` samples are shared out by TRAIN_WEIGHTS."""
+    """What the bytes of a mini set depend on, beside the code; `train` samples are shared out by TRAIN_WEIGHTS.
+
+    With `links` the tasks of links are added: the other tasks keep their samples, in another order.
+    """
 
     seed: int = 0
     train: int = 28000
     val: int = 600
     test: int = 1500
     samples_per_shard: int = 500
+    links: bool = True
 
     def digest(self) -> str:
         """Hash of the recipe and of the source files that carry it out: a change of either rebuilds the set."""
-        digest = hashlib.sha256(json.dumps([vars(self), TRAIN_WEIGHTS], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([vars(self), TRAIN_WEIGHTS, LINK_WEIGHTS], sort_keys=True).encode())
         for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(str(shards.__file__))):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
@@ -53,7 +62,9 @@ class MiniRecipe:
         """The split's samples as (task, serial number), in the order of the shards."""
         weights = TRAIN_WEIGHTS if split == "train" else dict.fromkeys(MAKERS, 1)
         share = getattr(self, split) / sum(weights.values())
-        samples = [(task, serial) for task in MAKERS for serial in range(max(1, round(share * weights[task])))]
+        if self.links:
+            weights = weights | (LINK_WEIGHTS if split == "train" else dict.fromkeys(LINK_MAKERS, 1))
+        samples = [(task, n) for task, weight in weights.items() for n in range(max(1, round(share * weight)))]
         order = np.random.default_rng([self.seed, SPLITS.index(split)]).permutation(len(samples))
         return [samples[i] for i in order.tolist()]
 
@@ -65,10 +76,10 @@ def make_sample(recipe: MiniRecipe, split: str, task: str, serial: int) -> tuple
     """
     paired = task in ("vcr", "nlvr2")  # one draw gives two samples: question and reason, true and false
     draw = serial // 2 if paired else serial
-    rng = np.random.default_rng([recipe.seed, SPLITS.index(split), list(MAKERS).index(task), draw])
+    rng = np.random.default_rng([recipe.seed, SPLITS.index(split), list(_ALL_MAKERS).index(task), draw])
     # Several images seldom all lack held-out pairs, so some multi-image samples are drawn as in training.
-    look = "train" if task in MULTI_IMAGE and rng.random() < 0.4 else split
-    made = list(MAKERS[task](rng, look, draw))[serial % 2 if paired else 0]
+    look = "train" if TASKS[task].multi_image and rng.random() < 0.4 else split
+    made = list(_ALL_MAKERS[task](rng, look, draw))[serial % 2 if paired else 0]
     files: list[EncodedImage] = []
     for scene in made.scenes:
         suffix = "png" if rng.random() < _PNG_SHARE else "jpg"
@@ -83,12 +94,14 @@ def make_sample(recipe: MiniRecipe, split: str, task: str, serial: int) -> tuple
     return Sample(name, task, SOURCE, infos, fields=made.fields, regions=made.regions, meta=meta), files
 
 
-def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> dict[str, Any]:
+def build_mini(
+    out: Path | str, seed: int = 0, workers: int | None = None, links: bool = True, **sizes: int
+) -> dict[str, Any]:
     """Write the mini set's shards and index.json into the folder `out` and return the index.
 
     `workers`: processes, None = one per CPU. `sizes`: `train`, `val`, `test` and `samples_per_shard`, as in MiniRecipe.
     """
-    recipe, out = MiniRecipe(seed=seed, **sizes), Path(out)
+    recipe, out = MiniRecipe(seed=seed, links=links, **sizes), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     planned = []
     for split in SPLITS:
@@ -104,13 +117,13 @@ def build_mini(out: Path | str, seed: int = 0, workers: int | None = None, **siz
     return write_index(out, rows, source=SOURCE, recipe=recipe.digest(), seed=seed)
 
 
-def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **sizes: int) -> Path:
+def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, links: bool = True, **sizes: int) -> Path:
     """Build the mini set at `root` if it is missing or of another recipe; several processes may call it at once.
 
     Raises:
         ValueError: `root` holds something that is not a mini set; it is left untouched.
     """
-    root, recipe = Path(root), MiniRecipe(seed=seed, **sizes)
+    root, recipe = Path(root), MiniRecipe(seed=seed, links=links, **sizes)
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.parent / f".{root.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
@@ -122,11 +135,11 @@ def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, **s
             whole = files == {name: row["bytes"] for name, row in index["shards"].items()}
             if whole and index.get("recipe") == recipe.digest():
                 return root
-        print(f"building the mini set in {root} (about 20 s on two cores)", file=sys.stderr, flush=True)
+        print(f"building the mini set in {root} (about 30 s on two cores)", file=sys.stderr, flush=True)
         building = root.parent / f".{root.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         # In a fresh interpreter: forked workers can hang after torch has started threads.
-        words = {"out": str(building), "seed": seed, "workers": workers, **sizes}
+        words = {"out": str(building), "seed": seed, "workers": workers, "links": links, **sizes}
         subprocess.run([sys.executable, "-m", "vistallm.mini.build", json.dumps(words)], check=True)
         shutil.rmtree(root, ignore_errors=True)
         building.rename(root)

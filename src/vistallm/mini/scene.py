@@ -71,6 +71,14 @@ _OUTLINES = {  # corners for a diameter of 1 around (0, 0); areas are alike, so 
     ),
     "diamond": np.array([(0, -0.58), (0.34, 0), (0, 0.58), (-0.34, 0)]),
 }
+# Corners of an outline by name, in COCO's manner of keypoints; of two corners the middle. A turn changes no name.
+KEYPOINTS: dict[str, dict[str, list[int]]] = {
+    "square": {"top left": [0], "top right": [1], "bottom right": [2], "bottom left": [3]},
+    "triangle": {"top": [0], "right": [2], "left": [4]},
+    "star": {"top": [0], "right": [2], "bottom right": [4], "bottom left": [6], "left": [8]},
+    "cross": {"top": [0, 1], "right": [3, 4], "bottom": [6, 7], "left": [9, 10]},
+    "diamond": {"top": [0], "right": [1], "bottom": [2], "left": [3]},
+}
 
 
 @dataclass
@@ -138,6 +146,20 @@ class Scene:
     def held_out(self) -> bool:
         """Whether an object is of a pair of shape and colour that training never shows."""
         return any(is_held_out(o.attributes) for o in self.objects)
+
+    def keypoints(self, index: int) -> tuple[tuple[float, float, int], ...]:
+        """Keypoints of an object, in the order of KEYPOINTS: x and y in pixels, 2 = visible or 1 = hidden.
+
+        Visible: most of the object's own pixels around the point are seen.
+        """
+        scene_object, window = self.objects[index], self.layers[index][0].window
+        outline, (y, x) = scene_object.outline(), np.ogrid[window]
+        own, seen, found = self.layers[index][0].coverage >= 128, self.masks[index][window], []
+        for corners in KEYPOINTS[scene_object.attributes["shape"]].values():
+            px, py = outline[corners].mean(0).tolist()
+            near = own & (np.hypot(x + 0.5 - px, y + 0.5 - py) <= max(2.5, 0.08 * scene_object.diameter))
+            found.append((px, py, 1 + int(2 * np.count_nonzero(near & seen) >= np.count_nonzero(near))))
+        return tuple(found)
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
         """Draw the scene: image (H, W, 3) uint8 RGB and visible masks (n, H, W) bool, one per object, disjoint."""

@@ -82,10 +82,13 @@ Maker = Callable[[Rng, str, int], Iterator[SceneSample]]
 
 
 def region_of(scene: Scene, index: int, kind: str, number: int = 0, image: int = 0) -> Region:
-    """The scene's object `index` as a box or mask region; `number` is its object number in the sample."""
-    if kind == "mask":
-        return Region(image, "mask", number, rle=mask_to_rle(scene.masks[index]))
-    return Region(image, "box", number, box=scene.objects[index].box)
+    """The scene's object `index` as a region of a kind; `number` is its object number in the sample.
+
+    One with keypoints holds box and mask too.
+    """
+    box = None if kind == "mask" else scene.objects[index].box
+    rle = None if kind == "box" else mask_to_rle(scene.masks[index])
+    return Region(image, kind, number, box, rle=rle, keypoints=scene.keypoints(index) if kind == "keypoints" else None)
 
 
 def point_of(rng: Rng, scene: Scene, index: int) -> Region:
@@ -183,7 +186,7 @@ def _attribute_question(rng: Rng, split: str, serial: int) -> tuple[Scene, str, 
     return scene, name, f"the {expression.phrase()}", scene.objects[scene.focus].attributes[name]
 
 
-def _group(rng: Rng, split: str) -> Attributes:
+def draw_group(rng: Rng, split: str) -> Attributes:
     """Attributes that several objects may share: a shape, a colour, a texture, or shape and colour."""
     pair = draw_pair(rng, split)
     kind = rng.integers(5)
@@ -194,7 +197,7 @@ def _group(rng: Rng, split: str) -> Attributes:
 
 def _vqa(rng: Rng, split: str, serial: int) -> Iterator[SceneSample]:
     if serial % 5 == 4:
-        group, number = _group(rng, split), int(rng.integers(4))
+        group, number = draw_group(rng, split), int(rng.integers(4))
         scene = scene_with(rng, split, group, number)
         fields = {"question": QUESTIONS["count"].format(Expression(group).phrase(many=True)), "answer": str(number)}
         yield SceneSample([scene], fields, meta={"asks": "count", "words": group})
@@ -220,7 +223,7 @@ def _refer_many(rng: Rng, split: str, serial: int, kind: str) -> Iterator[SceneS
         scene, expression = referred(rng, split)
         targets, quantity = [scene.focus], "the"
     else:
-        group, number = _group(rng, split), pick(rng, (2, 2, 2, 3))
+        group, number = draw_group(rng, split), pick(rng, (2, 2, 2, 3))
         scene, expression = scene_with(rng, split, group, number), Expression(group)
         quantity = "both" if number == 2 and rng.random() < 0.5 else "all"
         # From left to right: an order that can be learnt.
@@ -380,7 +383,6 @@ MAKERS: dict[str, Maker] = {
     "pointqa": partial(_look_at, kind="point"), "boxqa": partial(_look_at, kind="box"),
     "v7w": _v7w, "vcr": _vcr, "pope": _pope, "nlvr2": _nlvr2, "coseg": _coseg, "attcoseg": _attcoseg,
 }  # fmt: skip
-MULTI_IMAGE = ("nlvr2", "coseg", "attcoseg")
 
 
 def mini_words() -> list[str]:

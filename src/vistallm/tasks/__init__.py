@@ -22,7 +22,7 @@ from vistallm.schema import PROMPT_SHAPES, Region, Sample
 from vistallm.tasks.texts import join
 
 _SLOT = re.compile(
-    r"\{regions:(?P<objects>\d+(?:,\d+)*)?(?::(?P<kind>mask|box|point))?\}"
+    r"\{regions:(?P<objects>\d+(?:,\d+)*)?(?::(?P<kind>mask|box|point|keypoints))?\}"
     rf"|\{{region:(?P<shown>\d+)(?::(?P<shape>{'|'.join(PROMPT_SHAPES)}))?\}}|\{{point:(?P<keypoint>\d+)\}}"
 )
 _SLOT_START = re.compile(r"\{(?:regions:|(?:region|point):\d)")
@@ -75,6 +75,7 @@ _MASK, _MASKS = "The mask is {targets}.", "The masks are {targets}."
 _SHARED, _SHARING = f"The image is {{images}}. {_MASK}", f"The images are {{images}}. {_MASKS}"
 _ANSWER = "The answer is {answer}."
 _CHOSEN = "The answer is {targets}."
+_FOUND = "{found}."
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -93,21 +94,23 @@ TASKS: dict[str, Task] = {
         Task("pope", "text", _ANSWER, "yesno", fields=("question",), mini=9),
         Task("nlvr2", "text", "That is {answer}.", "truth", fields=("statement",), multi_image=True, mini=9),
         Task("coseg", "mask", _MASK, "coseg", plural=_MASKS, multi_image=True, link="SEG"),
-        Task(
-            "attcoseg",
-            "mask",
-            _SHARED,
-            "coseg",
-            plural=_SHARING,
-            fields=("attribute", "value"),
-            multi_image=True,
-            link="SEG",
-        ),
+        Task("attcoseg", "mask", _SHARED, "coseg", _SHARING, ("attribute", "value"), multi_image=True, link="SEG"),
         # `v7w` answered by a point: the target's region has the kind "point", the candidates are boxes or points.
         Task("v7w_point", "point", _CHOSEN, "candidates", fields=("question", "candidates"), mini=0),
         Task("vqa_e", "text", "{explanation} So the answer is {answer}.", "vqa", fields=("question",), mini=0),
         # The caption's phrases are followed by `{regions:i}`: "A man {regions:0} in a hat {regions:1} smiles."
         Task("flickr", "box", "{caption}", "boxes", mini=0),
+        # `fields["found"]` lists every name asked for with its objects: "star {regions:0,1}, circle {regions::box}". In
+        # semseg all pixels of a name are one object.
+        Task("det", "box", _FOUND, "detection", fields=("names",), link="DET", mini_links=True),
+        Task("insseg", "mask", _FOUND, "detection", fields=("names",), link="DET", mini_links=True),
+        Task("semseg", "mask", _FOUND, "semseg", fields=("names",), link="SEG", mini_links=True),
+        Task("count", "box", _FOUND, "count", fields=("expr",), link="DET", mini_links=True),
+        # `fields["prompt"]` is a region prompt: of the object to segment, or of an example in the first image.
+        Task("interactive", "mask", _MASK, "mask", fields=("prompt",), link="SEG", mini_links=True),
+        Task("incontext", "mask", _MASK, "masks", _MASKS, ("prompt",), multi_image=True, link="SEG", mini_links=True),
+        # "star {regions:0,1}, top {point:0}, right {point:1}": objects of one class, then its keypoints by name.
+        Task("pose", "keypoints", _FOUND, "pose", fields=("expr", "points"), link="POSE", mini_links=True),
         # Free conversation, with earlier rounds in `fields["rounds"]`.
         Task("instruct", "text", "{answer}", "caption", own_texts=True, mini=0),
     )
