@@ -136,6 +136,7 @@ class TrainConfig:
     lr: float = 2e-5
     encoder_lr: float | None = None  # null = lr
     tokenizer_lr: float | None = None  # of the QFormer and its queries, without the projection; null = lr
+    links_lr: float | None = None  # of the link decoder and the region encoder; null = lr
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup: float = 0.03  # share of the steps
@@ -237,8 +238,8 @@ CHOICES = {
     "train.decoder": ("full", "lora", "frozen"),
 }
 LEAST = {  # the smallest value -> numbers that must not be below it
-    0: "data.workers data.max_reject_share train.lr train.encoder_lr train.tokenizer_lr train.weight_decay "
-    "train.warmup train.gradient_clip train.bin_sigma links.weight links.share log.every_n_seconds",
+    0: "data.workers data.max_reject_share train.lr train.encoder_lr train.tokenizer_lr train.links_lr "
+    "train.weight_decay train.warmup train.gradient_clip train.bin_sigma links.weight links.share log.every_n_seconds",
     1: "model.encoder.image_size model.tokenizer.queries model.decoder.lora_rank data.batch_size data.shuffle_buffer "
     "data.mix_shards data.pool_batches data.max_length checkpoint.every_n_steps checkpoint.keep val.samples "
     "decode.max_new_tokens decode.batch_size links.queries links.objects links.layers links.heads",

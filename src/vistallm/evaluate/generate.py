@@ -272,6 +272,8 @@ def target_of(sample: Sample, answer: str) -> dict[str, Any]:
     """
     task = find_task(sample.task)
     wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []
+    if "{found}" in task.answer:  # a list of names with all that the sample has of each
+        wanted = sorted({region.object for region in sample.regions})
     meta = {k: v for k, v in sample.meta.items() if isinstance(v, (bool, int, float, str)) or k == "image_ids"}
     target: dict[str, Any] = {
         "regions": [one.to_json() for number in wanted for one in sample.regions if one.object == number],

@@ -91,4 +91,6 @@ def learning_rate(name: str, config: TrainConfig) -> float:
     """Return a parameter's peak learning rate; the projection writes for the decoder and learns as it does."""
     is_qformer = name.startswith("tokenizer.") and not name.startswith("tokenizer.projection.")
     own = config.encoder_lr if name.startswith("encoder.") else config.tokenizer_lr if is_qformer else None
+    if name.startswith(("links.", "region_encoder.")):
+        own = config.links_lr
     return config.lr if own is None else own
