@@ -193,45 +193,24 @@ def _outlive_first_sigterm(worker: int) -> None:
 # -- what a run would read, without training --------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class DatasetStatistics:
-    """Means per sample over the first batches; padding: its share of the batches' cells; rejects: by reason."""
-
-    samples: int
-    tokens: float
-    supervised: float
-    images: float
-    instruction: float
-    longest: int
-    padding: float
-    rejects: dict[str, int]
-
-    def lines(self) -> list[str]:
-        """The statistics as text."""
-        rejected = ", ".join(f"{n} {reason}" for reason, n in self.rejects.items()) or "none"
-        return [
-            f"  of {self.samples} samples: {self.tokens:.1f} tokens each (longest {self.longest}), "
-            f"{self.supervised:.1f} of them supervised, {self.images:.2f} images, "
-            f"{self.instruction:.1f} tokens of instruction",
-            f"  padding {self.padding:.1%} of the batches' cells; rejects: {rejected}",
-        ]
-
-
-def dataset_statistics(data: CoinItDataModule, batches: int = 64) -> DatasetStatistics:
-    """Stream the first batches of the run and count."""
+def describe_samples(data: CoinItDataModule, batches: int = 64) -> list[str]:
+    """Lines: means of a sample over the first batches of the run, also as words of tools/plan.py."""
     rejects = RejectLog(None, 1.0)
     read = list(islice(data.stream(0, 1, 0, rejects), batches))
     lengths = np.concatenate([batch.attention_mask.sum(1).numpy() for batch in read])
-    return DatasetStatistics(
-        samples=len(lengths),
-        tokens=float(lengths.mean()),
-        supervised=sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in read) / len(lengths),
-        images=sum(len(batch.images) for batch in read) / len(lengths),
-        instruction=sum(int(batch.instruction_mask.sum()) for batch in read) / len(lengths),
-        longest=int(lengths.max()),
-        padding=1 - float(lengths.sum()) / sum(batch.attention_mask.numel() for batch in read),
-        rejects=rejects.counts,
-    )
+    count = len(lengths)
+    supervised = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in read) / count
+    images = sum(len(batch.images) for batch in read) / count
+    instruction = sum(int(batch.instruction_mask.sum()) for batch in read) / count
+    cells = sum(batch.attention_mask.numel() for batch in read)
+    rejected = ", ".join(f"{n} {reason}" for reason, n in rejects.counts.items()) or "none"
+    return [
+        f"  of {count} samples: {lengths.mean():.1f} tokens each (longest {lengths.max()}), {supervised:.1f} of them "
+        f"supervised, {images:.2f} images, {instruction:.1f} tokens of instruction",
+        f"  padding {1 - lengths.sum() / cells:.1%} of the batches' cells; rejects: {rejected}",
+        f"  memory and time: python tools/plan.py with the words of this run and tokens={cells / count:.0f} "
+        f"supervised={supervised:.0f} images={images:.2f} instruction={instruction:.0f}",
+    ]
 
 
 def describe_data(data: CoinItDataModule, world_size: int) -> list[str]:

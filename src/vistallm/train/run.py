@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from vistallm.config import Config, config_from_file
-from vistallm.data.datamodule import CoinItDataModule, build_codec, dataset_statistics, describe_data, training_root
+from vistallm.data.datamodule import CoinItDataModule, build_codec, describe_data, describe_samples, training_root
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_empty, build_model, wrap_with_lora
 from vistallm.model.checkpoint import (
@@ -133,16 +133,10 @@ def fit(trainer: L.Trainer, module: VistaModule, data: CoinItDataModule, resume:
 
 def dry_run(config: Config, data: CoinItDataModule, steps: int) -> None:
     """Print what the run would read and do."""
-    world, means = _world_size(config), dataset_statistics(data)
-    print("\n".join(["data", *describe_data(data, world), *means.lines()]))
+    world = _world_size(config)
+    print("\n".join(["data", *describe_data(data, world), *describe_samples(data)]))
     samples = steps * config.data.batch_size * world * int(config.trainer.get("accumulate_grad_batches", 1))
-    words = f"tokens={means.tokens / (1 - means.padding):.0f} supervised={means.supervised:.0f}"
-    words += f" images={means.images:.2f} instruction={means.instruction:.0f}"
-    print(f"  memory and time: python tools/plan.py with the words of this run and {words}")
-    print(
-        f"dry run: {steps:,} steps, {samples:,} samples, {samples * means.tokens:,.0f} tokens from {data.root}; "
-        "nothing was trained"
-    )
+    print(f"dry run: {steps:,} steps, {samples:,} samples from {data.root}; nothing was trained")
 
 
 def check_settings(config: Config) -> None:

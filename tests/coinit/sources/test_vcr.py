@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from vistallm.regions.masks import rle_to_mask
-
 RECORD = {
     "movie": "3015_CHARLIE_ST_CLOUD",
     "objects": ["person", "person", "person", "car"],
@@ -118,16 +116,6 @@ def test_the_test_split_asks_for_a_rationale_of_every_answer(build):
     assert third.fields == {"question": asked, "options": REASONS, "answer": "(A)"}
 
 
-def test_regions_as_masks(build, rejects):
-    found = build("vcr", "val", write, "--set", "regions=mask")
-    (sample,) = found.values()  # the reasons name the car, which has no segment
-    assert [(r.object, r.kind) for r in sample.regions] == [(0, "mask"), (1, "mask"), (2, "mask")]
-    assert [int(rle_to_mask(r.rle).sum()) for r in sample.regions] == [100, 100, 180]
-    ((reason, where),) = rejects("vcr")
-    assert reason == "empty-mask"
-    assert where.endswith("a@0.json, object 3")
-
-
 @pytest.mark.parametrize(
     ("record", "metadata", "message"),
     [
@@ -138,7 +126,7 @@ def test_regions_as_masks(build, rejects):
             {},
             "record 0: expected 4 answer_choices, got 1",
         ),
-        ({}, {"boxes": []}, "expected one box and segm for each of 4 objects, got 0 boxes and 4 segms"),
+        ({}, {"boxes": []}, "expected one box for each of 4 objects, got 0"),
         ({}, {"boxes": [[1, 2, 3, 4]] * 4}, "object 0: expected x0, y0, x1, y1 and a score, got [1, 2, 3, 4]"),
         ({"objects": None}, {}, "record 0: expected 'objects' to be list"),
     ],

@@ -1,4 +1,4 @@
-"""VQAv2 joined on question_id, and its explained answers: VQA-E's list, VQA-X's dict, and the JSON lines of both."""
+"""VQAv2 joined on question_id, and its explained answers: VQA-E's list and VQA-X's dict."""
 
 import json
 
@@ -44,17 +44,6 @@ def write_vqa_x(root, picture):
     for split in ("train", "val"):
         explanations = {str(IMAGE[split] * 1000): ["there is a mesh in front.", "the view has holes"]}
         (root / f"{split}_exp_anno.json").write_text(json.dumps(explanations))
-
-
-def write_lines(root, picture):
-    picture(root / "COCO_train2014_000000458752.jpg")
-    record = {"file_path": "COCO_train2014_000000458752.jpg", "question": QUESTION}
-    lines = {
-        "vqa_E_train.jsonl": record | {"explanation": ["A net is there.", 1.0], "multiple_answers": "net"},
-        "vqa_X_train.jsonl": record | {"justification": ["A net is there."], "multiple_choice_answer": "net"},
-    }
-    for name, line in lines.items():
-        (root / name).write_text(json.dumps(line) + "\n")
 
 
 IMAGES = ("--images", "{root}/images")
@@ -139,10 +128,3 @@ def test_vqa_x_in_the_form_of_nlx_gpt(build):
     assert found["vqa-x-train-458752001-1"].fields == explained
     (sample,) = build("vqa-x", "val", write_nle).values()
     assert sample.meta == {"image_ids": ["coco:262148"], "question_id": 262148001}
-
-
-def test_json_lines_of_both(build):
-    for source in ("vqa-e", "vqa-x"):
-        (sample,) = build(source, "train", write_lines).values()
-        assert sample.fields == {"question": QUESTION, "explanation": "A net is there.", "answer": "net"}
-        assert sample.meta == {"image_ids": ["coco:458752"]}

@@ -128,19 +128,18 @@ def load_vqa_e(options: SourceOptions) -> Source:
     """VQA-E: questions of VQAv2 whose answer an image caption explains."""
     options.read_settings()
     split = options.check_split("train", "val")
-    path = options.find_file(f"VQA-E_{split}_set.json", f"vqa_E_{split}.jsonl")
-    return _explained_source(options, "vqa-e", path, read_json_lines(path))
+    path = options.find_file(f"VQA-E_{split}_set.json")
+    return _explained_source(options, "vqa-e", path, read_json(path, list))
 
 
 def load_vqa_x(options: SourceOptions) -> Source:
     """VQA-X: explanations by people, of VQAv2's training questions (train) and validation questions (val, test)."""
     options.read_settings()
     split = options.check_split("train", "val", "test")
-    names = f"{split}_exp_anno.json", f"vqaX_{split}.json", f"vqa_X_{split}.jsonl"
+    names = f"{split}_exp_anno.json", f"vqaX_{split}.json"
     path = options.find_file(*names, folders=("", "textual/", "Annotations/", "VQA-X/"))
-    if path.name != names[0]:
-        entries = read_json_lines(path) if path.name == names[2] else map(_nle_record, read_json(path, dict).items())
-        return _explained_source(options, "vqa-x", path, entries)
+    if path.name == names[1]:
+        return _explained_source(options, "vqa-x", path, map(_nle_record, read_json(path, dict).items()))
     joined = "train" if split == "train" else "val"
     questions, records = _read_vqav2(options, joined), []
     for key, explanations in read_json(path, dict).items():
@@ -155,7 +154,7 @@ def _nle_record(item: tuple[str, Any]) -> dict[str, Any]:
     record = Record(item[1], f"question {item[0]}")
     ten = [answer.text("answer") for answer in record.records("answers")]
     most = {"multiple_choice_answer": Counter(ten).most_common(1)[0][0] if ten else None, "answers": ten}
-    return {**record.data, **most, "file_path": record.text("image_name"), "question_id": int(item[0])}
+    return {**record.data, **most, "question_id": int(item[0])}
 
 
 def _explained_source(options: SourceOptions, source: str, path: Path, records: Iterable[Any]) -> Source:
@@ -166,47 +165,33 @@ def _explained_source(options: SourceOptions, source: str, path: Path, records: 
     split = options.split
 
     def make(record: Record, number: int) -> Iterator[Draft | Reject]:
-        # A text, or a list of texts, which VQA-E ends with a score.
-        explained = _texts(record, "justification" if "justification" in record.data else "explanation")
-        texts = [text for text in explained if isinstance(text, str)]
-        single = "multiple_choice_answer" in record.data
-        answer = str(_texts(record, "multiple_choice_answer" if single else "multiple_answers")[0])
-        fields: dict[str, Any] = {"question": record.text("question")}
-        ten = {"answers": record.values("answers", str)} if "answers" in record.data else {}
+        texts = [text for text in record.require("explanation", list) if isinstance(text, str)]  # VQA-E adds a score
+        if not texts:
+            raise record.fault(f"expected 'explanation' to list texts, got {record.data['explanation']!r:.80}")
+        answered = {"answer": record.text("multiple_choice_answer"), "answers": record.values("answers", str)}
         question_id = record.optional("question_id", int)
-        for i, text in enumerate(texts if question_id is not None and split == "train" else texts[:1]):
-            name = f"{split}-{number}" if question_id is None else f"{split}-{question_id}-{i}"
+        meta = {} if question_id is None else {"question_id": question_id}
+        for i, text in enumerate(texts if meta and split == "train" else texts[:1]):
+            name = f"{source}-{split}-{question_id}-{i}" if meta else f"{source}-{split}-{number}"
             if not (explanation := " ".join(text.split())):
-                yield Reject("empty-text", f"{source}, {name}: expected an explanation, got none")
+                yield Reject("empty-text", f"{name}: expected an explanation, got none")
                 continue
             # A sentence, as "So the answer is .." follows it.
             explanation = explanation if explanation[-1] in ".!?" else f"{explanation}."
-            more = {"explanation": explanation, "answer": answer, **ten}
-            meta = {} if question_id is None else {"question_id": question_id}
-            image = _explained_image(options, record)
-            yield image.draft(f"{source}-{name}", "vqa_e", source, meta, fields=fields | more)
+            fields = {"question": record.text("question"), "explanation": explanation, **answered}
+            yield _explained_image(options, record).draft(name, "vqa_e", source, meta, fields=fields)
 
     return file_source(path, records, make)
 
 
-def _texts(record: Record, key: str) -> list[Any]:
-    """A text, or a list that begins with one, as a list."""
-    value = record.require(key, str, list)
-    values = value if isinstance(value, list) else [value]
-    if not values or not isinstance(values[0], str):
-        raise record.fault(f"expected {key!r} to be a text or a list that begins with one, got {value!r:.80}")
-    return values
-
-
 def _explained_image(options: SourceOptions, record: Record) -> SourceImage:
     """The image of a question, by its COCO id or its file."""
-    if "file_path" not in record.data:
+    if "image_name" not in record.data:
         return _coco(options, _SETS["train" if options.split == "train" else "val"], record.integer("img_id"))
-    file = record.text("file_path")
+    file = record.text("image_name")
     if not (digits := re.search(r"(\d{12})\.jpg$", file)):
-        raise record.fault(f"expected a COCO file name in 'file_path', got {file!r}")
-    path = options.image(file)
-    return SourceImage(path if path.is_file() else options.coco_image(Path(file).name), f"coco:{int(digits[1])}")
+        raise record.fault(f"expected a COCO file name in 'image_name', got {file!r}")
+    return SourceImage(options.coco_image(file), f"coco:{int(digits[1])}")
 
 
 def _coco(options: SourceOptions, subset: str, image_id: int) -> SourceImage:

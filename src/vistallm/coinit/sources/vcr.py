@@ -22,7 +22,6 @@ from typing import Any
 
 from vistallm.coinit.sources.base import Draft, Reject, Source, SourceFormatError, SourceImage, SourceOptions
 from vistallm.coinit.sources.records import Record, file_source, read_json_lines, read_object
-from vistallm.regions.masks import rle_area, segmentation_to_rle
 from vistallm.schema import Region
 
 _LETTERS = "ABCD"
@@ -34,9 +33,9 @@ _CHOOSE_WHY = ("Which of these explains the answer?", "Which reason for this ans
 
 
 def load_vcr(options: SourceOptions) -> Source:
-    """VCR; the objects that a text names are written as boxes, or with `--set regions=mask` as their segments."""
+    """VCR; the objects that a text names are written as boxes."""
     split = options.check_split("train", "val", "test")
-    settings = options.read_settings(forms=_FORMS if split == "train" else _FORMS[2:], regions=("box", "mask"))
+    settings = options.read_settings(forms=_FORMS if split == "train" else _FORMS[2:])
     path = options.find_file(f"{split}.jsonl", folders=("", "vcr1annots/"))
 
     def make(record: Record, number: int) -> Iterator[Draft | Reject]:
@@ -54,7 +53,7 @@ def load_vcr(options: SourceOptions) -> Source:
             for given in range(4 if split == "test" and form == "qac_r" else 1):
                 right, why = (given, 0) if split == "test" else labels
                 written = _write_form(form, number, question, answers, rationales, right, why)
-                regions = _regions(scene, image, written, settings["regions"])
+                regions = _regions(scene, image, written)
                 if isinstance(regions, Reject):
                     yield regions
                     continue
@@ -116,20 +115,19 @@ def _write(tokens: list[Any], record: Record) -> str:
 
 
 def _read_scene(record: Record, options: SourceOptions) -> Record:
-    """The metadata of a record's image: its size, and a box and segments (polygons of (x, y) points) per object."""
+    """The metadata of a record's image: its size, and a box per object."""
     path = options.image(record.text("metadata_fn"), usual="vcr1images")
     if not path.is_file():
         raise record.fault(f"expected its metadata in {path}, which is not there")
     scene = read_object(path)
-    boxes, segments, objects = scene.values("boxes", list), scene.values("segms", list), record.require("objects", list)
-    if not len(boxes) == len(segments) == len(objects):
-        got = f"{len(boxes)} boxes and {len(segments)} segms"
-        raise scene.fault(f"expected one box and segm for each of {len(objects)} objects, got {got}")
+    boxes, objects = scene.values("boxes", list), record.require("objects", list)
+    if len(boxes) != len(objects):
+        raise scene.fault(f"expected one box for each of {len(objects)} objects, got {len(boxes)}")
     return scene
 
 
-def _regions(scene: Record, image: SourceImage, texts: dict[str, Any], kind: str) -> list[Region] | Reject:
-    """The regions of the objects that the texts name, or why one of them has none."""
+def _regions(scene: Record, image: SourceImage, texts: dict[str, Any]) -> list[Region] | Reject:
+    """The boxes of the objects that the texts name, or why one of them has none."""
     regions = []
     numbers = {int(i) for ids in re.findall(r"\{regions:([\d,]+)\}", json.dumps(texts)) for i in ids.split(",")}
     for i in sorted(numbers):
@@ -137,17 +135,7 @@ def _regions(scene: Record, image: SourceImage, texts: dict[str, Any], kind: str
         sides = Record({"box": scene.data["boxes"][i]}, where).values("box", int, float)
         if len(sides) != 5:
             raise SourceFormatError(f"{where}: expected x0, y0, x1, y1 and a score, got {sides}")
-        if kind == "box":
-            if isinstance(box := image.cut(sides[:4], where), Reject):
-                return box
-            regions.append(Region(0, "box", i, box=box))
-            continue
-        try:  # polygons of fewer than three points draw nothing
-            polygons = [[float(v) for point in polygon for v in point] for polygon in scene.data["segms"][i]]
-            rle = segmentation_to_rle(polygons, image.height, image.width)
-        except (TypeError, ValueError) as error:
-            raise SourceFormatError(f"{where}: expected polygons [[[x, y], ..], ..]: {error}") from error
-        if not rle_area(rle):
-            return Reject("empty-mask", where)
-        regions.append(Region(0, "mask", i, rle=rle))
+        if isinstance(box := image.cut(sides[:4], where), Reject):
+            return box
+        regions.append(Region(0, "box", i, box=box))
     return regions
