@@ -6,6 +6,7 @@ As in `mini/tasks.py`; the regions carry the class or kind that they are asked b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from vistallm.mini.expressions import Expression
@@ -13,6 +14,7 @@ from vistallm.mini.scene import KEYPOINTS, Rng, Scene, is_held_out, pick, random
 from vistallm.mini.tasks import Maker, SceneSample, absent, draw_group, draw_pair, region_of, scene_with
 from vistallm.regions.masks import mask_to_rle
 from vistallm.schema import PROMPT_SHAPES, Region
+from vistallm.tasks import list_objects
 
 _CLASS_FORMS = ("shape", "shape", "shape", "shape", "colour shape", "colour shape", "colour shape", "texture shape")
 _ANY_OBJECT = 0.08  # share of the lists that ask for "object" alone
@@ -53,18 +55,19 @@ def _listed(
 
     The objects of a class come from left to right; with `union` they are one region.
     """
-    words, regions = list[str](), list[Region]()
+    found: list[tuple[str, list[Region]]] = []
     for expression in classes:
-        targets, first = sorted(expression.resolve(scene), key=lambda i: scene.objects[i].centre), len(regions)
+        targets, first = (
+            sorted(expression.resolve(scene), key=lambda i: scene.objects[i].centre),
+            sum(len(r) for _, r in found),
+        )
         if union and targets:
-            regions.append(Region(0, "mask", first, rle=mask_to_rle(scene.masks[targets].max(0))))
+            regions = [Region(0, "mask", first, rle=mask_to_rle(scene.masks[targets].max(0)))]
         else:
-            regions += [region_of(scene, target, kind, first + i) for i, target in enumerate(targets)]
-        for region in regions[first:]:
-            region.label = expression.phrase()
-        numbers = ",".join(str(region.object) for region in regions[first:])
-        words.append(f"{expression.phrase()} {{regions:{numbers or ':' + kind}}}")
-    return ", ".join(words), regions, scene.held_out or any(is_held_out(c.attributes) for c in classes)
+            regions = [region_of(scene, target, kind, first + i) for i, target in enumerate(targets)]
+        found.append((expression.phrase(), [replace(region, label=expression.phrase()) for region in regions]))
+    held_out = scene.held_out or any(is_held_out(c.attributes) for c in classes)
+    return list_objects(found, kind), [region for _, regions in found for region in regions], held_out
 
 
 def _find(rng: Rng, split: str, serial: int, kind: str, union: bool = False) -> Iterator[SceneSample]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
@@ -155,6 +156,16 @@ def split_placeholders(text: str) -> list[str | RegionSlot]:
             forms = "{regions:0,2}, {regions::mask}, {region:0:circle} or {point:1}"
             raise ValueError(f"placeholder: expected {forms}, got {part[start.start() :]!r}")
     return [part for part in (*parts, text[end:]) if part]
+
+
+def list_objects(found: Iterable[tuple[str, Sequence[Region]]], kind: str) -> str:
+    """What an answer lists of names and their objects, `fields["found"]`; a name without objects has an empty `kind`.
+
+    >>> list_objects([("star", [Region(0, "box", 0), Region(0, "box", 1)]), ("circle", [])], "box")
+    'star {regions:0,1}, circle {regions::box}'
+    """
+    numbers = ((name, ",".join(str(region.object) for region in regions)) for name, regions in found)
+    return ", ".join(f"{name} {{regions:{objects or ':' + kind}}}" for name, objects in numbers)
 
 
 def find_region(sample: Sample, number: int, kind: str | None) -> Region:

@@ -52,6 +52,20 @@ def write(root, picture, change=lambda data: None):
     (root / "train.json").write_text(json.dumps(data))
 
 
+LINKS = "tasks=det,insseg,semseg,count,interactive,pose"
+
+
+def with_keypoints(data):
+    """The dogs of image 5 get a nose and a tail: the left dog both, the right one a hidden nose at the image's edge."""
+    data["categories"] = [{"id": 3, "name": "dog", "keypoints": ["nose", "tail_end"]}, *CATEGORIES[1:]]
+    data["annotations"][0] |= {"keypoints": [63, 12, 1, 0, 0, 0], "num_keypoints": 1}
+    data["annotations"][1] |= {"keypoints": [11, 21, 2, 17, 27, 2], "num_keypoints": 2}
+
+
+def write_links(root, picture):
+    write(root, picture, with_keypoints)
+
+
 MADE = [("coco", "train", write, "--set", "absent=1")]
 
 
@@ -88,6 +102,64 @@ def test_samples_by_category(build, rejects):
     ((reason, where),) = rejects("coco")
     assert reason == "empty-mask"
     assert where.endswith("annotation 4: 'every traffic light' has box samples only")
+
+
+def test_samples_of_links(build):
+    samples = build("coco", "train", write_links, "--set", LINKS, "--set", "absent=1")
+    det = samples["coco-train-5-det"]
+    found = dict(part.split(" {") for part in det.fields["found"].split(", "))
+    assert {name: slot.strip("}") for name, slot in found.items() if name == "boat"} == {"boat": "regions::box"}
+    assert [name for name in found] == det.fields["names"].split(", ")
+    assert set(found) == {"dog", "traffic light", "boat"}
+    boxes = {"dog": [(10, 20, 18, 28), (40, 10, 60, 22)], "traffic light": [(2, 4, 7, 14)]}
+    for name, expected in boxes.items():
+        numbers = [int(n) for n in re.findall(r"\d", found[name])]
+        assert [det.regions[n].box for n in numbers] == expected
+        assert [(det.regions[n].object, det.regions[n].label) for n in numbers] == [(n, name) for n in numbers]
+    assert [len(samples[f"coco-train-5-{task}"].regions) for task in ("insseg", "semseg")] == [3, 2]
+    (dogs,) = (r for r in samples["coco-train-5-semseg"].regions if r.label == "dog")
+    assert rle_to_mask(dogs.rle).sum() == 8 * 8 * 3
+    # In image 9 the dogs are a crowd, which has no box of its own, and the light has no mask.
+    assert set(samples["coco-train-9-det"].fields["names"].split(", ")) == {"traffic light", "boat"}
+    assert samples["coco-train-9-insseg"].fields["found"] == "boat {regions:0}"
+    assert set(samples["coco-train-9-semseg"].fields["names"].split(", ")) == {"dog", "boat"}
+    counted = {s.id: (s.fields["expr"], len(s.regions)) for s in samples.values() if s.task == "count"}
+    assert counted["coco-train-5-0-count"] == ("instances of dog", 2)
+    assert {row for row in counted.values() if row[1] == 0} == {("instances of boat", 0)}
+    shown = samples["coco-train-5-0-interactive"]
+    assert (shown.fields["prompt"], len(shown.regions)) == (f"{{region:0:{shown.meta['prompt']}}}", 1)
+
+
+def test_keypoints_are_those_of_the_file(build):
+    (sample,) = build("coco", "train", write_links, "--set", "tasks=pose").values()
+    assert sample.fields == {
+        "expr": "dog",
+        "points": "nose, tail end",
+        "found": "dog {regions:0,1}, nose {point:0}, tail end {point:1}",
+    }
+    assert [r.keypoints for r in sample.regions] == [((11.5, 21.5, 2), (17.5, 27.5, 2)), ((63.5, 12.5, 1), (0, 0, 0))]
+    assert [(r.kind, r.box) for r in sample.regions] == [
+        ("keypoints", (10, 20, 18, 28)),
+        ("keypoints", (40, 10, 60, 22)),
+    ]
+    assert rle_to_mask(sample.regions[1].rle).sum() == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        (with_keypoints, ["phrase=phrase"], "these list names; got phrases"),
+        (lambda data: None, [], "expected a category with names of 'keypoints'"),
+        (
+            lambda data: with_keypoints(data) or data["annotations"][1]["keypoints"].pop(),
+            [],
+            "expected 'keypoints' of 2",
+        ),
+    ],
+)
+def test_what_links_need_is_named(refusal, change, words, message):
+    words = [word for setting in [LINKS, *words] for word in ("--set", setting)]
+    assert message in refusal("coco", "train", lambda *args: write(*args, change), *words)
 
 
 def test_phrases_stay_as_they_are(build):
