@@ -98,22 +98,18 @@ def link_answers(families: Sequence[Family], count: int, limit: int = 100) -> li
 
 
 class Attention(nn.Module):
-    """Attention of `heads` heads; keys and values may be projected once for several groups of an image."""
+    """Attention of `heads` heads that takes a batch without rows, which nn.MultiheadAttention refuses."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.query, self.key_value = nn.Linear(width, width), nn.ModuleList([nn.Linear(width, width) for _ in "kv"])
-        self.out = nn.Linear(width, width)
+        self.heads, self.query, self.key = heads, nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, of: Tensor | None, mask: Tensor | None) -> Tensor:
-        """States x (G, T, d) read keys and values (N, S, d), of row `of` (G,), where `mask` (G, 1, 1, S) is true."""
-        key, value = (part(memory) for part, memory in zip(self.key_value, (keys, values), strict=True))
-        if of is not None:
-            key, value = key[of], value[of]
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), key, value))
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(read.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """States x (G, T, d) read keys and values (G, S, d) where `mask` (G, 1, 1, S) is true."""
+        parts = (self.query(x), self.key(keys), self.value(values))
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -125,11 +121,11 @@ class DecoderLayer(nn.Module):
         self.within, self.across = Attention(width, heads), Attention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, place: Tensor, mask: Tensor, memory: tuple[Tensor, Tensor], image: Tensor) -> Tensor:
-        """States x and `place` (G, T, d), `mask` (G, 1, 1, T), `memory` keys and values (N, S, d) of the patches."""
+    def forward(self, x: Tensor, place: Tensor, mask: Tensor, memory: Tensor) -> Tensor:
+        """States x and `place` (G, T, d), `mask` (G, 1, 1, T) of the real ones, and patches (G, S, d)."""
         y = self.norms[0](x)
-        x = x + self.within(y + place, y + place, y, None, mask)
-        x = x + self.across(self.norms[1](x) + place, *memory, image, None)
+        x = x + self.within(y + place, y + place, y, mask)
+        x = x + self.across(self.norms[1](x) + place, memory, memory)
         return x + self.mlp(self.norms[2](x))
 
 
@@ -162,30 +158,25 @@ class PixelMap(nn.Module):
 
     def __init__(self, inputs: int, grid: int, channels: int, stem: bool) -> None:
         super().__init__()
-        self.grid = grid
-        self.patches = nn.Linear(inputs, 2 * channels)
-        self.fine = _conv(3, channels, 2) if stem else None
-        self.quarter = (
-            nn.Sequential(_conv(channels, 2 * channels, 2), _conv(2 * channels, 2 * channels)) if stem else None
-        )
-        self.fuse = nn.Sequential(_conv(2 * channels, 2 * channels), nn.Conv2d(2 * channels, channels, 1))
-        self.out = nn.Sequential(_conv(channels, channels), nn.Conv2d(channels, channels, 1))
+        fine, coarse, self.grid = channels // 2, 3 * channels // 2, grid
+        self.patches = nn.Linear(inputs, coarse)
+        self.stem = nn.ModuleList([_conv(3, fine, 2), _conv(fine, coarse, 2)] if stem else [])
+        self.fuse = nn.Sequential(_conv(coarse, coarse), nn.Conv2d(coarse, fine, 1))
+        self.out = nn.Sequential(_conv(fine, fine), nn.Conv2d(fine, channels, 1))
         self.to(memory_format=torch.channels_last)  # a third quicker on CPUs
 
     def forward(self, patches: Tensor, pixels: Tensor) -> Tensor:
         """Patches (N, P, C) and normalised pixels (N, 3, S, S) -> (N, E, S / 2, S / 2)."""
         side = pixels.shape[-1]
-        coarse = self.patches(patches).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        x = _resized(coarse.contiguous(memory_format=torch.channels_last), side // 4)
-        if self.fine is None or self.quarter is None:
-            return self.out(_resized(self.fuse(x), side // 2))
-        fine = self.fine(pixels.contiguous(memory_format=torch.channels_last))
-        x = self.fuse(x + self.quarter(fine))
-        return self.out(_resized(x, side // 2) + fine)
+        quarter = _resized(self.patches(patches).transpose(1, 2).unflatten(2, (self.grid, self.grid)), side // 4)
+        if not self.stem:
+            return self.out(_resized(self.fuse(quarter), side // 2))
+        half = self.stem[0](pixels.contiguous(memory_format=torch.channels_last))
+        return self.out(_resized(self.fuse(quarter + self.stem[1](half)), side // 2) + half)
 
 
 def _resized(x: Tensor, side: int) -> Tensor:
-    return F.interpolate(x, size=(side, side), mode="bilinear")
+    return F.interpolate(x.contiguous(memory_format=torch.channels_last), size=(side, side), mode="bilinear")
 
 
 class LinkDecoder(nn.Module):
@@ -241,8 +232,7 @@ class LinkDecoder(nn.Module):
         used = used.to(device)
         blocks = [norm(f[used].to(dtype)) for norm, f in zip(self.block_norms, features, strict=True)]
         patches = torch.cat(blocks, -1)
-        values = self.memory(patches)
-        memory = (values + self.place(sine_code(grid_boxes(self.grid, device))), values)
+        memory = self.memory(patches) + self.place(sine_code(grid_boxes(self.grid, device)))
         pixel_map = self.pixels(patches, pixels[used].to(dtype))
         slots = self.slots(states.to(dtype))
         families = []
@@ -251,16 +241,14 @@ class LinkDecoder(nn.Module):
             number = torch.tensor([names.index(LINKS[k]) for k in kind], dtype=torch.long)
             learned, image = queries[number.to(device)], image.to(device)
             index, present = links_GP.clamp(min=0).to(device), (links_GP >= 0).to(device)
-            hidden, boxes = self._decode(learned, slots[index], present, memory, image)
+            hidden, boxes = self._decode(learned, slots[index], present, memory[image])
             asked = links_GP >= 0
             asked[kind == LINKS.index("POSE"), 1:] = False
             answers = self._answers(*hidden.tensor_split([boxes.shape[2]], 2))
             families.append(Family(kind, image, links_GP, asked.to(device), boxes, *answers, pixel_map))
         return families
 
-    def _decode(
-        self, learned: Tensor, slots: Tensor, present: Tensor, memory: tuple[Tensor, Tensor], image: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _decode(self, learned: Tensor, slots: Tensor, present: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Run the layers: learned queries (G, Q, d) and slots (G, P, K, d) -> (D, G, Q + P, d), boxes (D, G, Q, 4)."""
         count, phrases = learned.shape[1], slots.shape[1]
         weight = (present / present.sum(1, keepdim=True).clamp(min=1)).to(slots.dtype)
@@ -272,7 +260,7 @@ class LinkDecoder(nn.Module):
         states, boxes = [], []
         for layer in self.layers:
             place = F.pad(self.place(sine_code(logits.sigmoid())), (0, 0, 0, phrases))
-            x = layer(x, place, mask, memory, image)
+            x = layer(x, place, mask, memory)
             y = self.norm(x)
             refined = logits + self.box(y[:, :count]).float()
             states.append(y)

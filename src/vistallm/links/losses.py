@@ -8,8 +8,7 @@ Shape legend: D decoder layers, G groups, Q queries, P phrases, T objects of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -99,20 +98,14 @@ def match(family: Family, group: Tensor, phrase: Tensor, boxes: Tensor) -> Tenso
     cost = cost + WEIGHTS["box_l1"] * (guesses - boxes[:, None]).abs().sum(-1)
     corners, wanted = box_convert(guesses, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy")[:, None]
     cost = cost + WEIGHTS["giou"] * generalized_box_iou_loss(corners, wanted.expand_as(corners))
-    table = (
-        cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
-    )  # the one transfer; a step that is not finite is skipped later
-    query = np.zeros(table.shape[:2], np.int64)
-    for first, last in _runs(group.cpu().numpy()):
-        for layer in range(len(table)):
-            query[layer, first:last] = linear_sum_assignment(table[layer, first:last])[1]
-    return torch.from_numpy(query).to(group.device)
-
-
-def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield where runs of equal values begin and end."""
-    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    yield from ((a, b) for a, b in pairwise(edges) if a < b)
+    # The one transfer of a family. A loss that is not finite is for the trainer to skip.
+    table = cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
+    query, first = torch.zeros(table.shape[:2], dtype=torch.long), 0
+    for count in group.unique_consecutive(return_counts=True)[1].tolist():
+        for layer, costs in enumerate(table[:, first : first + count]):
+            query[layer, first : first + count] = torch.from_numpy(linear_sum_assignment(costs)[1])
+        first += count
+    return query.to(group.device)
 
 
 def _score_loss(family: Family, group: Tensor, phrase: Tensor, query: Tensor) -> Tensor:
