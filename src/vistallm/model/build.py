@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,15 @@ def build_model(
             settings["context_fn"] = lambda: (contextlib.nullcontext(), training_attention())
         for part in (decoder, *([tokenizer.qformer] if isinstance(tokenizer, InstructionGuidedTokenizer) else [])):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    links = regions = None
-    if linked:
-        links = LinkDecoder(config.links, len(encoder.read), encoder.width, round(encoder.patches**0.5), width)
-        regions = RegionEncoder(len(encoder.read), encoder.width, width)
-    return VistaLLM(encoder, tokenizer, decoder, vocabulary, config.train.bin_sigma, links, regions)
+    parts = build_links(config, encoder) if linked else (None, None)
+    return VistaLLM(encoder, tokenizer, decoder, vocabulary, config.train.bin_sigma, *parts)
+
+
+def build_links(config: Config, encoder: ImageEncoder) -> tuple[LinkDecoder, RegionEncoder]:
+    """Build the decoder of links and the encoder of region prompts."""
+    blocks, width = len(encoder.read), config.model.decoder.hidden_size
+    links = LinkDecoder(config.links, blocks, encoder.width, math.isqrt(encoder.patches), width)
+    return links, RegionEncoder(blocks, encoder.width, width)
 
 
 def wrap_with_lora(decoder: Any, config: Config, vocabulary: Vocabulary) -> Any:

@@ -21,6 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from vistallm.config import Config
 from vistallm.data.vocabulary import IMAGE_TOKENS
+from vistallm.links import LINKS, link_tokens
+from vistallm.links.targets import links_to_find
+from vistallm.model.build import build_links
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.language_model import add_lora, llama_config
 from vistallm.model.qformer import Tokenizer, build_tokenizer
@@ -88,7 +91,7 @@ def made_batch(model: VistaLLM, work: Workload) -> Batch:
 
 @dataclass
 class Part:
-    """One of encoder, tokenizer and decoder."""
+    """One of encoder, tokenizer, decoder and links."""
 
     name: str
     state: str  # trained, lora or frozen
@@ -147,6 +150,9 @@ def make_plan(config: Config, work: Workload, gpus: int = 1) -> Plan:
             parts = _measure_parts(config, work, *modules)
     finally:
         torch.set_default_dtype(default)
+    if config.model.links != "none":
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(_measure_links(config, work, modules[0]))
     plan = Plan(parts, config.train.activation_checkpointing)
     plan.memory = _memory(config, plan, gpus)
     return plan
@@ -155,10 +161,12 @@ def make_plan(config: Config, work: Workload, gpus: int = 1) -> Plan:
 def build_parts(config: Config) -> tuple[ImageEncoder, Tokenizer, Any]:
     """Build encoder, tokenizer and decoder with random weights and their trainable sets, on the current device."""
     model, train = config.model, config.train
-    encoder = ImageEncoder(replace(model.encoder, weights=None), model.tokenizer.class_token)
+    linked = model.links != "none"
+    read = config.links.blocks if linked else ()
+    encoder = ImageEncoder(replace(model.encoder, weights=None), model.tokenizer.class_token, read)
     words, width = len(RegionCodec(coords=config.coords, num_bins=config.num_bins).tokens), model.decoder.hidden_size
     tokenizer = build_tokenizer(model.tokenizer, BERT_ROWS + words, encoder.tokens, encoder.width, width)
-    rows = VICUNA_ROWS + len(IMAGE_TOKENS) + words
+    rows = VICUNA_ROWS + len(IMAGE_TOKENS) + words + (len(link_tokens(config.links)) if linked else 0)
     decoder: Any = AutoModelForCausalLM.from_config(llama_config(model.decoder, rows), attn_implementation="sdpa")
     if train.decoder == "lora":
         decoder = add_lora(decoder, model.decoder, list(range(VICUNA_ROWS, rows)))
@@ -204,6 +212,27 @@ def _measure_parts(
         measure("tokenizer", tokenizer, tokenizer.layers, lambda: tokenizer(patch_tokens, ids, mask), read),
         measure("decoder", decoder, llama.model.layers, answer, written),
     ]
+
+
+def _measure_links(config: Config, work: Workload, encoder: ImageEncoder) -> Part:
+    """Run the link decoder, which is small, on one link per sample; its shapes depend on values, so on real tensors."""
+    width, side = config.model.decoder.hidden_size, config.links.image_size or encoder.image_size
+    decoder, regions = build_links(config, encoder)
+    module = nn.ModuleList([decoder, regions]).requires_grad_(config.train.links)
+    rows = list(range(work.samples))
+    links = links_to_find([LINKS.index("GRD")] * len(rows), rows, rows, side // 2)
+    states = torch.zeros(len(rows), config.links.queries, width, requires_grad=config.train.decoder != "frozen")
+    features = [torch.zeros(len(rows), encoder.patches, encoder.width) for _ in encoder.read]
+    pixels = torch.zeros(len(rows), 3, side, side)
+
+    def find() -> Tensor:
+        families = decoder(states, links, features, pixels)
+        groups = torch.arange(len(rows))
+        query = torch.arange(config.links.queries).expand(config.links.layers, len(rows), -1)
+        masks = families[0].masks(groups, query).float().sum()
+        return sum((t.float().sum() for one in families for t in (one.scores, one.boxes)), masks)
+
+    return measure("links", module, decoder.layers, find, len(rows) * (config.links.queries + 1))
 
 
 def measure(
