@@ -29,6 +29,8 @@ from vistallm.train.strategy import check_layout, resolve_precision
 ROOT = Path(__file__).parents[2]
 launch = runpy.run_path(str(ROOT / "tests/train/ranks.py"))["launch"]
 STEPS = 8
+LINKED = ["model.links=all", "links.objects=5", "links.width=32", "links.layers=2", "links.heads=2"]
+LINKED += ["links.blocks=[0,2]", "train.gradient_clip=0.5"]
 LORA = ["train.decoder=lora", "model.decoder.lora_rank=2", "model.decoder.lora_dropout=0.0"]
 
 
@@ -58,7 +60,10 @@ def reference(words, root, steps):
     streams = [data.stream(rank, world_size=2, workers=0, rejects=RejectLog(None, 1.0)) for rank in range(2)]
     rows = []
     for batches in islice(zip(*streams, strict=True), steps):
-        loss = torch.cat([model(batch).token_loss for batch in batches]).mean()
+        outputs = [model(batch) for batch in batches]
+        loss = torch.cat([output.token_loss for output in outputs]).sum()
+        loss = loss + config.links.weight * sum(output.link_loss or 0.0 for output in outputs)
+        loss = loss / sum(len(output.token_loss) for output in outputs)
         optimizer.zero_grad()
         loss.backward()
         trained = [p for p in model.parameters() if p.grad is not None]
@@ -86,6 +91,8 @@ def runs(words, folder):
         "offload": [*words, *pieces, "train.cpu_offload=true"],
         "resumed": [*words, *pieces, "train.cpu_offload=true", f"resume={folder}/sharded/checkpoints/step-000004.ckpt"],
         "compiled": [*words, *pieces, *LORA, *short, "train.lr=1e-2", "train.compile=aot_eager", saving],
+        "linked": [*words, *pieces, *LINKED, *short],
+        "linked_ddp": [*shared, "strategy=ddp", *LINKED, *short],
         "half": [*words, "strategy=fsdp", *LORA, *half, *short],
     }
     said = launch([[*run, "trainer.devices=2", f"run_dir={folder / name}"] for name, run in todo.items()], 2, folder)
@@ -115,6 +122,14 @@ def compare(run_dir, expected, steps, weights=True):
 def test_two_processes_take_the_steps_of_one(name, runs, one_process):
     """Loss and norm of the gradient at each step, and the weights at the end."""
     compare(getattr(runs, name), one_process, range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_two_processes_with_links_take_the_steps_of_one(runs, words, mini_root):
+    """Sums over links and objects are shared by the weight of all tokens, so no count of objects has to be."""
+    expected = reference([*words, *LINKED], mini_root, 2)
+    compare(runs.linked, expected, [1, 2])
+    compare(runs.linked_ddp, expected, [1, 2])
 
 
 @pytest.mark.slow
