@@ -23,7 +23,7 @@ from vistallm.tasks import TASKS
 COLUMNS = [
     *("step", "seconds", "wait", "loss", "accuracy", "lr", "grad_norm", "samples", "tokens", "padding", "rejects"),
     *("skipped", "val_loss", "val_accuracy"),
-    *(f"loss/{task}" for task in TASKS),
+    *(f"loss/{name}" for name in (*TASKS, "links")),
 ]
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -118,6 +118,8 @@ def shard(model: VistaLLM, mesh: Any, config: Config) -> None:
         # set_model_state_dict(broadcast_from_rank0) rank 0 keeps the whole copy beside its slice: two gloo processes
         # needed 620 MiB above a copy of 1 GiB where this needs 122. Detached: fully_shard moves parameters themselves.
         whole = {name: p.detach() for name, p in unit.named_parameters() if not isinstance(p, DTensor)}
+        for name, weight in whole.items():  # FSDP2 takes no channels-last weights
+            unit.get_parameter(name).data = weight.contiguous()
         fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
         for module in unit.modules():
             if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
