@@ -206,6 +206,7 @@ class LinkDecoder(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(d, config.heads) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(d)
         self.first_box, self.box = mlp(d, 4), mlp(d, 4)
+        self.look, self.seen = nn.Linear(d, d), nn.Linear(d, d)
         self.class_query, self.class_phrase = nn.Linear(d, d), nn.Linear(d, d)
         self.class_bias = nn.Parameter(torch.tensor([-2.0]))  # few queries hold an object
         self.mask, self.pose, self.readout = mlp(d, channels + 1), mlp(d, d), nn.Linear(d, 3 * d)
@@ -262,11 +263,21 @@ class LinkDecoder(nn.Module):
             place = F.pad(self.place(sine_code(logits.sigmoid())), (0, 0, 0, phrases))
             x = layer(x, place, mask, memory)
             y = self.norm(x)
-            refined = logits + self.box(y[:, :count]).float()
+            refined = self._located(y[:, :count], memory) + self.box(y[:, :count]).float()
             states.append(y)
             boxes.append(refined.sigmoid())
             logits = refined.detach()
         return torch.stack(states), torch.stack(boxes)
+
+    def _located(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """Logits (G, Q, 4) of the box that holds the cells which a query looks at: their mean and spread."""
+        cells = grid_boxes(self.grid, memory.device)[:, :2]
+        share = (
+            (self.look(queries) @ self.seen(memory).transpose(1, 2)).float().div(queries.shape[-1] ** 0.5).softmax(-1)
+        )
+        mean = share @ cells
+        spread = (share @ cells.square() - mean.square()).clamp(min=1e-5).sqrt()
+        return torch.logit(torch.cat([mean, 3.5 * spread], -1).clamp(0.01, 0.99))
 
     def _answers(self, queries: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (D, G, Q, d) and phrases (D, G, P, d) -> scores, mask embeddings, pose states and readouts."""
