@@ -96,13 +96,10 @@ def build(name: str, load: Load, source_options: SourceOptions, options: BuildOp
     recipe["order"] = _digest(units.tobytes() + starts.tobytes())
     recipe["excluded"] = _digest("\n".join(sorted(excluded)).encode()) if excluded else None
     slices.claim(recipe | {"annotations": _digest(json.dumps(shown, sort_keys=True).encode())})
-    report, todo = BuildReport(), list[int]()
-    for number in range(len(starts)):
-        if (record := slices.record(number)) is not None:
-            report.add(record)
-        else:
-            todo.append(number)
-            slices.remove_unfinished(f"{number:06d}")
+    records = [slices.record(number) for number in range(len(starts))]
+    report, todo = BuildReport(), [number for number, record in enumerate(records) if record is None]
+    for record in filter(None, records):
+        report.add(record)
     with tqdm(total=len(starts), initial=len(starts) - len(todo), unit="shard", desc=split) as bar:
         for record in run_forked(slices.write, todo, options.workers):
             report.add(record)
@@ -178,6 +175,8 @@ class _Slices:
                 )
         if not path.is_file():
             write_text(path, json.dumps(recipe, indent=1))
+        for left in (*out.glob(f".{self.split}-*.tar.*.tmp"), *self.rows.glob(".*.json.*.tmp")):  # of killed builds
+            left.unlink()
 
     def record(self, number: int) -> dict[str, Any] | None:
         """What `write` returned; None when the shard is to be written (an empty one has a row and no file)."""
@@ -189,12 +188,6 @@ class _Slices:
         except (OSError, ValueError):
             pass
         return None
-
-    def remove_unfinished(self, number: str) -> None:
-        """Remove what killed builds left half written of a shard, "*" = of all."""
-        left = [*self.options.out.glob(f".{self.split}-{number}.tar.*.tmp"), *self.rows.glob(f".{number}.json.*.tmp")]
-        for path in left:
-            path.unlink(missing_ok=True)
 
     def write(self, number: int) -> dict[str, Any]:
         """Write one shard, then its row: {"row": index row, "rejects": [[reason, where], ...]}."""
@@ -248,7 +241,6 @@ class _Slices:
         out = self.options.out
         with (out / ROWS / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two splits may get here at once
-            self.remove_unfinished("*")
             (self.rows / FINISHED).write_text("accepted" if accepted else "refused")
             _write_index(out)
         if not accepted:

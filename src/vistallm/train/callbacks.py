@@ -183,12 +183,6 @@ class Checkpoints(ModelCheckpoint):
             trainer.save_checkpoint(path)
 
 
-def keep_best(folder: Path, monitor: str) -> ModelCheckpoint:
-    """Return the callback that keeps the weights with the best `monitor` of all validation passes as best.ckpt."""
-    mode = "min" if monitor == "val_loss" else "max"
-    return ModelCheckpoint(folder, "best", monitor, mode=mode, enable_version_counter=False)
-
-
 class StopAtSignal(Callback):
     """Ends training soon after any rank has received one of SIGNALS.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -38,14 +38,7 @@ from vistallm.model.checkpoint import (
 )
 from vistallm.model.language_model import check_sizes
 from vistallm.model.vistallm import VistaLLM
-from vistallm.train.callbacks import (
-    AnswerScores,
-    Checkpoints,
-    MetricsFile,
-    Preempted,
-    StopAtSignal,
-    keep_best,
-)
+from vistallm.train.callbacks import AnswerScores, Checkpoints, MetricsFile, Preempted, StopAtSignal
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
 from vistallm.train.strategy import build_strategy, check_layout, compile_layers, resolve_precision
@@ -258,14 +251,17 @@ def build_trainer(config: Config, run_dir: Path, score: Score | None = None) -> 
     arguments |= {"enable_model_summary": False, "enable_progress_bar": False}
     arguments |= {"devices": 1} if config.strategy == "single" else {}
     arguments |= config.trainer  # `build` has put max_steps there
-    best = config.checkpoint.best
     callbacks: list[Callback] = [
         *([AnswerScores(score)] if score else []),
         MetricsFile(run_dir / "metrics.csv", config.log.every_n_seconds),
         StopAtSignal(),
         Checkpoints(run_dir / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep),
-        *([keep_best(run_dir / "checkpoints", best)] if best else []),
     ]
+    if best := config.checkpoint.best:
+        mode = {"val_loss": "min"}.get(best, "max")
+        callbacks.append(
+            ModelCheckpoint(run_dir / "checkpoints", "best", best, mode=mode, enable_version_counter=False)
+        )
     loggers: list[Logger] = []
     if config.log.tensorboard:
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
