@@ -2,9 +2,9 @@
 
 python tools/view_samples.py DIR [key=value ...] [--split test] [--task res] [--n 24] [--run RUN] --out page.html|a.png
 
-Regions are drawn as stored, and over them in white what the tokens say. Tokens are those of --run (its vocabulary and
-settings), else of the mini model; `points=16` or `coords=text` changes a setting. With --answers RUN a .png holds the
-answers of that model instead:
+Regions are drawn as stored, and over them in white what the tokens say and what region prompts show. Tokens are those
+of --run (its vocabulary and settings), else of the mini model; `points=16`, `coords=text` or `model.links=all` changes
+a setting. With --answers RUN a .png holds the answers of that model instead:
 
     python tools/view_samples.py data/mini --answers assets/mini --ids mini-test-res-000096 --out a.png
 """
@@ -48,12 +48,22 @@ def describe(sample: Sample, builder: SequenceBuilder | None, tile: int) -> dict
     """
     rounds = [*sample.fields.get("rounds", ()), render(sample, 0)]
     rounds = [[re.sub(r"\{regions:([\d,]*)(:\w+)?\}", r"[\1]", text) for text in pair] for pair in rounds]
+    rounds = [[re.sub(r"\{region:(\d+):?(\w*)\}", r"[\1] (\2)", text) for text in pair] for pair in rounds]
+    rounds = [[re.sub(r"\{point:(\d+)\}", r"(\1)", text) for text in pair] for pair in rounds]
     heading = f"{sample.task}  {sample.id}" + ("  held out" if sample.meta.get("held_out") else "")
     view, written = {"heading": heading, "rounds": rounds}, list[Region]()
+    shown: list[list[np.ndarray]] = [[] for _ in sample.images]
     try:
         if builder:
             sequence = builder.build(sample)
             written = builder.codec.decode(sequence.answer, sequence.letterboxes).regions
+            for image, square in sequence.prompts:
+                box = sequence.letterboxes[image]
+                whole, (left, top) = (
+                    cv2.resize(square, (box.side, box.side), interpolation=cv2.INTER_NEAREST),
+                    box.padding,
+                )
+                shown[image].append(whole[top : top + box.height, left : left + box.width])
             supervised = int((sequence.labels != IGNORE_INDEX).sum())
             view |= {"tokens": tokens(sequence, builder), "length": len(sequence.labels), "supervised": supervised}
     except SampleReject as reject:
@@ -61,8 +71,9 @@ def describe(sample: Sample, builder: SequenceBuilder | None, tile: int) -> dict
     width = (tile - GAP * (len(sample.images) - 1)) / sum(info.width for info in sample.images)
     scales = [min(width, tile / 1.6 / info.height) for info in sample.images]
     here = [[[r for r in regions if r.image == i] for regions in (sample.regions, written)] for i in range(len(scales))]
-    drawn = zip(sample.pixels or (), here, scales, strict=True)
-    return view | {"panels": [draw_regions(pixels, own, scale, over=over) for pixels, (own, over), scale in drawn]}
+    drawn = zip(sample.pixels or (), here, scales, shown, strict=True)
+    panels = [draw_regions(pixels, own, scale, over=over, prompts=masks) for pixels, (own, over), scale, masks in drawn]
+    return view | {"panels": panels}
 
 
 def tokens(sequence: Sequence, builder: SequenceBuilder) -> list[dict[str, Any]]:
@@ -129,7 +140,7 @@ def load_builder(run: str | None, overrides: list[str]) -> SequenceBuilder:
 
     if run is None:
         config = load_config(overrides)
-        vocabulary = Vocabulary.build(config.model, build_codec(config))
+        vocabulary = Vocabulary.build(config.model, build_codec(config), config.links)
     else:
         config = apply_overrides(config_from_file(Path(run) / "config.yaml"), overrides)
         vocabulary = Vocabulary.load(Path(run) / "vocabulary")

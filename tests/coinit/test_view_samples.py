@@ -71,6 +71,21 @@ def test_what_the_tokens_say_is_drawn_in_white(viewer, samples, builder):
     assert np.abs(seen - sample.regions[0].box).max() < 6
 
 
+def test_prompts_and_keypoints_are_shown(viewer):
+    from vistallm.coinit.images import decode_pixels
+    from vistallm.mini.build import MiniRecipe, make_sample
+
+    builder, views = viewer.load_builder(None, ["model.links=all"]), []
+    for task, one in (("interactive", builder), ("interactive", None), ("pose", builder)):
+        sample, files = make_sample(MiniRecipe(), "test", task, 5)
+        sample.pixels = [decode_pixels(data, "") for data, _ in files]
+        views.append(viewer.describe(sample, one, 340))
+    assert views[0]["rounds"] == [["Segment [0] (mask).", "The mask is [0]."]]
+    assert (views[0]["panels"][0] > 200).sum() > (views[1]["panels"][0] > 200).sum() + 100, "the prompt is drawn"
+    assert "square [0], top left (0)" in views[2]["rounds"][0][1]
+    assert "[POSE]" in {token["name"] for token in views[2]["tokens"]}
+
+
 def test_sheet(viewer, mini_root):
     chosen = viewer.choose(mini_root, "test", "coseg", 2, 0)
     assert {sample.task for sample in chosen} == {"coseg"}

@@ -45,3 +45,19 @@ def test_tags_stay_inside_and_the_inspection_layer_is_white():
     drawn = draw_regions(image, [], 2.0, over=[Region(0, "box", box=(10, 10, 50, 35))])
     assert (drawn[70, 20:100] > 200).all()
     assert (draw_regions(image, [Region(0, "mask", polygons=[])]) == 0).all()
+
+
+def test_visible_keypoints_are_discs_hidden_ones_rings_and_others_are_left_out():
+    keypoints = ((10.0, 10.0, 2), (30.0, 20.0, 1), (50.0, 30.0, 0))
+    region = Region(0, "keypoints", 1, keypoints=keypoints)
+    drawn = draw_regions(np.zeros((40, 60, 3), np.uint8), [region], 5.0, [""])
+    assert tuple(drawn[50, 50]) == COLOURS[1]
+    assert tuple(drawn[100, 150]) == (255, 255, 255), "the middle of a ring"
+    assert any(tuple(pixel) == COLOURS[1] for pixel in drawn[100, 150:160])
+    assert not drawn[130:170, 230:270].any()
+
+
+def test_prompts_are_white_where_they_are_and_fit_any_size():
+    drawn = draw_regions(np.zeros((40, 60, 3), np.uint8), [], 2.0, prompts=[DISC[::2, ::2]])
+    assert (drawn[40, 60] == 127).all()
+    assert (drawn[2, 2] == 0).all()

@@ -1,4 +1,4 @@
-"""Regions drawn on their image: masks filled and outlined, boxes, points, each with a tag; RGB in, RGB out."""
+"""Regions drawn on their image: masks filled and outlined, boxes, points, keypoints, tagged; RGB in and out."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def draw_regions(
     scale: float = 1,
     labels: Sequence[str] = (),
     over: Sequence[Region] = (),
+    prompts: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
     """Draw regions on a scaled copy of their image, in the colours of their `object` numbers.
 
@@ -29,6 +30,9 @@ def draw_regions(
         scale: size of the copy relative to the image; returns (scale * H, scale * W, 3) uint8 RGB.
         labels: one tag per region; by default the objects' numbers, "" = no tag.
         over: regions drawn last, as thin white outlines with their vertices.
+        prompts: masks of any size over the whole image, nonzero = shown by a region prompt; drawn in white.
+
+    Keypoints are discs, rings where they are hidden, with their numbers from 0.
     """
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
@@ -43,8 +47,13 @@ def draw_regions(
             for shade, radius in (WHITE, 3 * line), (colour, 2 * line):
                 cv2.circle(canvas, rings[-1][0].tolist(), radius, shade, -1, cv2.LINE_AA)
             rings[-1] = rings[-1] - 4 * line  # the tag stands beside the disc
+        _draw_keypoints(canvas, region, scale, colour, line)
         if label and rings:
             _draw_tag(canvas, label, np.concatenate(rings).min(0), colour, line)
+    for prompt in prompts:
+        shown = cv2.resize((prompt != 0).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        canvas[shown > 0] = canvas[shown > 0] // 2 + 127
+        cv2.drawContours(canvas, cv2.findContours(shown, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0], -1, BLACK, 1)
     for ring in (ring for region in over for ring in _outlines(canvas, region, scale, None)):
         cv2.polylines(canvas, [ring], True, WHITE, 1, cv2.LINE_AA)
         for x, y in ring.tolist():
@@ -65,6 +74,19 @@ def _outlines(canvas: np.ndarray, region: Region, scale: float, fill: tuple[int,
     if fill is not None:
         canvas[mask > 0] = (0.65 * canvas[mask > 0] + 0.35 * np.array(fill)).astype(np.uint8)
     return outlines
+
+
+def _draw_keypoints(canvas: np.ndarray, region: Region, scale: float, colour: tuple[int, ...], line: int) -> None:
+    for number, (x, y, v) in enumerate(region.keypoints or ()):
+        if v:
+            place = (round(x * scale), round(y * scale))
+            cv2.circle(canvas, place, 2 * line + 1, WHITE, -1, cv2.LINE_AA)
+            cv2.circle(canvas, place, 2 * line, colour, -1 if v == 2 else line, cv2.LINE_AA)
+            corner = (place[0] + 2 * line, place[1] - line)
+            for shade, width in (BLACK, line + 1), (WHITE, max(1, line // 2)):
+                cv2.putText(
+                    canvas, str(number), corner, cv2.FONT_HERSHEY_SIMPLEX, 0.2 * line, shade, width, cv2.LINE_AA
+                )
 
 
 def _draw_tag(canvas: np.ndarray, label: str, corner: np.ndarray, colour: tuple[int, ...], line: int) -> None:
