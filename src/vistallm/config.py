@@ -211,6 +211,7 @@ class Config:
     target_iou: float | None = None  # fewest points that reach it; null = always the whole budget
     benchmarks: list[str] | None = None  # null = all of data.root's
     predictions: str | None = None  # score this predictions.jsonl instead of generating
+    compare: dict[str, str] = field(default_factory=dict)  # label -> scores.json whose scores the report shows beside
     model: ModelConfig = field(default_factory=ModelConfig)
     links: LinkConfig = field(default_factory=LinkConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -222,7 +223,7 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)  # Lightning Trainer arguments
 
 
-OPEN_KEYS = ("trainer", "data.weights", "data.sources", "data.max_per_task")  # mappings of any keys
+OPEN_KEYS = ("trainer", "compare", "data.weights", "data.sources", "data.max_per_task")  # mappings of any keys
 CHOICES = {
     "stage": (1, 2),
     "strategy": ("auto", "single", "ddp", "fsdp"),

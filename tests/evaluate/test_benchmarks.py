@@ -1,8 +1,13 @@
 """Scores from predictions alone: perfect, unreadable and hand-worked answers, the ceiling, the file's round trip."""
 
+import copy
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
+from vistallm.config import Config
 from vistallm.evaluate import benchmarks as B
 from vistallm.evaluate import predictions as P
 from vistallm.metrics import SCORE_NAMES
@@ -49,7 +54,7 @@ def test_every_mini_task_has_a_benchmark(predictions):
 
 def test_perfect_answers_reach_the_ceiling(predictions, codec):
     scores = B.score(predictions, BENCHMARKS, codec)
-    assert list(scores) == [name for name, b in BENCHMARKS.items() if b.data == "mini"]
+    assert list(scores) == [name for name, b in BENCHMARKS.items() if b.data == "mini" and not b.needs_links]
     for name, one in scores.items():
         assert one.unreadable == 0
         if one.ceiling is not None:
@@ -143,6 +148,68 @@ def test_v7w_takes_the_candidate_the_answer_means(predictions):
         wrong = next(c for c in prediction.target["candidates"] if c != prediction.target["regions"][0]["box"])
         prediction.parsed.regions[0].box = tuple(wrong)
     assert B.score(chosen, BENCHMARKS)["mini_v7w"].scores["accuracy"] == 0
+
+
+def by_links(rows):
+    return [dataclasses.replace(one, benchmark=f"{one.benchmark}_link", head="link") for one in rows]
+
+
+def test_links_answer_benchmarks_of_their_own(predictions, codec, tmp_path):
+    chosen = [p for p in predictions if p.task in ("res", "rec")]
+    linked = by_links(chosen)
+    for one in linked:
+        for region in one.parsed.regions:
+            if region.kind == "mask":
+                region.rle = polygons_to_rle(region.polygons, one.images[0]["height"], one.images[0]["width"])
+                region.polygons = None
+    P.write_predictions(chosen + linked, tmp_path / "p.jsonl")
+    text = (tmp_path / "p.jsonl").read_text()
+    assert text.count('"head": "link"') == text.count('"head"') == len(linked)
+    scores = B.score(P.read_predictions(tmp_path / "p.jsonl", P.Faults()), BENCHMARKS, codec)
+    for task in ("res", "rec"):
+        assert scores[f"mini_{task}_link"].scores == scores[f"mini_{task}"].scores
+    assert (scores["mini_res_link"].head, scores["mini_res_link"].ceiling) == ("link", None)
+    assert scores["mini_res"].ceiling is not None
+    B.write_scores(scores, tmp_path / "scores.json")
+    record = json.loads((tmp_path / "scores.json").read_text())["benchmarks"]
+    assert record["mini_res_link"]["head"] == "link"
+    assert "head" not in record["mini_res"]
+    assert B.read_scores(tmp_path / "scores.json") == {name: one.scores for name, one in scores.items()}
+    with pytest.raises(ValueError, match="expected the scores.json"):
+        B.read_scores(tmp_path / "p.jsonl")
+
+
+def test_teacher_forced_answers_are_scored_beside_free_running_ones(predictions, tmp_path):
+    free = by_links([p for p in predictions if p.task == "rec"])
+    forced = [dataclasses.replace(one, forced=True) for one in copy.deepcopy(free)]
+    for one in free[:5]:
+        one.parsed = None
+    P.write_predictions([*free, *forced], tmp_path / "p.jsonl")
+    faults = P.Faults()
+    scores = B.score(P.read_predictions(tmp_path / "p.jsonl", faults), BENCHMARKS, faults=faults)["mini_rec_link"]
+    assert (scores.n, scores.scores["p_at_50"], scores.teacher_forced["p_at_50"]) == (10, 0.5, 1)
+    assert not faults.found
+    forced[0].target = {"regions": []}
+    with pytest.raises(ValueError, match=forced[0].id):
+        B.score([*free, *forced], BENCHMARKS)
+
+
+def test_what_is_answered_follows_from_links_and_answer():
+    def chosen(links, answer="both", names=None):
+        config = Config(answer=answer)
+        config.model.links = links
+        return list(B.select_benchmarks(BENCHMARKS, names, "mini", config))
+
+    both = chosen("all")
+    assert both == [name for name, one in BENCHMARKS.items() if one.data == "mini"]
+    assert chosen("all", "link") == [name for name in both if BENCHMARKS[name].head == "link"]
+    assert chosen("all", "text") == [name for name in both if BENCHMARKS[name].head == "text"]
+    assert chosen("none") == chosen("none", "text") == [name for name in both if not BENCHMARKS[name].needs_links]
+    assert chosen("none", "link") == []
+    with pytest.raises(ValueError, match=r"mini_res_link: expected a model with links, got model\.links=none"):
+        chosen("none", names=["mini_res", "mini_res_link"])
+    with pytest.raises(ValueError, match="head: expected one of text, got 'link'"):
+        B.Benchmark("x", "vqa", "mini", "test", head="link")
 
 
 def test_errors_name_what_is_wrong(predictions, tmp_path):

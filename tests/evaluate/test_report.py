@@ -1,5 +1,6 @@
 """The report page: complete, self-contained, safe against what a model may write, and the same twice."""
 
+import copy
 import dataclasses
 import doctest
 import re
@@ -13,6 +14,8 @@ from vistallm.evaluate import gallery, plots
 from vistallm.evaluate.confidence import set_confidence
 from vistallm.evaluate.report import TITLES, outcome, write_report
 from vistallm.regions.codec import RegionCodec
+from vistallm.regions.masks import polygons_to_rle
+from vistallm.schema import Region
 from vistallm.tasks import TASKS
 
 BENCHMARKS = B.load_benchmarks()
@@ -127,6 +130,54 @@ def test_text_of_a_model_cannot_break_the_page(predictions, tmp_path):
     assert "<u>" not in page
 
 
+def linked(one):
+    """The same answer by links."""
+    other = dataclasses.replace(copy.deepcopy(one), benchmark=f"{one.benchmark}_link", head="link")
+    other.text = "The mask is [GRD][GRD_1][GRD_2] ."
+    for region in other.parsed.regions:
+        if region.kind == "mask":
+            region.rle = polygons_to_rle(region.polygons, one.images[0]["height"], one.images[0]["width"])
+            region.polygons = None
+    return other
+
+
+def test_text_and_links_stand_side_by_side_on_the_same_samples(predictions, tmp_path):
+    chosen = [p for p in predictions if p.task in ("res", "rec", "vqa")]
+    chosen += [linked(p) for p in chosen if p.task == "res"]
+    images = {p.id: [np.full((i["height"], i["width"], 3), 90, np.uint8) for i in p.images] for p in chosen}
+    forced = [dataclasses.replace(copy.deepcopy(p), forced=True) for p in chosen if p.head == "link"]
+    scores = B.score(chosen + forced, BENCHMARKS)
+    earlier = {"before": {"mini_res": {"miou": 0.123}, "mini_res_link": {"miou": None}}, "empty": {}}
+    write_report(tmp_path / "report.html", scores, chosen, images=images, beside=earlier)
+    page = (tmp_path / "report.html").read_text()
+    parser = parse(page)
+    pairs = [card for card in parser.cards if card["data-task"] == "mini_res_link"]
+    assert len(pairs) == 9
+    assert {card["data-task"] for card in parser.cards} == {"mini_res_link", "mini_rec", "mini_vqa"}
+    assert page.count('data-number="text"') == page.count('data-number="links"') == page.count("<use href=") == 9
+    assert len(parser.loads) == len(parser.cards), "a picture is in the page once"
+    assert page.count("<b>[GRD]</b>") == 9
+    assert "<th>Head</th>" in page
+    assert '<td data-label="before">12.3</td>' in page
+    assert 'data-label="empty"' not in page
+    assert re.search(r'<td data-label="Teacher-forced">\d+\.\d<small>\+0\.0</small></td>', page)
+
+
+def test_labels_and_keypoints_are_drawn(predictions):
+    one = linked(next(p for p in predictions if p.task == "rec"))
+    points = ((5.0, 6.0, 2), (7.0, 8.0, 1), (0.0, 0.0, 0))
+    found = Region(0, "keypoints", label="red <star>", box=(1, 2, 30, 40), keypoints=points, confidence=0.9)
+    doubtful = dataclasses.replace(found, label="moon", confidence=0.1)
+    one.parsed = dataclasses.replace(one.parsed, regions=[found, doubtful])
+    one.text = "red star [POSE][POSE_1], top [POSE][POSE_1], left [POSE][POSE_1], right [POSE][POSE_1]."
+    answer = gallery.draw_pictures(one, None)[0]["answer"]
+    assert "moon" not in answer
+    assert "<title>red &lt;star&gt; 90%</title>" in answer
+    assert ">red &lt;star&gt;</text>" in answer
+    dots = re.findall(r'<circle class="(\w+)" cx="(\d+)".*?<title>(.*?)</title>', answer)
+    assert dots == [("seen", "5", "top"), ("hidden", "7", "left")]
+
+
 def test_same_input_same_page(predictions, tmp_path, metrics_csv):
     pages = [
         write(tmp_path / f"{name}.html", predictions, history={"Stage 1": metrics_csv})[0]
@@ -234,6 +285,7 @@ def test_short_text():
     assert doctest.testmod(gallery).failed == 0
     assert gallery.short_text("<m_st><bin_1><bin_2><bin_3><bin_4><bin_5><bin_6><m_ed>") == "<b>[mask, 3 points]</b>"
     assert gallery.short_text("<m_st><m_ed>") == "<b>[mask, none]</b>"
+    assert gallery.short_text("a star [DET] [DET_1][DET_2], bar[DET]") == "a star <b>[DET]</b>, bar<b>[DET]</b>"
 
 
 def test_precision_curve_equals_counting():

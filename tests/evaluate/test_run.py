@@ -99,7 +99,9 @@ def test_parts_of_another_checkpoint_are_not_used(folder, tiny_config, mini_root
     one, checkpoint = load_benchmarks()["mini_rec"], folder / "checkpoints" / "step-000001.ckpt"
     before = R.stamp(config, mini_root, one)
     assert R.stamp(dataclasses.replace(config, trainer={"devices": 2}, run_dir="x"), mini_root, one) == before
+    assert R.stamp(dataclasses.replace(config, answer="text", compare={"a": "b"}), mini_root, one) == before
     assert R.stamp(dataclasses.replace(config, points=5), mini_root, one) != before
+    assert R.stamp(config, mini_root, dataclasses.replace(one, head="link")) != before
     os.utime(checkpoint, (1, 1))
     assert R.stamp(config, mini_root, one) != before
 
@@ -200,3 +202,19 @@ def test_missing_data_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="no benchmark to run"):
         R.find_data(config, load_benchmarks(), faults)
     assert "mini_res" in faults.found
+    config = R.evaluation_config(words(folder, tmp_path, "answer=link"))
+    with pytest.raises(ValueError, match="answer=link leaves none"):
+        R.find_data(config, load_benchmarks(), faults)
+
+
+def test_earlier_scores_are_printed_beside(folder, tmp_path, capsys):
+    first = words(folder, tmp_path / "first", "benchmarks=[mini_res,mini_pope]")
+    assert R.run(first) == 0
+    before = tmp_path / "first" / "scores.json"
+    again = words(folder, tmp_path / "second", "benchmarks=[mini_pope]", f"compare={{before: {before}}}")
+    assert R.run(again) == 0
+    value = 100 * json.loads(before.read_text())["benchmarks"]["mini_pope"]["scores"]["f1"]
+    assert f", before {value:.1f}" in capsys.readouterr().out
+    assert f'<td data-label="before">{value:.1f}</td>' in (tmp_path / "second" / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"absent\.json: expected the scores\.json"):
+        R.run([*again, "compare={before: absent.json}"])

@@ -19,8 +19,9 @@ import yaml
 from pycocotools import mask as coco_mask
 from torch import distributed as dist
 
+from vistallm.config import Config
 from vistallm.evaluate.export import EXPORTS
-from vistallm.evaluate.predictions import Faults, by_benchmark
+from vistallm.evaluate.predictions import Faults, by_benchmark, line_id
 from vistallm.metrics import METRICS, NamedScores, SampleScores
 from vistallm.metrics.regions import target_regions
 from vistallm.metrics.scores import GROUPS, labelled
@@ -50,14 +51,21 @@ class Benchmark:
     average: str | None = None
     export: str | None = None
     paper: Sequence[Mapping[str, Any]] = ()
+    head: str = "text"
 
     def __post_init__(self) -> None:
-        self.metric = self.metric or find_task(self.task).metric
-        choices = {"metric": METRICS, "average": (*GROUPS, None), "export": (*EXPORTS, None)}
+        task = find_task(self.task)
+        self.metric = self.metric or task.metric
+        choices = {"head": task.heads, "metric": METRICS, "average": (*GROUPS, None), "export": (*EXPORTS, None)}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {getattr(self, key)!r}")
         self.headline = self.headline or METRICS[self.metric].headline or METRICS[self.metric].names[0]
+
+    @property
+    def needs_links(self) -> bool:
+        """Whether only a model with links can answer it: by its head, or because its task comes with them."""
+        return self.head == "link" or find_task(self.task).mini_links
 
     def new_metric(self) -> SampleScores:
         """Return the metric that scores it, without any sample, on the device that processes exchange tensors on."""
@@ -72,6 +80,7 @@ class BenchmarkScores:
     """Scores of one benchmark.
 
     Attributes:
+        head: what wrote the regions of the answers, "text" or "link".
         n: samples; unreadable: share of them whose answer could not be read; failures: their number by reason.
         scores: name -> share in [0, 1], None where no sample counts.
         splits: "seen" and "held_out" (attribute combinations absent from training) -> {"n", "scores"}.
@@ -79,6 +88,8 @@ class BenchmarkScores:
         unlabelled: samples whose answer the dataset keeps to itself; they are exported and in no score.
         cut: samples whose answer ended because decode.max_new_tokens was reached.
         faults: predictions that could not be read or scored; above 0 the benchmark is incomplete.
+        teacher_forced: the same scores where links are read behind the true answer's text (decode.teacher_forced), else
+            None. What they are above `scores` is what the model's own text loses.
     """
 
     name: str
@@ -95,6 +106,8 @@ class BenchmarkScores:
     unlabelled: int = 0
     cut: int = 0
     faults: int = 0
+    head: str = "text"
+    teacher_forced: NamedScores | None = None
 
 
 Scores = dict[str, BenchmarkScores]
@@ -114,15 +127,26 @@ def load_benchmarks(path: Path = BENCHMARKS_FILE) -> dict[str, Benchmark]:
 
 
 def select_benchmarks(
-    benchmarks: Mapping[str, Benchmark], names: Iterable[str] | None, data: str
+    benchmarks: Mapping[str, Benchmark], names: Iterable[str] | None, data: str, config: Config | None = None
 ) -> dict[str, Benchmark]:
-    """Return the named benchmarks, or all of a data config; ValueError names the nearest for an unknown name."""
-    names = [name for name, one in benchmarks.items() if one.data == data] if names is None else list(names)
+    """Return the named benchmarks, or all of a data config, that `config` (None: any) has a head for.
+
+    A model without links leaves out what needs them; `answer=text|link` leaves out the other head.
+
+    Raises:
+        ValueError: an unknown name, with the nearest one, or a named benchmark that the model has no links for.
+    """
+    links, answer = (True, "both") if config is None else (config.model.links != "none", config.answer)
+    if names is None:
+        names = [name for name, one in benchmarks.items() if one.data == data and (links or not one.needs_links)]
+    names = list(names)
     if unknown := [name for name in names if name not in benchmarks]:
         near = {name: ", ".join(difflib.get_close_matches(name, benchmarks, 1)) or "none" for name in unknown}
         lines = [f"benchmark {name!r}: no such entry in {BENCHMARKS_FILE.name}; nearest: {near[name]}" for name in near]
         raise ValueError("\n".join(lines))
-    return {name: benchmarks[name] for name in names}
+    if lacking := [name for name in names if benchmarks[name].needs_links and not links]:
+        raise ValueError(f"benchmarks {', '.join(lacking)}: expected a model with links, got model.links=none")
+    return {name: benchmarks[name] for name in names if answer in ("both", benchmarks[name].head)}
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -162,7 +186,9 @@ def score(
         except ValueError as error:
             found.add(name, str(error))
             continue
-        one = _score_one(benchmark, groups[name], codec, found)
+        one = _score_one(benchmark, [each for each in groups[name] if not each.forced], codec, found)
+        if forced := [each for each in groups[name] if each.forced]:
+            one.teacher_forced = _score_one(benchmark, forced, None, found).scores
         if one.n:
             scores[name] = one
     if faults is None and found.found:
@@ -177,7 +203,7 @@ def _score_one(
     for one in predictions:
         one.score = None
         if one.id in by_id:
-            faults.add(name, f"prediction {one.id} occurs more than once")
+            faults.add(name, f"prediction {line_id(one)} occurs more than once")
         by_id.setdefault(one.id, one)
     wrong, (rank, size) = dict[str, str](), rank_and_size()
     for key in list(by_id)[rank::size]:
@@ -186,8 +212,7 @@ def _score_one(
         except ValueError as error:
             wrong[key] = str(error)
     for key, fault in sorted(pair for some in from_all(wrong) for pair in some.items()):
-        faults.add(name, fault, key)
-        del by_id[key]
+        faults.add(name, fault, line_id(by_id.pop(key)))
     with metric.sync_context():
         rows = metric.rows()
     own = {row["id"]: row["score"] for row in rows}
@@ -197,6 +222,7 @@ def _score_one(
         value, weight = own[one.id]
         one.score = round(value / weight, 6) if one.parsed is not None else 0.0
     failures = Counter(one.failure or "unknown" for one in scored if one.parsed is None)
+    polygons = metric.masks and benchmark.head == "text"
     splits = {split: [row for row in rows if row["held_out"] == held] for split, held in SPLITS.items()}
     return BenchmarkScores(
         name=name,
@@ -210,11 +236,12 @@ def _score_one(
         splits={split: {"n": len(part), "scores": metric.summarise(part)} for split, part in splits.items()}
         if all(splits.values())
         else {},
-        ceiling=mask_ceiling(known, benchmark, codec) if codec and metric.masks and known else None,
+        ceiling=mask_ceiling(known, benchmark, codec) if polygons and codec and known else None,
         paper=list(benchmark.paper),
         unlabelled=len(scored) - len(known),
         cut=sum(one.cut for one in scored),
         faults=len(faults.found.get(name, [])),
+        head=benchmark.head,
     )
 
 
@@ -235,9 +262,17 @@ def mask_ceiling(predictions: Sequence[Prediction], benchmark: Benchmark, codec:
 
 def write_scores(scores: Scores, path: Path, run: Mapping[str, Any] | None = None) -> None:
     """Write scores.json: {"version", "run": facts about the run, "benchmarks": {name: ...}}."""
-    record = {
-        "version": SCORES_VERSION,
-        "run": dict(run or {}),
-        "benchmarks": {name: dataclasses.asdict(one) for name, one in scores.items()},
-    }
+    usual = {"head": "text", "teacher_forced": None}  # written only where they differ
+    rows = {name: dataclasses.asdict(one).items() for name, one in scores.items()}
+    kept = {name: {k: v for k, v in row if k not in usual or v != usual[k]} for name, row in rows.items()}
+    record = {"version": SCORES_VERSION, "run": dict(run or {}), "benchmarks": kept}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_scores(path: Path) -> dict[str, NamedScores]:
+    """Return benchmark -> its scores from a scores.json; raises ValueError for another file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: one["scores"] for name, one in record["benchmarks"].items()}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the scores.json of an evaluation, got {error!r}") from error

@@ -3,8 +3,8 @@
 The confidence of a region is the geometric mean of the model's probabilities of its tokens: coordinates, `<m_part>`,
 and the separator or closing marker that ends it, each a softmax over the whole vocabulary, before the grammar.
 `presence` is one minus the probability of an empty pair just after the first opening marker: below 0.5 the answer says
-"no target". Both rank answers; neither is a probability of being right, which is what `calibration` shows. No benchmark
-in configs/benchmarks.yaml ranks by confidence (none is scored by AP), so no AP is computed.
+"no target". Both rank answers; neither is a probability of being right, which is what `calibration` shows. The
+confidence of a region that a link found is its score, and COCO AP ranks by either.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from vistallm.evaluate.grammar import RegionGrammar, Role
+from vistallm.metrics.detection import sure
 from vistallm.schema import Parsed, Prediction
 
-RIGHT_FROM = {"mask": 0.5, "masks": 0.5, "coseg": 0.5, "box": 0.5, "boxes": 1.0, "candidates": 1.0}
-"""Score from which a sample of a metric counts as right: IoU at least 0.5, every box, the right candidate."""
+RIGHT_FROM = dict.fromkeys(("mask", "masks", "prompted", "context", "semseg", "coseg", "box"), 0.5)
+RIGHT_FROM |= dict.fromkeys(("boxes", "detection", "pose", "candidates"), 1.0)
+"""Score from which a sample of a metric counts as right: IoU at least 0.5, every object, the right candidate."""
 
 
 class TokenLog(LogitsProcessor):
@@ -82,8 +84,9 @@ def answer_confidence(prediction: Prediction) -> float | None:
         return None
     if not parsed.regions:
         return None if parsed.presence is None else 1 - parsed.presence
-    known = [region.confidence for region in parsed.regions if region.confidence is not None]
-    return sum(known) / len(known) if len(known) == len(parsed.regions) else None
+    regions = sure(prediction) or parsed.regions
+    known = [region.confidence for region in regions if region.confidence is not None]
+    return sum(known) / len(known) if len(known) == len(regions) else None
 
 
 def calibration(

@@ -16,12 +16,16 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from vistallm.evaluate.predictions import by_benchmark
+from vistallm.links import LINKS, read_links
+from vistallm.metrics.detection import sure
+from vistallm.metrics.regions import box_of
 from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.masks import rle_to_mask
 from vistallm.schema import Prediction, Region
 
 MAX_SIDE = 420  # pixels of an embedded image's longer side
-_GROUP = re.compile(r"<([bpm])_st>.*?<\1_ed>", re.DOTALL)
+_SLOTS = rf"\[(?P<link>{'|'.join(LINKS)})\](\s*\[[A-Z]+_\d+\])*"  # a link with its slots
+_GROUP = re.compile(rf"<([bpm])_st>.*?<\1_ed>|{_SLOTS}", re.DOTALL)
 _BINS = re.compile(r"(?:\s*<bin_\d+>){3,}")
 _KINDS = {"b": "box", "p": "point", "m": "mask"}
 
@@ -46,13 +50,15 @@ def shown(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 
 def short_text(text: str, limit: int = 220) -> Markup:
-    """Return an answer as safe HTML, its region groups replaced by "[mask, 12 points]" and loose bins by "...".
+    """Return an answer as safe HTML: region groups become "[mask, 12 points]", links "[GRD]", loose bins "...".
 
     >>> print(short_text("It is <p_st><bin_1><bin_2><p_ed>."))
     It is <b>[point]</b>.
     """
 
     def group(match: re.Match[str]) -> str:
+        if match["link"]:
+            return f"\x00[{match['link']}]\x01"
         bins, kind = match[0].count("<bin_"), _KINDS[match[1]]
         detail = f", {bins // 2} points" if kind == "mask" and bins else "" if bins else ", none"
         return f"\x00[{kind}{detail}]\x01"
@@ -70,12 +76,13 @@ def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -
     """
     target, given = ([Region.from_json(row) for row in prediction.target.get(key, [])] for key in ("regions", "given"))
     given += [Region(0, "box", box=tuple(box)) for box in prediction.target.get("candidates", [])]
-    layers = {"given": given, "answer": prediction.parsed.regions if prediction.parsed else [], "truth": target}
+    layers = {"given": given, "answer": sure(prediction), "truth": target}
+    names = [link.phrase for link in read_links(prediction.text)][1:]  # of keypoints
     pictures = []
     for index, size in enumerate(prediction.images):
         width, height = int(size["width"]), int(size["height"])
         drawn: dict[str, Any] = {
-            name: Markup("").join(_shape(one, max(width, height) / 45) for one in regions if one.image == index)
+            name: Markup("").join(_shape(one, max(width, height) / 45, names) for one in regions if one.image == index)
             for name, regions in layers.items()
         }
         uri = None if images is None else _data_uri(images[index])
@@ -83,8 +90,24 @@ def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -
     return pictures
 
 
-def _shape(region: Region, radius: float) -> Markup:
-    """A region as SVG; `radius` of a point, in pixels of the image."""
+def _shape(region: Region, radius: float, names: Sequence[str] = ()) -> Markup:
+    """A region as SVG with its label; `radius` of a point, in pixels of the image; `names` of its keypoints."""
+    shape, label = _outline(region, radius), region.label
+    for number, (x, y, v) in enumerate(region.keypoints or ()):
+        name, kind = (names[number] if number < len(names) else f"keypoint {number + 1}"), ("hidden", "seen")[v > 1]
+        if v > 0:
+            dot = '<circle class="{}" cx="{:g}" cy="{:g}" r="{:g}"><title>{}</title></circle>'
+            shape += Markup(dot).format(kind, x, y, radius / 1.5, name)
+    if label is None:
+        return shape
+    x, y, *_ = box_of(region)
+    sure = "" if region.confidence is None else f" {100 * region.confidence:.0f}%"
+    text = '<text x="{:g}" y="{:g}" font-size="{:g}">{}</text>'
+    named = Markup("<g><title>{}{}</title>{}</g>").format(label, sure, shape)
+    return named + Markup(text).format(x, max(y, 0) + 2 * radius, 2 * radius, label)
+
+
+def _outline(region: Region, radius: float) -> Markup:
     if region.kind == "mask":
         rings = region.polygons
         if region.rle is not None:  # half a pixel of slack removes the stair steps, which no reader needs

@@ -25,6 +25,11 @@ class Faults:
         self.found.setdefault(benchmark, []).append(f"{where}: {fault}" if where else fault)
 
 
+def line_id(prediction: Prediction) -> str:
+    """Return what names a line of its benchmark: a sample may have a free-running and a teacher-forced answer."""
+    return f"{prediction.id} (teacher-forced)" if prediction.forced else prediction.id
+
+
 def read_predictions(path: Path, faults: Faults) -> list[Prediction]:
     """Read predictions.jsonl; a malformed or repeated line is a fault of the benchmark it names, and left out.
 
@@ -42,7 +47,7 @@ def read_predictions(path: Path, faults: Faults) -> list[Prediction]:
                 named = re.search(r'"benchmark": *"([^"]+)"', line)
                 faults.add(named[1] if named else "", f"{where}: {str(error) or repr(error)}")
                 continue
-            first = faults.lines.setdefault((prediction.benchmark, prediction.id), where)
+            first = faults.lines.setdefault((prediction.benchmark, line_id(prediction)), where)
             if first == where:
                 predictions.append(prediction)
             else:

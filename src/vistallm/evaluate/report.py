@@ -20,7 +20,8 @@ from vistallm.evaluate.confidence import RIGHT_FROM, answer_confidence, calibrat
 from vistallm.evaluate.gallery import draw_pictures, pick, short_text
 from vistallm.evaluate.plots import Curve, Plot, curve, line_plots, precision_curve, read_columns
 from vistallm.evaluate.predictions import by_benchmark
-from vistallm.metrics import METRICS, SCORE_NAMES
+from vistallm.metrics import METRICS, SCORE_NAMES, NamedScores
+from vistallm.metrics.detection import sure
 from vistallm.schema import Prediction
 from vistallm.tasks import TASKS
 
@@ -28,6 +29,7 @@ WORDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".y
 TITLES, OUTCOMES = WORDS["titles"], WORDS["outcomes"]
 TILES = ("samples per second", "tokens per second", "seconds per image", "seconds of generation")
 FEW = 5  # a bin of fewer answers is not drawn
+Card = tuple[str, list[tuple[Prediction, list[dict[str, Any]], float | None]]]  # group; answers, pictures, confidences
 Benchmarks = list[tuple[BenchmarkScores, str, list[Prediction]]]  # scores, short name, and what was scored
 
 
@@ -39,6 +41,7 @@ def write_report(
     history: Mapping[str, Path] | None = None,
     run: Mapping[str, Any] | None = None,
     config: str = "",
+    beside: Mapping[str, Mapping[str, NamedScores]] | None = None,
 ) -> None:
     """Write the page.
 
@@ -50,16 +53,31 @@ def write_report(
         history: label ("Stage 1") -> metrics.csv of the run that trained it; missing files are left out.
         run: facts to list (seconds, samples per second, device, ...), by name.
         config: the resolved configuration as text.
+        beside: label -> benchmark -> scores of other evaluations, each a column.
     """
     # Masks first: overlays are what a reader comes for.
-    kinds = ("mask", "box", "point", "text")
+    kinds = ("mask", "box", "keypoints", "point", "text")
     order = sorted(scores.values(), key=lambda one: kinds.index(TASKS[one.task].kind))
-    groups, images = by_benchmark(predictions), images or {}
+    groups = by_benchmark(predictions)
     titles = {one.name: TITLES.get(one.task, one.task) if one.name.startswith("mini_") else one.name for one in order}
-    # the abbreviation at the end of a title, "RES", where there is one
-    short = {name: words.rpartition("(")[2].rstrip(")") for name, words in titles.items()}
+    links = any(one.head == "link" for one in order)
+    short = {name: _abbreviation(words) for name, words in titles.items()}
+    short |= {one.name: f"{short[one.name]}, {WORDS['heads'][one.head]}" for one in order if links}
     benchmarks = [(one, short[one.name], groups[one.name]) for one in order]
-    chosen = [(one, group) for name in titles for group, one in pick(groups[name])]
+    texts, cards = _texts_of(order, groups), list[Card]()
+    for one in order:
+        for group, prediction in pick(groups[one.name]) if one.name not in texts.values() else ():
+            other = next((each for each in groups.get(texts.get(one.name, ""), ()) if each.id == prediction.id), None)
+            both = [each for each in (other, prediction) if each is not None]
+            cards.append(
+                (
+                    group,
+                    [
+                        (each, draw_pictures(each, (images or {}).get(each.id)), answer_confidence(each))
+                        for each in both
+                    ],
+                )
+            )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vistallm", "evaluate"),
         autoescape=True,
@@ -67,24 +85,30 @@ def write_report(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": _percent, "brief": _brief, "short_text": short_text}
-    rows = {one.name: _values(one, one.headline) for one in order}
-    columns = enumerate(("Ceiling", "Seen pairs", "Held-out pairs"), 1)
+    environment.filters |= {
+        "percent": _percent,
+        "brief": _brief,
+        "short_text": short_text,
+        "abbreviation": _abbreviation,
+    }
+    columns = _columns(order, beside or {})
     named = [(one, [name for name in one.scores if any(name in row["scores"] for row in one.paper)]) for one in order]
     page = environment.get_template("report.html").render(
         order=order,
         titles=titles,
         short=short,
         score_names=SCORE_NAMES,
-        values=_values,
+        links=links,
         unreadable=sum(sum(one.failures.values()) for one in order),
-        columns={label: i for i, label in columns if any(row[i] is not None for row in rows.values())},
+        columns=columns,
         published=[
             (one, names, sorted(one.paper, key=lambda row: not row["model"].startswith("VistaLLM")))
             for one, names in named
             if names
         ],
-        cards=[(one, group, draw_pictures(one, images.get(one.id)), answer_confidence(one)) for one, group in chosen],
+        cards=cards,
+        shown={answers[-1][0].benchmark for _, answers in cards},
+        heads=WORDS["heads"],
         outcome_words=OUTCOMES,
         outcomes=[(one, Counter(outcome(each, one.metric) for each in group)) for one, _, group in benchmarks],
         precision=_precision(benchmarks),
@@ -102,16 +126,44 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
+def _abbreviation(title: str) -> str:
+    """The abbreviation at the end of a title, "RES", where there is one."""
+    return title.rpartition("(")[2].rstrip(")")
+
+
 def _brief(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _values(one: BenchmarkScores, name: str) -> list[float | None]:
-    """A score's result, its mask ceiling, and the results on seen and on held-out pairs."""
-    parts = (one.splits.get(split, {"scores": {}})["scores"] for split in ("seen", "held_out"))
-    return [one.scores[name], *(scores.get(name) for scores in (one.ceiling or {}, *parts))]
+def _columns(
+    order: Sequence[BenchmarkScores], beside: Mapping[str, Mapping[str, NamedScores]]
+) -> dict[str, dict[str, NamedScores]]:
+    """Return column -> benchmark -> scores, of the columns that hold a headline."""
+    columns = {label: {one.name: named.get(one.name, {}) for one in order} for label, named in beside.items()}
+    columns["Teacher-forced"] = {one.name: one.teacher_forced or {} for one in order}
+    columns["Ceiling"] = {one.name: one.ceiling or {} for one in order}
+    for split, label in (("seen", "Seen pairs"), ("held_out", "Held-out pairs")):
+        columns[label] = {one.name: one.splits.get(split, {"scores": {}})["scores"] for one in order}
+    heads = {one.name: one.headline for one in order}
+    return {
+        label: column
+        for label, column in columns.items()
+        if any(scores.get(heads[name]) is not None for name, scores in column.items())
+    }
+
+
+def _texts_of(order: Sequence[BenchmarkScores], groups: Mapping[str, Sequence[Prediction]]) -> dict[str, str]:
+    """Return benchmark answered by links -> the one in which text answers the same samples, where there is one."""
+    ids = {name: {one.id for one in group} for name, group in groups.items()}
+    texts = [one for one in order if one.head == "text"]
+    return {
+        one.name: text.name
+        for one in order
+        for text in texts
+        if one.head == "link" and text.task == one.task and ids[one.name] & ids[text.name]
+    }
 
 
 def outcome(prediction: Prediction, metric: str) -> str:
@@ -123,7 +175,7 @@ def outcome(prediction: Prediction, metric: str) -> str:
         return "right"
     if metric not in RIGHT_FROM:
         return "wrong"
-    if empty or not parsed.regions:
+    if empty or not sure(prediction):
         return "imagined" if empty else "missed"
     return "inexact" if prediction.score else "elsewhere"
 

@@ -35,6 +35,7 @@ from vistallm.evaluate.benchmarks import (
     from_all,
     load_benchmarks,
     rank_and_size,
+    read_scores,
     score,
     select_benchmarks,
     write_scores,
@@ -43,7 +44,7 @@ from vistallm.evaluate.export import write_exports
 from vistallm.evaluate.gallery import shown
 from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
 from vistallm.evaluate.report import write_report
-from vistallm.metrics.scores import labelled
+from vistallm.metrics.scores import NamedScores, labelled
 from vistallm.model.checkpoint import find_checkpoint, load_run
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Prediction
@@ -52,7 +53,8 @@ from vistallm.train.run import quiet
 PROGRESS_SECONDS = 30
 DEVICES: dict[str, Any] = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}  # the keys of `trainer.*` in use
 # settings that no answer depends on: a run may go on under others
-FREE = ("run_dir", "name", "ckpt", "resume", "benchmarks", "predictions", "trainer", "log", "checkpoint", "val")
+FREE = {"run_dir", "name", "ckpt", "resume", "benchmarks", "predictions", "trainer", "log", "checkpoint", "val"}
+FREE |= {"answer", "compare"}
 LAUNCHER = "VISTALLM_LAUNCHER"  # environment variable: id of the process that started the others of this machine
 
 
@@ -67,7 +69,7 @@ def run(argv: list[str]) -> int:
     """
     quiet()
     config, known, faults, pace = evaluation_config(argv), load_benchmarks(), Faults(), gen.Pace()
-    out = Path(str(config.run_dir))
+    out, beside = Path(str(config.run_dir)), {label: read_scores(Path(file)) for label, file in config.compare.items()}
     out.mkdir(parents=True, exist_ok=True)
     if config.predictions is not None:
         predictions = read_predictions(Path(config.predictions), faults)
@@ -84,7 +86,7 @@ def run(argv: list[str]) -> int:
         return 0  # the first process prints how it went
     if config.predictions is None:
         write_predictions(predictions, out / "predictions.jsonl")  # with each one's score
-    write_results(config, known, scores, predictions, faults, pace)
+    write_results(config, known, scores, predictions, faults, pace, beside)
     if config.predictions is None and not faults.found:
         shutil.rmtree(out / "parts")
     return 1 if faults.found else 0
@@ -116,12 +118,13 @@ def find_data(config: Config, known: Mapping[str, Benchmark], faults: Faults) ->
     One that is asked for and has no data is a fault; raises ValueError where none is left.
     """
     root = data_root(config) if config.data.root is None else Path(config.data.root)
-    chosen = select_benchmarks(known, config.benchmarks, config.data.name)
+    chosen = select_benchmarks(known, config.benchmarks, config.data.name, config)
     absent = {name: why for name, one in chosen.items() if (why := missing(root, one)) is not None}
     for name, why in absent.items() if config.benchmarks is not None else ():
         faults.add(name, why)
     if len(absent) == len(chosen):
-        reasons = "; ".join(dict.fromkeys(absent.values()))
+        none = f"answer={config.answer} leaves none, and model.links={config.model.links}"
+        reasons = "; ".join(dict.fromkeys(absent.values())) or none
         raise ValueError(f"no benchmark to run, found none of {len(absent)}: {reasons}")
     if absent and config.benchmarks is None:
         print(f"{len(absent)} benchmark(s) have no data in {root} and are left out: {', '.join(absent)}")
@@ -211,7 +214,7 @@ def stamp(config: Config, root: Path, benchmark: Benchmark) -> str:
     files = sorted(checkpoint.rglob("*")) if checkpoint.is_dir() else [checkpoint]
     versions = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     index = (root / benchmark.shards / "index.json").read_text(encoding="utf-8")
-    facts = [settings, versions, [benchmark.name, benchmark.task, benchmark.split], index]
+    facts = [settings, versions, [benchmark.name, benchmark.task, benchmark.split, benchmark.head], index]
     return hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=12).hexdigest()
 
 
@@ -229,6 +232,7 @@ def write_results(
     predictions: list[Prediction],
     faults: Faults,
     pace: gen.Pace,
+    beside: Mapping[str, Mapping[str, NamedScores]],
 ) -> None:
     """Write scores.json, the report and the submission files, and print the headlines and all faults."""
     out, seconds = Path(str(config.run_dir)), pace["milliseconds"] / 1000
@@ -243,7 +247,7 @@ def write_results(
         facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
         facts |= {"seconds of generation": round(seconds, 1), "seconds per image": round(seconds / pace["images"], 4)}
         facts |= {f"{what} per second": round(pace[what] / seconds, 1) for what in ("samples", "tokens")}
-    scored = [one for one in predictions if one.score is not None or not labelled([one])]
+    scored = [one for one in predictions if not one.forced and (one.score is not None or not labelled([one]))]
     write_report(
         out / "report.html",
         scores,
@@ -252,12 +256,17 @@ def write_results(
         history=histories(config.ckpt),
         run=facts,
         config=(out / "config.yaml").read_text() if (out / "config.yaml").is_file() else "",
+        beside=beside,
     )
     for one in scores.values():
         value = one.scores[one.headline]
         share = "no sample counts" if value is None else f"{100 * value:6.1f}"
         counts = f"n {one.n}, unreadable {100 * one.unreadable:.1f}%, cut {one.cut}, unlabelled {one.unlabelled}"
-        print(f"{one.name:<26} {one.headline:<16} {share}   {counts}{', INCOMPLETE' if one.faults else ''}")
+        columns = {"teacher-forced": {one.name: one.teacher_forced or {}}, **beside}
+        found = {label: named.get(one.name, {}).get(one.headline) for label, named in columns.items()}
+        others = "".join(f", {label} {100 * other:.1f}" for label, other in found.items() if other is not None)
+        incomplete = ", INCOMPLETE" if one.faults else ""
+        print(f"{one.name:<26} {one.headline:<16} {share}   {counts}{others}{incomplete}")
         if (kind := known[one.name].export) is not None:
             try:
                 own = [prediction for prediction in predictions if prediction.benchmark == one.name]
@@ -295,7 +304,7 @@ def validator(config: Config, root: Path) -> Callable[[VistaLLM], dict[str, floa
     Raises:
         ValueError: a benchmark is unknown, or `root` has no data of it.
     """
-    chosen = select_benchmarks(load_benchmarks(), config.val.benchmarks, config.data.name)
+    chosen = select_benchmarks(load_benchmarks(), config.val.benchmarks, config.data.name, config)
     on_val = {name: dataclasses.replace(one, split="val") for name, one in chosen.items()}
     chosen |= {name: one for name, one in on_val.items() if missing(root, one) is None}
     if absent := [f"{name}: {why}" for name, one in chosen.items() if (why := missing(root, one))]:
