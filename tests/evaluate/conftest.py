@@ -44,6 +44,12 @@ def perfect(sample, codec):
     )
 
 
+@pytest.fixture(scope="session", name="perfect")
+def perfect_answer():
+    """The function, for tests that make samples of their own."""
+    return perfect
+
+
 @pytest.fixture(scope="session")
 def codec():
     return RegionCodec(num_bins=1001, points=32)

@@ -11,9 +11,12 @@ from vistallm.config import Config
 from vistallm.evaluate import benchmarks as B
 from vistallm.evaluate import predictions as P
 from vistallm.metrics import SCORE_NAMES
+from vistallm.mini.build import MiniRecipe, make_sample
+from vistallm.mini.link_tasks import LINK_MAKERS
 from vistallm.mini.tasks import MAKERS
 from vistallm.regions.masks import mask_to_rle, polygons_to_rle
 from vistallm.schema import Parsed, Prediction, Region
+from vistallm.tasks import TASKS
 
 BENCHMARKS = B.load_benchmarks()
 
@@ -49,7 +52,22 @@ def mask_prediction(name, predicted, target, failure=None, size=(10, 20), benchm
 
 
 def test_every_mini_task_has_a_benchmark(predictions):
-    assert {b.task for b in BENCHMARKS.values() if b.data == "mini"} == {p.task for p in predictions} == set(MAKERS)
+    mini = [b for b in BENCHMARKS.values() if b.data == "mini"]
+    assert {b.task for b in mini if not b.needs_links} == {p.task for p in predictions} == set(MAKERS)
+    linked = {task for task in TASKS if task in MAKERS | LINK_MAKERS and TASKS[task].link}
+    assert {b.task for b in mini if b.head == "link"} == linked - {"coseg", "attcoseg"}
+    assert {b.task for b in mini if b.needs_links and b.head == "text"} == set(LINK_MAKERS) - {"pose"}
+
+
+@pytest.mark.parametrize("task", [task for task in LINK_MAKERS if task != "pose"])
+def test_perfect_texts_of_link_tasks_reach_the_polygons_ceiling(task, codec, perfect):
+    name = f"mini_{task}_text"
+    rows = [perfect(make_sample(MiniRecipe(), "test", task, serial)[0], codec) for serial in range(10)]
+    one = B.score([dataclasses.replace(row, benchmark=name) for row in rows], BENCHMARKS)[name]
+    assert one.unreadable == 0
+    assert one.scores[one.headline] > 0.9
+    if task == "det":
+        assert one.scores["f1_precision"] == 1
 
 
 def test_perfect_answers_reach_the_ceiling(predictions, codec):

@@ -173,7 +173,9 @@ def generate(
     Returns:
         The predictions of all processes, in the order of the data, and what they took, earlier starts included.
     """
-    answerer, (rank, size) = gen.Answerer(load_run(str(config.ckpt), config)[0].to(device), config), rank_and_size()
+    free = dataclasses.replace(config, decode=dataclasses.replace(config.decode, teacher_forced=False))
+    answerer, (rank, size) = gen.Answerer(load_run(str(config.ckpt), config)[0].to(device), free), rank_and_size()
+    forced = gen.Answerer(answerer.model, config) if config.decode.teacher_forced else None
     parts.mkdir(exist_ok=True)
     stamps = {name: stamp(config, root, one) for name, one in chosen.items()}
     done, failed, printed = read_parts(parts), dict[str, str](), time.monotonic()
@@ -189,6 +191,8 @@ def generate(
                 continue
             try:
                 predictions, pace = answerer.answer_unit(unit, rejects[name])
+                if forced is not None and unit.benchmark.head == "link":
+                    predictions += forced.answer_unit(unit, reject_log(config))[0]
             except (ValueError, RuntimeError, OSError) as error:
                 failed[name] = f"{type(error).__name__}: {error}"
                 continue

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from vistallm.metrics.regions import answered, box_of, image_masks, mask_counts, mask_of, target_regions
 from vistallm.metrics.scores import NamedScores, Row, SampleScores, Sums, mean
-from vistallm.regions.masks import rle_area
+from vistallm.regions.masks import rle_area, rle_box
 from vistallm.schema import Prediction, Region
 
 IouType = Literal["bbox", "segm", "keypoints"]
@@ -58,7 +58,7 @@ def coco_objects(regions: Sequence[Region], prediction: Prediction) -> list[list
         if one.keypoints is not None:
             points = np.array(one.keypoints, float).reshape(-1, 3)
             shape |= {"keypoints": points.ravel().tolist(), "num_keypoints": int((points[:, 2] > 0).sum())}
-        x0, y0, x1, y1 = box_of(one)
+        x0, y0, x1, y1 = one.box or (rle_box(shape["segmentation"]) if "segmentation" in shape else box_of(one))
         area = rle_area(shape["segmentation"]) if "segmentation" in shape else (x1 - x0) * (y1 - y0)
         confidence = 1.0 if one.confidence is None else one.confidence
         facts = {"category": label_of(one), "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "score": confidence}

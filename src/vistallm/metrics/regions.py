@@ -158,7 +158,7 @@ class MaskScores(SampleScores):
     def _measure(self, prediction: Prediction) -> Sums:
         target = target_regions(prediction, self.optional)
         intersection, union, _ = _counts(prediction, target)
-        iou = float((intersection / np.maximum(union, 1)).mean())
+        iou = float(intersection.sum() / max(union.sum(), 1))
         if not target:  # gRefCOCO's rule: 1 for "no target", 0 for any region, and no Pr@ counts the sample
             iou = float(prediction.parsed is not None and not prediction.parsed.regions)
         return {
