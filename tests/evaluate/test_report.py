@@ -176,6 +176,13 @@ def test_labels_and_keypoints_are_drawn(predictions):
     assert ">red &lt;star&gt;</text>" in answer
     dots = re.findall(r'<circle class="(\w+)" cx="(\d+)".*?<title>(.*?)</title>', answer)
     assert dots == [("seen", "5", "top"), ("hidden", "7", "left")]
+    corners = np.array([(1, 2), (9, 2), (5, 12)], np.float32)
+    one.parsed.regions = [Region(0, "mask", label="bar", polygons=[corners])]
+    assert re.search(r'<path d="M1 2L9 2L5 12Z"/></g><text x="1" y="[\d.]+" [^>]*>bar</text>', str(draw(one)))
+
+
+def draw(one):
+    return gallery.draw_pictures(one, None)[0]["answer"]
 
 
 def test_same_input_same_page(predictions, tmp_path, metrics_csv):

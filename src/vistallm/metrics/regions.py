@@ -67,12 +67,14 @@ def mask_counts(predicted: Rle, target: Rle) -> tuple[int, int, int]:
 
 def box_of(region: Region) -> tuple[float, ...]:
     """Return a region's box (x0, y0, x1, y1): its own, its point as a box without area, or its mask's or keypoints'."""
-    if region.box is None and region.point is None and region.rle is not None:
+    if region.box or region.point:
+        return region.box or 2 * (region.point or ())
+    if region.rle is not None:
         return rle_box(region.rle)
-    if region.box is None and region.point is None and region.keypoints is not None:
-        points = np.array([(x, y) for x, y, v in region.keypoints if v > 0] or [(0, 0)], float)
-        return (*points.min(0).tolist(), *points.max(0).tolist())
-    return region.box or 2 * (region.point or ())
+    points = [point for polygon in region.polygons or () for point in polygon.tolist()]
+    points += [[x, y] for x, y, v in region.keypoints or () if v > 0]
+    hull = np.array(points or [[0.0, 0.0]])
+    return (*hull.min(0).tolist(), *hull.max(0).tolist())
 
 
 def boxes_of(regions: Sequence[Region]) -> np.ndarray:
