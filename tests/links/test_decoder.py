@@ -15,11 +15,12 @@ MIXED = [("GRD", 0, 1, 0), ("GRD", 0, 0, 0), ("SEG", 1, 2, 0), ("DET", 1, 2, 0),
 
 
 @pytest.mark.parametrize("items", [MIXED, MIXED[:2], MIXED[3:5], [("GRD", 0, 0, 0)], []])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_every_weight_gets_a_finite_gradient(tiny_decoder, make_links, inputs, items, bf16):
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_every_weight_gets_a_finite_gradient(tiny_decoder, make_links, inputs, items, precision):
     links = make_links(items)
     states, features, pixels = inputs(len(links.kind), 3)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    tiny_decoder.to(torch.bfloat16 if precision == "bf16" else torch.float32)  # as fsdp casts its units
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         families = tiny_decoder(states, links, features, pixels)
     loss, _ = link_losses(families, links)
     assert loss.dtype == torch.float32

@@ -25,7 +25,6 @@ from vistallm.schema import LinkBatch
 
 OWN_LINKS = tuple(kind for kind in LINKS if kind not in SCENE_LINKS)  # each of these links is a group
 _FREQUENCIES = 8  # octaves of the sine code of a coordinate
-CODE = 4 * 2 * _FREQUENCIES  # width of the code of a box
 
 
 @dataclass
@@ -140,10 +139,16 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(layer, nn.ReLU())
 
 
-def sine_code(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4) in [0, 1] -> (..., 4 * 2 * 8) sines and cosines, octaves from half a wave over the image."""
-    angle = boxes.unsqueeze(-1) * math.pi * 2.0 ** torch.arange(_FREQUENCIES, device=boxes.device)
-    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+class Place(nn.Linear):
+    """Embeds boxes (..., 4) in [0, 1], float32 -> (..., width): sines and cosines in octaves from half a wave."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(4 * 2 * _FREQUENCIES, width)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """Return the embeddings in the weights' dtype."""
+        angle = boxes.unsqueeze(-1) * math.pi * 2.0 ** torch.arange(_FREQUENCIES, device=boxes.device)
+        return super().forward(torch.cat([angle.sin(), angle.cos()], -1).flatten(-2).to(self.weight.dtype))
 
 
 def grid_boxes(grid: int, device: torch.device) -> Tensor:
@@ -202,7 +207,7 @@ class LinkDecoder(nn.Module):
         self.own_queries = nn.Parameter(torch.randn(len(OWN_LINKS), config.queries, d))
         self.scene_queries = nn.Parameter(torch.randn(len(SCENE_LINKS), config.objects, d))
         self.block_norms = nn.ModuleList([nn.LayerNorm(encoder_width) for _ in range(blocks)])
-        self.memory, self.place = nn.Linear(blocks * encoder_width, d), nn.Linear(CODE, d)
+        self.memory, self.place = nn.Linear(blocks * encoder_width, d), Place(d)
         self.layers = nn.ModuleList([DecoderLayer(d, config.heads) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(d)
         self.first_box, self.box = mlp(d, 4), mlp(d, 4)
@@ -233,7 +238,7 @@ class LinkDecoder(nn.Module):
         used = used.to(device)
         blocks = [norm(f[used].to(dtype)) for norm, f in zip(self.block_norms, features, strict=True)]
         patches = torch.cat(blocks, -1)
-        memory = self.memory(patches) + self.place(sine_code(grid_boxes(self.grid, device)))
+        memory = self.memory(patches) + self.place(grid_boxes(self.grid, device))
         pixel_map = self.pixels(patches, pixels[used].to(dtype))
         slots = self.slots(states.to(dtype))
         families = []
@@ -260,7 +265,7 @@ class LinkDecoder(nn.Module):
         logits = self.first_box(queries).float()
         states, boxes = [], []
         for layer in self.layers:
-            place = F.pad(self.place(sine_code(logits.sigmoid())), (0, 0, 0, phrases))
+            place = F.pad(self.place(logits.sigmoid()), (0, 0, 0, phrases))
             x = layer(x, place, mask, memory)
             y = self.norm(x)
             refined = self._located(y[:, :count], memory) + self.box(y[:, :count]).float()
@@ -270,13 +275,13 @@ class LinkDecoder(nn.Module):
         return torch.stack(states), torch.stack(boxes)
 
     def _located(self, queries: Tensor, memory: Tensor) -> Tensor:
-        """Logits (G, Q, 4) of the box that holds the cells which a query looks at: their mean and spread."""
+        """Logits (G, Q, 4) of a box around the patches that a query looks at: their mean place and its spread."""
         cells = grid_boxes(self.grid, memory.device)[:, :2]
-        share = (
-            (self.look(queries) @ self.seen(memory).transpose(1, 2)).float().div(queries.shape[-1] ** 0.5).softmax(-1)
-        )
+        scores = self.look(queries) @ self.seen(memory).transpose(1, 2)
+        share = (scores.float() / queries.shape[-1] ** 0.5).softmax(-1)
         mean = share @ cells
         spread = (share @ cells.square() - mean.square()).clamp(min=1e-5).sqrt()
+        # The side of a uniform square is 12 ** .5 = 3.5 times the spread of its pixels.
         return torch.logit(torch.cat([mean, 3.5 * spread], -1).clamp(0.01, 0.99))
 
     def _answers(self, queries: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import box_convert, masks_to_boxes
 
-from vistallm.links.decoder import CODE, mlp, sine_code
+from vistallm.links.decoder import Place, mlp
 
 PROMPT_SHAPES = ("point", "box", "circle", "scribble", "polygon", "mask")
 
@@ -70,7 +71,7 @@ class RegionEncoder(nn.Module):
         super().__init__()
         d = min(encoder_width, 256)
         self.norms = nn.ModuleList([nn.LayerNorm(encoder_width) for _ in range(blocks)])
-        self.patches, self.place = nn.Linear(blocks * encoder_width, d), nn.Linear(CODE, d)
+        self.patches, self.place = nn.Linear(blocks * encoder_width, d), Place(d)
         self.conv = nn.Sequential(nn.Conv2d(4, d // 4, 7, 4, 3), nn.ReLU(), nn.Conv2d(d // 4, d, 3, 2, 1), nn.ReLU())
         self.out = nn.Sequential(nn.LayerNorm(d), mlp(d, width))
 
@@ -89,21 +90,12 @@ class RegionEncoder(nn.Module):
         pooled = torch.bmm(_weights(masks, math.isqrt(patches.shape[1])), patches[prompt_image].to(dtype)).squeeze(1)
         seen = self.conv(torch.cat([pixels.to(dtype)[prompt_image], masks], 1))
         near = torch.bmm(_weights(masks, seen.shape[-1]), seen.flatten(2).transpose(1, 2).to(dtype)).squeeze(1)
-        return self.out(pooled + near + seen.mean((2, 3)) + self.place(sine_code(_boxes(masks[:, 0]))))
+        corners = masks_to_boxes(masks[:, 0] > 0) + pixels.new_tensor([0, 0, 1, 1])  # theirs are the outermost pixels
+        where = box_convert(corners / pixels.shape[-1], "xyxy", "cxcywh")
+        return self.out(pooled + near + seen.mean((2, 3)) + self.place(where))
 
 
 def _weights(masks: Tensor, side: int) -> Tensor:
     """Share of the mask (R, 1, S, S) that lies in each cell of a grid: (R, 1, side * side), each summing to 1."""
     shares = F.adaptive_avg_pool2d(masks, side).flatten(2)
     return shares / shares.sum(2, keepdim=True).clamp(min=1e-9)
-
-
-def _boxes(masks: Tensor) -> Tensor:
-    """Tight boxes (R, 4), centre x, y, width, height as shares of the side, of masks (R, S, S)."""
-    side, ends = masks.shape[-1], []
-    for axis in (1, 2):  # over rows: which columns are used, then the other way round
-        used, place = masks.amax(axis) > 0, torch.arange(side, device=masks.device)
-        first = torch.where(used, place, side).amin(1)
-        ends.append((first, torch.where(used, place + 1, 0).amax(1)))
-    (x0, x1), (y0, y1) = ends
-    return torch.stack([x0 + x1, y0 + y1, 2 * (x1 - x0), 2 * (y1 - y0)], 1) / (2.0 * side)
