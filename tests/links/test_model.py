@@ -184,3 +184,41 @@ def test_the_share_of_links_while_training(linked, samples):
     assert 15 < heads.count("link") < 45
     none = dataclasses.replace(builder, links=dataclasses.replace(config.links, share=0.0))
     assert {none.build(samples["res"][0], rng).head for _ in range(10)} == {"text"}
+
+
+@torch.no_grad()
+def test_a_run_without_links_gains_them_and_answers_texts_as_before(tiny_model, tiny_config, samples, tmp_path):
+    """Word rows are matched by token: new words and tokens stand between the old ones."""
+    from vistallm.evaluate.generate import Answerer
+    from vistallm.model.checkpoint import save_exported
+    from vistallm.train.run import build
+
+    save_exported(tiny_model, tiny_config(), tmp_path / "old", torch.float32)
+    config = tiny_config(*LINKED, f"ckpt={tmp_path / 'old'}", "trainer.max_steps=1", "decode.max_new_tokens=40")
+    model = build(config, config.data.root)[0].model.eval()
+    assert len(model.vocabulary.lm) > len(tiny_model.vocabulary.lm)
+    assert model.link_ids.shape == (4, 5)
+    answers = []
+    for one, settings in ((tiny_model, tiny_config("decode.max_new_tokens=40")), (model, config)):
+        own = Answerer(one, settings)
+        rows = [own.builder.build(samples[task][0], head="text") for task in ("res", "gres", "attcoseg", "pope")]
+        answers.append([answer.text for answer in own.answer(rows)])
+    assert answers[0] == answers[1]
+    assert sum(map(len, answers[0])) > 100
+
+
+def test_region_prompts_reach_the_answer(linked, samples):
+    """A question's region becomes a token that depends on the pixels it shows."""
+    config, builder, model = linked
+    sample = samples["boxqa"][0]
+    shown, written = builder.build(sample, head="link"), builder.build(sample, head="text")
+    assert "<region>" in shown.prompt
+    assert "<b_st>" in written.prompt
+    assert [image for image, _ in shown.prompts] == [0]
+    batch = collate([shown], builder.vocabulary)
+    x0, y0, x1, y1 = sample.regions[0].box
+    side = max(sample.images[0].width, sample.images[0].height)
+    assert abs(batch.prompts.float().mean().item() - (x1 - x0) * (y1 - y0) / side**2) < 0.03
+    losses = model(batch).token_loss
+    moved = dataclasses.replace(batch, prompts=batch.prompts.flip(1, 2))
+    assert not torch.allclose(model(moved).token_loss, losses)
