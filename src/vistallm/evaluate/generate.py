@@ -128,7 +128,7 @@ class Answerer:
         for raw in unit.raws:
             rejects.read += 1
             try:
-                sequences.append(self._prompt(raw, getattr(unit.benchmark, "head", "text")))
+                sequences.append(self._prompt(raw, unit.benchmark.head))
             except SampleReject as reject:
                 rejects.add(raw, reject)
         order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
