@@ -17,7 +17,7 @@ from vistallm.tasks import Task
 
 THRESHOLD = 0.5  # an object is there from this score on
 RANKED = {"detection": 0.05, "pose": 0.05}  # scores that rank their candidates take these from here on
-SINGLE = ("box", "mask", "prompted")  # metrics of tasks with exactly one target: the best candidate, whatever its score
+SINGLE = ("box", "mask")  # metrics of tasks with exactly one target: the best candidate, whatever its score
 
 
 def read_link_answer(

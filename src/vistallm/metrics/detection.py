@@ -28,16 +28,14 @@ KEYPOINT_SIGMA = 0.05  # of every keypoint, except those of COCO's 17 of a perso
 
 
 def sure(prediction: Prediction) -> list[Region]:
-    """Return the regions that an answer stands for: all of a text, of links those with a confidence of at least 0.5.
+    """Return the regions that an answer stands for: all, but of the classes that links name those from 0.5.
 
-    Links also give their doubtful objects, which AP ranks.
+    Of named classes links also give their doubtful objects, which AP ranks.
     """
     regions = answered(prediction)
-    return (
-        regions
-        if prediction.head == "text"
-        else [one for one in regions if one.confidence is None or one.confidence >= SURE]
-    )
+    if prediction.head == "text":
+        return regions
+    return [one for one in regions if one.label is None or one.confidence is None or one.confidence >= SURE]
 
 
 def label_of(region: Region) -> str:
