@@ -84,7 +84,9 @@ class LinkConfig:
     blocks: list[int] = field(default_factory=lambda: [9, 19, -2])  # of the encoder whose patch tokens are read
     stem: bool = True  # false = the ablation without the convolutional stem on the pixels
     image_size: int | None = None  # side of the stem's square input, pixels; null = the encoder's
-    weight: float = 4.0  # of a link's losses against one supervised token
+    weight: float = (
+        0.25  # of a link's losses against one supervised token; more swamps the language model (docs/links.md)
+    )
     share: float = 0.5  # of the samples that both heads can answer, answered by links while training
 
 

@@ -105,7 +105,7 @@ class SequenceBuilder:
             texts = [text for pair in earlier_rounds(sample) for text in pair]
             texts.append(write_instruction(sample, None if rng else self.template, rng, self.templates))
             if answered:
-                texts.append(write_answer(sample, regions.head))
+                texts.append(write_answer(sample))
             written = [regions.write(text, answer=bool(number % 2)) for number, text in enumerate(texts)]
         except SampleReject:
             raise

@@ -66,7 +66,7 @@ def rule_of(sample: Sample, head: str = "text") -> Rule:
         # REC, RES and candidate questions have one target by definition; GREC, GRES and the rest none, one or several.
         single = task.metric in ("box", "mask", "candidates")
         own = sample.answer is not None or "{targets}" not in task.answer
-        forms = (task.answer, *((task.plural,) if task.plural and not single and not link else ()))
+        forms = (task.answer, *((task.plural,) if task.plural and not single else ()))
         return Rule(task.kind, single, images, () if own else forms, link=link)
     choices: list[str] = {"yesno": ["yes", "no"], "truth": ["True", "False"]}.get(task.metric, [])
     if task.metric == "choice":

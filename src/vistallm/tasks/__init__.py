@@ -217,15 +217,12 @@ def write_instruction(
     return _fill(pool[template], sample)
 
 
-def write_answer(sample: Sample, head: str = "text") -> str:
-    """A sample's answer: its own, or else the task's answer form; raises ValueError as `write_instruction` does.
-
-    One link finds several objects, so the answers of the `head` "link" have no plural.
-    """
+def write_answer(sample: Sample) -> str:
+    """A sample's answer: its own, or else the task's answer form; raises ValueError as `write_instruction` does."""
     task = find_task(sample.task)
     if sample.answer is not None:
         return sample.answer
-    several = head == "text" and len(sample.fields.get("targets", (0,))) > 1
+    several = len(sample.fields.get("targets", (0,))) > 1
     return _fill(task.plural if several and task.plural else task.answer, sample)
 
 
