@@ -222,3 +222,28 @@ def test_region_prompts_reach_the_answer(linked, samples):
     losses = model(batch).token_loss
     moved = dataclasses.replace(batch, prompts=batch.prompts.flip(1, 2))
     assert not torch.allclose(model(moved).token_loss, losses)
+
+
+def test_predict_answers_by_links(linked, samples, tmp_path, capsys):
+    import json
+    import runpy
+    from pathlib import Path
+
+    import cv2
+
+    from vistallm.model.checkpoint import save_exported
+
+    config, _, model = linked
+    save_exported(model, config, tmp_path / "model", torch.float32)
+    sample = samples["res"][0]
+    cv2.imwrite(str(tmp_path / "a.png"), sample.pixels[0][:, :, ::-1])
+    main = runpy.run_path(str(Path(__file__).parents[2] / "tools/predict.py"))["main"]
+    words = ["--ckpt", str(tmp_path / "model"), "--image", str(tmp_path / "a.png"), "--out", str(tmp_path / "o.png")]
+    main([*words, "--prompt", "Segment {box:2,2,30,30}.", "--link", "interactive"])
+    text, record, *_ = capsys.readouterr().out.splitlines()
+    assert "[SEG]" in text
+    (region,) = json.loads(record)["regions"]
+    assert region["rle"]["size"] == [sample.images[0].height, sample.images[0].width]
+    assert (tmp_path / "o.png").is_file()
+    with pytest.raises(ValueError, match="--link vqa"):
+        main([*words, "--prompt", "Why?", "--link", "vqa"])

@@ -23,9 +23,7 @@ class LinkTarget:
     kind: str  # one of LINKS
     image: int  # index in the sample
     boxes: np.ndarray  # (n, 4) float32, centre x, y, width, height
-    masks: (
-        np.ndarray
-    )  # (n, M, M) uint8, shares of 255 of each pixel that are covered; zeros where the mask is not known
+    masks: np.ndarray  # (n, M, M) uint8, how much of each pixel is covered, 255 = all; zeros where it is not known
     has_mask: np.ndarray  # (n,) bool
     keypoints: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.float32))  # (n, P, 3) of the objects
     keypoint: int | None = None  # this link names that keypoint of the link before it, whose objects it shares
