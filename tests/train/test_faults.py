@@ -157,7 +157,7 @@ def test_rows_that_waited_are_written_when_there_is_room(tmp_path):
 
     path = tmp_path / "metrics.csv"
     path.symlink_to("/dev/full")
-    file = MetricsFile(path)
+    file = MetricsFile(path, 30.0)
     file._append({"step": 1, "loss": 2.0})
     path.unlink()
     file._append({"step": 2, "loss": 1.0})

@@ -89,7 +89,7 @@ def test_activations_are_those_of_a_real_decoder(words):
     finally:
         torch.set_default_dtype(default)
     llama = decoder.get_base_model() if config.train.decoder == "lora" else decoder
-    parts = SimpleNamespace(encoder=encoder, tokenizer=tokenizer, decoder=decoder)
+    parts = SimpleNamespace(encoder=encoder, tokenizer=tokenizer, decoder=decoder, links=None, region_encoder=None)
     inputs = torch.zeros(work.samples, work.tokens, config.model.decoder.hidden_size, dtype=torch.bfloat16)
     inputs.requires_grad_()
 

@@ -211,7 +211,7 @@ class LinkDecoder(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(d, config.heads) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(d)
         self.first_box, self.box = mlp(d, 4), mlp(d, 4)
-        self.look, self.seen = nn.Linear(d, d), nn.Linear(d, d)
+        self.look, self.seen = nn.Linear(d, d), nn.Linear(d, d, bias=False)  # a bias would add the same to all cells
         self.class_query, self.class_phrase = nn.Linear(d, d), nn.Linear(d, d)
         self.class_bias = nn.Parameter(torch.tensor([-2.0]))  # few queries hold an object
         self.mask, self.pose, self.readout = mlp(d, channels + 1), mlp(d, d), nn.Linear(d, 3 * d)
