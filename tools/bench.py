@@ -195,7 +195,7 @@ def bench_loader(options: argparse.Namespace) -> None:
         own = "model=mini model.encoder.image_size=224 num_bins=1001 points=32 target_iou=null data.batch_size=16"
         own += f" data.root={root} data.workers=0 data.pool_batches=32 data.weights.res=1 data.weights.rec=1"
         config = load_config([*own.split(), "data.weights.vqa=1", "data.weights.caption=1", *options.words])
-        data = CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config)), root)
+        data = CoinItDataModule(config, Vocabulary.build(config.model, build_codec(config), config.links), root)
         data.builder.codec = RegionCodec(points=32, num_bins=1001, cache_size=0)
         rows, decoded = iter(data.stream(0, 1, 0, RejectLog(None, 0.0))), full_decoding(data)
         next(rows)
@@ -248,7 +248,7 @@ def random_model(config: Config) -> VistaLLM:
     vicuna = config.model.decoder.weights is not None
     config.model.decoder.weights = config.model.tokenizer.weights = config.model.encoder.weights = None
     config.model.tokenizer.text_tokenizer = None
-    vocabulary = Vocabulary.build(config.model, build_codec(config))
+    vocabulary = Vocabulary.build(config.model, build_codec(config), config.links)
     if vicuna:
         vocabulary.lm.add_tokens([f"<filler {i}>" for i in range(VICUNA_ROWS - vocabulary.first_new)])
     with DEVICE:

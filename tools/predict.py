@@ -62,7 +62,7 @@ def answer(ckpt: str, sample: Sample, by_link: bool) -> list[Region]:
     from vistallm.evaluate.generate import Answerer
     from vistallm.evaluate.grammar import Rule
     from vistallm.evaluate.links import read_link_answer
-    from vistallm.metrics.detection import SURE
+    from vistallm.metrics.detection import sure_regions
     from vistallm.model.checkpoint import load_run
     from vistallm.tasks import find_task
     from vistallm.train.run import quiet
@@ -80,8 +80,7 @@ def answer(ckpt: str, sample: Sample, by_link: bool) -> list[Region]:
         found, failure = read_link_answer(reply.text, reply.links, sequence.letterboxes, find_task(sample.task))
         if found is None:
             raise ValueError(f"the answer can't be read: {failure}")
-        sure = [one for one in found.regions if one.label is None or (one.confidence or 0.0) >= SURE]
-        parsed = replace(found, regions=sure)
+        parsed = replace(found, regions=sure_regions(found.regions))
     else:
         parsed = builder.codec.decode(reply.text, sequence.letterboxes)
         set_confidence(parsed, reply.regions, reply.presence)

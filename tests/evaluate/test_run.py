@@ -164,6 +164,7 @@ def test_processes_end_with_the_one_that_started_them(folder, tmp_path):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=120)  # returns when no process has the pipe open
+    assert process.returncode == -signal.SIGKILL, "killed, and not ended before"
 
 
 def _validate(rank, port, size, folder, root, config, out):

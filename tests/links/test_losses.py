@@ -10,6 +10,7 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from vistallm.links.losses import SIGMA, WEIGHTS, dice_loss, keypoint_similarity, link_losses, match
+from vistallm.links.losses import _places as places_of
 from vistallm.links.losses import _targets as targets_of
 
 MIXED = [("GRD", 0, 1, 0), ("GRD", 0, 0, 0), ("SEG", 1, 2, 0), ("DET", 1, 2, 0), ("DET", 1, 0, 0), ("POSE", 2, 2, 3)]
@@ -22,7 +23,7 @@ def _run(decoder, links, made):
 def test_matching_is_the_cheapest_of_all_permutations(tiny_decoder, make_links, inputs):
     links = make_links([("GRD", 0, 3, 0), ("GRD", 1, 2, 0)])
     family = _run(tiny_decoder, links, inputs(2, 2))[0]
-    group, phrase, objects = targets_of(family, links)
+    group, phrase, objects = targets_of(family, links, places_of(family, links))
     query = match(family, group, phrase, links.boxes[objects])
     for layer, g in itertools.product(range(2), range(2)):
         mine = (group == g).nonzero()[:, 0]
@@ -122,7 +123,7 @@ def test_losses_are_sums_over_any_split_of_a_batch(tiny_decoder, make_links, inp
 def test_more_objects_than_queries_are_counted_and_the_largest_kept(tiny_decoder, make_links, inputs):
     links = make_links([("GRD", 0, 6, 0)])
     family = _run(tiny_decoder, links, inputs(1, 1))[0]
-    objects = targets_of(family, links)[2]
+    objects = targets_of(family, links, places_of(family, links))[2]
     area = links.boxes[:, 2:].prod(1)
     assert set(objects.tolist()) == set(area.argsort(descending=True)[:4].tolist())
     parts = link_losses([family], links)[1]

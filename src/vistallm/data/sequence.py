@@ -227,13 +227,11 @@ class _Regions:
     def _link(self, part: RegionSlot, chosen: list[Region], kind: str, config: LinkConfig) -> Piece:
         """A link per image that holds objects, or one without objects; a keypoint's link shares the objects before."""
         size, links = (config.image_size or self.builder.image_size) // 2, list[LinkTarget]()
-        if part.keypoint is not None:
-            image = self.links[-1].image
-            links.append(link_target(kind, image, [], self.letterboxes[image], size))
-            links[-1].keypoint = part.keypoint
-        for image in sorted({region.image for region in chosen}) or [0] * (part.keypoint is None):
+        images = sorted({region.image for region in chosen}) or [0]
+        for image in images if part.keypoint is None else [self.links[-1].image]:
             objects = [region for region in chosen if region.image == image]
             links.append(link_target(kind, image, objects, self.letterboxes[image], size))
+            links[-1].keypoint = part.keypoint
         self.links += links
         named = len(self.letterboxes) > 1 and chosen
         texts = [f"image {one.image + 1}: " * bool(named) + write_link(kind, config) for one in links]

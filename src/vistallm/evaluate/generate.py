@@ -69,12 +69,14 @@ class Unit:
 class Answerer:
     """Greedy answers of a model, by the grammar of its task (decode.grammar).
 
-    sharded: the model's weights are shared out (FSDP), so all processes answer batches in step.
+    sharded: the model's weights are shared out (FSDP), so all processes answer batches in step. forced: links are read
+    behind the true answer's text.
     """
 
     model: VistaLLM
     config: Config
     sharded: bool = False
+    forced: bool = False
 
     @functools.cached_property
     def grammars(self) -> AnswerGrammars:
@@ -89,7 +91,7 @@ class Answerer:
     def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
         """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
         device, text, decode = self.model.bin_ids.device, self.model.vocabulary.lm, self.config.decode
-        if decode.teacher_forced:
+        if self.forced:
             return self._answer_forced(sequences)
         grammar = self.grammars.constrain(rules or [rule_of(sequence.sample, sequence.head) for sequence in sequences])
         log = TokenLog(self.grammars.roles, grammar if decode.grammar else None)

@@ -173,9 +173,8 @@ def generate(
     Returns:
         The predictions of all processes, in the order of the data, and what they took, earlier starts included.
     """
-    free = dataclasses.replace(config, decode=dataclasses.replace(config.decode, teacher_forced=False))
-    answerer, (rank, size) = gen.Answerer(load_run(str(config.ckpt), config)[0].to(device), free), rank_and_size()
-    forced = gen.Answerer(answerer.model, config) if config.decode.teacher_forced else None
+    answerer, (rank, size) = gen.Answerer(load_run(str(config.ckpt), config)[0].to(device), config), rank_and_size()
+    forced = dataclasses.replace(answerer, forced=True) if config.decode.teacher_forced else None
     parts.mkdir(exist_ok=True)
     stamps = {name: stamp(config, root, one) for name, one in chosen.items()}
     done, failed, printed = read_parts(parts), dict[str, str](), time.monotonic()

@@ -38,12 +38,13 @@ def link_losses(families: Sequence[Family], links: LinkBatch) -> tuple[Tensor, d
     parts = dict.fromkeys(WEIGHTS, links.boxes.new_zeros(()))
     matched = 0
     for family in families:
-        group, phrase, objects = _targets(family, links)
+        places = _places(family, links)
+        group, phrase, objects = _targets(family, links, places)
         query = match(family, group, phrase, links.boxes[objects])
         matched += len(objects)
         found = _object_losses(family, links, group, objects, query)
         found["score"] = _score_loss(family, group, phrase, query)
-        found |= _keypoint_losses(family, links, group, objects, query)
+        found |= _keypoint_losses(family, links, places, group, objects, query)
         parts = {name: value + found[name] for name, value in parts.items()}
     loss = sum((weight * parts[name] for name, weight in WEIGHTS.items()), links.boxes.new_zeros(()))
     counts = {"objects": len(links.boxes), "unmatched": len(links.boxes) - matched}
@@ -51,9 +52,9 @@ def link_losses(families: Sequence[Family], links: LinkBatch) -> tuple[Tensor, d
     return loss, logged | {name: links.boxes.new_tensor(float(count)) for name, count in counts.items()}
 
 
-def _targets(family: Family, links: LinkBatch) -> tuple[Tensor, Tensor, Tensor]:
+def _targets(family: Family, links: LinkBatch, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The V objects of a family, by group: group, phrase and number (V,) int64 of each; at most Q of a group."""
-    group, phrase = _places(family, links)[links.object_link.cpu()].unbind(1)
+    group, phrase = places[links.object_link.cpu()].unbind(1)
     area = links.boxes[:, 2:].prod(1).cpu()
     order = torch.from_numpy(np.lexsort((-area.numpy(), group.numpy())))  # by group, the largest first
     order = order[group[order] >= 0]
@@ -138,14 +139,14 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _keypoint_losses(
-    family: Family, links: LinkBatch, group: Tensor, objects: Tensor, query: Tensor
+    family: Family, links: LinkBatch, places: Tensor, group: Tensor, objects: Tensor, query: Tensor
 ) -> dict[str, Tensor]:
     """L1, 1 - OKS and visibility of the keypoints of matched objects; means over an object's keypoints, summed."""
     row = torch.full((len(links.boxes),), -1).to(objects)
     row[objects] = torch.arange(len(objects), device=row.device)
     rows = row[links.keypoint_object]
     rows, chosen = rows[rows >= 0], (rows >= 0).nonzero()[:, 0]
-    phrase = _places(family, links).to(rows.device)[links.keypoint_link[chosen], 1]
+    phrase = places.to(rows.device)[links.keypoint_link[chosen], 1]
     objects, target = objects[rows], links.keypoints[chosen]
     found = family.keypoints(group[rows], query[:, rows, None])[:, :, 0]
     found = found[:, torch.arange(len(rows), device=rows.device), phrase]  # (D, n, 3)

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert, masks_to_boxes
 
 from vistallm.links.decoder import Place, mlp
-
-PROMPT_SHAPES = ("point", "box", "circle", "scribble", "polygon", "mask")
+from vistallm.schema import PROMPT_SHAPES
 
 
 def draw_prompt(mask: np.ndarray, shape: str, rng: np.random.Generator) -> np.ndarray:

@@ -33,8 +33,11 @@ def sure(prediction: Prediction) -> list[Region]:
     Of named classes links also give their doubtful objects, which AP ranks.
     """
     regions = answered(prediction)
-    if prediction.head == "text":
-        return regions
+    return regions if prediction.head == "text" else sure_regions(regions)
+
+
+def sure_regions(regions: Sequence[Region]) -> list[Region]:
+    """Return those regions of a link answer that it stands for."""
     return [one for one in regions if one.label is None or one.confidence is None or one.confidence >= SURE]
 
 

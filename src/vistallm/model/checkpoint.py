@@ -157,11 +157,12 @@ def load_weights(model: VistaLLM, path: Path, known: Vocabulary | None = None) -
     `known` is the checkpoint's vocabulary where the model has links and the checkpoint has none: word rows are matched
     by token, and what links add stays as it starts.
     """
-    model.load_state_dict(_checked_state(model, path) if known is None else _grown_state(model, path, known))
+    model.load_state_dict(_checked_state(model, path, known))
 
 
-def _grown_state(model: VistaLLM, path: Path, known: Vocabulary) -> dict[str, Tensor]:
-    own, state = model.state_dict(), read_state(path)
+def _grown(state: dict[str, Tensor], model: VistaLLM, known: Vocabulary) -> dict[str, Tensor]:
+    """Return the state with the rows of the model's vocabulary, and the model's own weights of the links."""
+    own = model.state_dict()
     for key, rows in state.items():
         if key.endswith(("embed_tokens.weight", "lm_head.weight", "word_embeddings.weight")) and key in own:
             sides = [(v.qformer if key.startswith("tokenizer.") else v.lm) for v in (known, model.vocabulary)]
@@ -169,12 +170,7 @@ def _grown_state(model: VistaLLM, path: Path, known: Vocabulary) -> dict[str, Te
             shared = [token for token in former if token in wanted]
             state[key] = own[key].clone()
             state[key][[wanted[token] for token in shared]] = rows[[former[token] for token in shared]].to(own[key])
-    state = {key: value for key, value in own.items() if key.startswith(("links.", "region_encoder."))} | state
-    for name, other in model.tied_weights().items():
-        state.setdefault(name, state[other])
-    advice = "links can be added to a run with a whole language model; export one with LoRA first (tools/export.py)"
-    check_keys(own, state, str(path), advice)
-    return state
+    return {key: value for key, value in own.items() if key.startswith(("links.", "region_encoder."))} | state
 
 
 def load_run(
@@ -207,13 +203,16 @@ def load_run(
     return model.eval(), config, checkpoint
 
 
-def _checked_state(model: VistaLLM, path: Path) -> dict[str, Tensor]:
+def _checked_state(model: VistaLLM, path: Path, known: Vocabulary | None = None) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, of which a file may leave out one of two tied; ValueError unless all fit."""
     state = read_state(path)
+    advice = "use the model=, train.decoder= (full or lora) and coordinate settings it was trained with"
+    if known is not None:
+        state = _grown(state, model, known)
+        advice = "links can be added to a run with a whole language model; export one with LoRA first (tools/export.py)"
     for name, other in model.tied_weights().items():
         if other in state:
             state.setdefault(name, state[other])
-    advice = "use the model=, train.decoder= (full or lora) and coordinate settings it was trained with"
     check_keys(model.state_dict(), state, str(path), advice)
     return state
 
