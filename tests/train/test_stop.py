@@ -13,7 +13,7 @@ import torch
 
 from vistallm.config import load_config
 from vistallm.model.checkpoint import newest_checkpoint
-from vistallm.train.callbacks import Preempted, read_metrics
+from vistallm.train.callbacks import Checkpoints, Preempted, read_metrics
 from vistallm.train.module import VistaModule
 from vistallm.train.run import train
 
@@ -109,3 +109,16 @@ def test_dropout_differs_between_ranks_and_not_after_a_resume(train_tiny, tiny_c
     whole = train_tiny(tmp_path / "whole", *words)
     path = whole.dir / "checkpoints" / "step-000003.ckpt"
     assert train_tiny(tmp_path / "rest", *words, f"resume={path}").losses == whole.losses[3:]
+
+
+def test_a_slow_rank_saves_with_the_first_one_whose_file_it_finds(tmp_path):
+    """Saving ends in a barrier: a rank that left it out would leave the run, and the first would wait for it."""
+    (tmp_path / "step-000005.ckpt").write_bytes(b"being written by the first rank")
+    saved, strategy = [], SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+    trainer = SimpleNamespace(global_step=5, is_global_zero=False, strategy=strategy, save_checkpoint=saved.append)
+    callback = Checkpoints(tmp_path, 3, 2)
+    callback.on_train_end(trainer, None)
+    assert len(saved) == 1
+    trainer.is_global_zero = True
+    callback.on_train_end(trainer, None)
+    assert len(saved) == 1, "the first rank's own file is of this step"

@@ -177,9 +177,12 @@ class Checkpoints(ModelCheckpoint):
         super().__init__(folder, every_n_train_steps=every_n_steps, **name, **newest)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save unless the checkpoint of this very step has been written."""
-        path = Path(self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)}))
-        if not path.exists():
+        """Save unless the checkpoint of this very step has been written.
+
+        The first rank looks for all: a slower one would find the file that the first is writing, and leave the run.
+        """
+        path = self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)})
+        if not self.file_exists(path, trainer):
             trainer.save_checkpoint(path)
 
 
