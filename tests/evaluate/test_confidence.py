@@ -47,16 +47,18 @@ def world_samples(mini_root):
     return found
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
 @torch.no_grad()
 def test_confidences_equal_those_of_one_pass_over_the_answer(
-    tiny_model, tiny_config, builder, world_samples, monkeypatch
+    tiny_model, tiny_config, builder, world_samples, monkeypatch, temperature
 ):
     """A generated answer, read anew by the model in one uncached pass: the same probabilities."""
     sequences = [builder.build(world_samples[task][0]) for task in ("rec", "attcoseg", "gres", "res")]
     answerer = Answerer(tiny_model, tiny_config("decode.max_new_tokens=40"))
     written, generate = [], tiny_model.generate
     monkeypatch.setattr(tiny_model, "generate", lambda *a, **k: written.append(generate(*a, **k)) or written[0])
-    answers = answerer.answer(sequences)
+    torch.manual_seed(0)
+    answers = answerer.answer(sequences, temperature=temperature)
     for sequence, answer, row in zip(sequences, answers, written[0].ids.tolist(), strict=True):
         ids = row[: answer.tokens - 1]
         batch = collate([sequence], tiny_model.vocabulary, generation=True)

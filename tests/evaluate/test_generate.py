@@ -101,9 +101,9 @@ def test_samples_of_like_length_share_a_batch_and_come_back_in_the_order_of_the_
     answerer, batches = Answerer(livelier, config), []
     answer = answerer.answer
 
-    def noted(rows):
+    def noted(rows, *options):
         batches.append([row.prompt_length for row in rows])
-        return answer(rows)
+        return answer(rows, *options)
 
     monkeypatch.setattr(answerer, "answer", noted)
     made, pace = answerer.answer_unit(unit, reject_log(config))

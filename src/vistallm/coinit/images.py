@@ -38,8 +38,13 @@ def decode_pixels(data: bytes, name: object) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         if not image.has_transparency_data:
             return pixels
-        opacity = np.asarray(image.convert("RGBA").getchannel("A"))[..., None] / 255
-    return np.rint(opacity * pixels + (1 - opacity) * PAD_COLOUR).astype(np.uint8)
+        return on_padding(pixels, np.asarray(image.convert("RGBA").getchannel("A")))
+
+
+def on_padding(pixels: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    """Lay (H, W, 3) uint8 RGB pixels of (H, W) uint8 opacity on the colour of padding; (H, W, 3) uint8."""
+    share = opacity[..., None] / 255
+    return np.rint(share * pixels + (1 - share) * PAD_COLOUR).astype(np.uint8)
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -26,25 +26,37 @@ RIGHT_FROM |= dict.fromkeys(("boxes", "detection", "pose", "candidates"), 1.0)
 
 
 class TokenLog(LogitsProcessor):
-    """Runs the grammar, if there is one, and notes how probable the token was that greedy decoding takes."""
+    """Runs the grammar, if there is one, and notes how probable each token is that the answer takes."""
 
     def __init__(self, roles: np.ndarray, grammar: RegionGrammar | None = None) -> None:
         self.roles, self.grammar = roles, grammar
         self.stops = torch.from_numpy(np.flatnonzero(roles == Role.STOP))
+        self.scores: Tensor | None = None  # (B, V) of the last step, whose token is not known yet
         self.taken: list[Tensor] = []
         self.ended: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the masked scores (B, V)."""
-        kept = scores if self.grammar is None else self.grammar(input_ids, scores)
-        total = scores.logsumexp(1)
-        self.taken.append(scores.gather(1, kept.argmax(1, keepdim=True))[:, 0] - total)
-        self.ended.append(scores[:, self.stops.to(scores.device)].logsumexp(1) - total)
-        return kept
+        if self.scores is not None:
+            self.taken.append(self._logarithm(input_ids[:, -1]))
+        self.scores = scores
+        self.ended.append(scores[:, self.stops.to(scores.device)].logsumexp(1) - scores.logsumexp(1))
+        return scores if self.grammar is None else self.grammar(input_ids, scores)
+
+    def _logarithm(self, tokens: Tensor) -> Tensor:
+        """Return the log-probability of these (B,) tokens of the last step, (B,)."""
+        assert self.scores is not None, "called before the first step"
+        return self.scores.gather(1, tokens[:, None])[:, 0] - self.scores.logsumexp(1)
 
     def read(self, rows: Sequence[Sequence[int]]) -> list[tuple[list[float], float | None]]:
-        """Return, for each answer (token ids without the end token), its regions' confidences and its presence."""
-        taken, ended = (torch.stack(steps, 1).double().cpu().numpy() for steps in (self.taken, self.ended))
+        """Return, for each answer (token ids without the end token), its regions' confidences and its presence.
+
+        The answers may be of the whole generation, or of what is generated so far.
+        """
+        steps = len(self.taken)
+        last = torch.tensor([row[steps] if len(row) > steps else 0 for row in rows], device=self.ended[0].device)
+        both = [*self.taken, self._logarithm(last)], self.ended
+        taken, ended = (torch.stack(steps, 1).double().cpu().numpy() for steps in both)
         return [read_confidence(self.roles[list(row)], taken[number], ended[number]) for number, row in enumerate(rows)]
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from vistallm.coinit.shards import RawSample, SampleReject, read_raw
 from vistallm.config import Config
@@ -23,7 +25,7 @@ from vistallm.data.sequence import Sequence, SequenceBuilder, collate
 from vistallm.data.stream import RejectLog
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.confidence import TokenLog, set_confidence
-from vistallm.evaluate.grammar import AnswerGrammars, Rule, rule_of
+from vistallm.evaluate.grammar import AnswerGrammars, Role, Rule, rule_of
 from vistallm.evaluate.links import read_link_answer
 from vistallm.links.decoder import LinkAnswer
 from vistallm.metrics.regions import box_of
@@ -67,16 +69,18 @@ class Unit:
 
 @dataclass
 class Answerer:
-    """Greedy answers of a model, by the grammar of its task (decode.grammar).
+    """Answers of a model, by the grammar of its task (decode.grammar).
 
     sharded: the model's weights are shared out (FSDP), so all processes answer batches in step. forced: links are read
-    behind the true answer's text.
+    behind the true answer's text. half: whether to compute in bf16; None = on an accelerator (on the CPU, small
+    matrices leave bf16 nothing to gain).
     """
 
     model: VistaLLM
     config: Config
     sharded: bool = False
     forced: bool = False
+    half: bool | None = None
 
     @functools.cached_property
     def grammars(self) -> AnswerGrammars:
@@ -88,21 +92,32 @@ class Answerer:
         """Builds sequences of any length: `data.max_length` is for prompts here, the target's own length is free."""
         return replace(build_sequencer(self.config, self.model.vocabulary), max_length=sys.maxsize)
 
-    def answer(self, sequences: list[Sequence], rules: list[Rule] | None = None) -> list[Answer]:
-        """Answer a batch; `rules`, one per row, default to those of the sequences' tasks."""
-        device, text, decode = self.model.bin_ids.device, self.model.vocabulary.lm, self.config.decode
+    def answer(
+        self,
+        sequences: list[Sequence],
+        rules: list[Rule] | None = None,
+        temperature: float = 0.0,
+        watch: Callable[[Answer], None] | None = None,
+    ) -> list[Answer]:
+        """Answer a batch, greedily or, at a temperature above 0, by sampling; `rules` default to those of the tasks.
+
+        `watch` gets the answer to a batch of one as it grows, by a word or by a whole region.
+        """
+        text, decode = self.model.vocabulary.lm, self.config.decode
         if self.forced:
             return self._answer_forced(sequences)
         grammar = self.grammars.constrain(rules or [rule_of(sequence.sample, sequence.head) for sequence in sequences])
         log = TokenLog(self.grammars.roles, grammar if decode.grammar else None)
+        processors: list[LogitsProcessor] = [log, *([Watch(log, text, watch)] if watch else ())]
         limit, lengths = grammar.limit, [one.length for one in grammar.grammars]
         if not decode.grammar:
             limit = decode.max_new_tokens or limit
             lengths = [limit] * len(sequences)
-        batch = collate(sequences, self.model.vocabulary, generation=True).to(device)
-        # bf16 on an accelerator; the CPU decodes in fp32, where small matrices leave bf16 nothing to gain
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            made = self.model.generate(batch, limit, logits_processor=[log], synced_gpus=self.sharded)
+        sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with self._precision():
+            batch = collate(sequences, self.model.vocabulary, generation=True).to(self.model.bin_ids.device)
+            options = sampled if temperature > 0 else {}
+            made = self.model.generate(batch, limit, processors, synced_gpus=self.sharded, **options)
         ids, end = made.ids.tolist(), text.eos_token_id
         rows = [row[: row.index(end)] if end in row else row for row in ids]
         return [
@@ -110,12 +125,27 @@ class Answerer:
             for row, length, sure, links in zip(rows, lengths, log.read(rows), made.links, strict=True)
         ]
 
+    def answer_all(
+        self, sequences: list[Sequence], rules: list[Rule] | None = None, temperature: float = 0.0
+    ) -> list[Answer]:
+        """Answer any number of sequences, in their order: prompts of like length share a batch (decode.batch_size)."""
+        size, answers = self.config.decode.batch_size, dict[int, Answer]()
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
+        for rows in (order[first : first + size] for first in range(0, len(order), size)):
+            own = rules and [rules[i] for i in rows]
+            answers |= dict(zip(rows, self.answer([sequences[i] for i in rows], own, temperature), strict=True))
+        return [answers[i] for i in range(len(sequences))]
+
+    def _precision(self) -> torch.autocast:
+        device = self.model.bin_ids.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" if self.half is None else self.half)
+
     def _answer_forced(self, sequences: list[Sequence]) -> list[Answer]:
         """What links find where the true answer is given; a published score of others is often of this kind."""
         if any(sequence.head != "link" for sequence in sequences):
             raise ValueError("decode.teacher_forced=true: expected benchmarks that links answer (answer=link)")
         batch = collate(sequences, self.model.vocabulary).to(self.model.bin_ids.device)
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=batch.images.is_cuda):
+        with self._precision():
             found = self.model.find(batch)
         return [
             Answer(one.answer, 0, False, links=links, forced=True) for one, links in zip(sequences, found, strict=True)
@@ -126,23 +156,21 @@ class Answerer:
 
         The batches of a unit are always the same, so its answers depend on nothing else.
         """
-        sequences, size, pace = [], self.config.decode.batch_size, Pace()
+        sequences, pace = [], Pace()
         for raw in unit.raws:
             rejects.read += 1
             try:
                 sequences.append(self._prompt(raw, unit.benchmark.head))
             except SampleReject as reject:
                 rejects.add(raw, reject)
-        order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
-        answers: dict[int, Answer] = {}
         start = time.perf_counter()
-        for rows in (order[first : first + size] for first in range(0, len(order), size)):
-            answers |= dict(zip(rows, self.answer([sequences[i] for i in rows]), strict=True))
+        answers = self.answer_all(sequences)
         pace["milliseconds"] = round(1000 * (time.perf_counter() - start))
         pace["samples"], pace["rejected"] = len(sequences), len(unit.raws) - len(sequences)
         pace["images"] = sum(len(sequence.images) for sequence in sequences)
-        pace["tokens"] = sum(answer.tokens for answer in answers.values())
-        made = [make_prediction(one, answers[i], self.builder, unit.benchmark.name) for i, one in enumerate(sequences)]
+        pace["tokens"] = sum(answer.tokens for answer in answers)
+        name, builder = unit.benchmark.name, self.builder
+        made = [make_prediction(one, own, builder, name) for one, own in zip(sequences, answers, strict=True)]
         return made, pace
 
     def _prompt(self, raw: RawSample, head: str = "text") -> Sequence:
@@ -150,6 +178,22 @@ class Answerer:
         if (length := sequence.prompt_length) > most:
             raise SampleReject("too-long", f"{raw.key}: a prompt of {length} tokens, data.max_length is {most}")
         return sequence
+
+
+class Watch(LogitsProcessor):
+    """Reports a growing answer (a batch of one) as often as it ends in a word or a whole region; changes no score."""
+
+    def __init__(self, log: TokenLog, tokenizer: PreTrainedTokenizerBase, report: Callable[[Answer], None]) -> None:
+        self.log, self.tokenizer, self.report = log, tokenizer, report
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores as they are."""
+        row = input_ids[0].tolist()
+        if row and self.log.roles[row[-1]] in (Role.WORD, Role.SEPARATOR, Role.STOP):
+            text = str(self.tokenizer.decode(row, skip_special_tokens=False))
+            text = re.sub(r"<([bpm])_sep>\s*$", r"<\1_ed>", text)  # the group goes on; what it holds so far is whole
+            self.report(Answer(text, len(row), False, *self.log.read([row])[0]))
+        return scores
 
 
 def read_units(
@@ -213,13 +257,7 @@ def generate_predictions(
 def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder, benchmark: str) -> Prediction:
     """Read a generated answer and set it beside its target."""
     sample = sequence.sample
-    task, linked = find_task(sample.task), sequence.head == "link"
-    if linked and task.link:
-        parsed, failure = read_link_answer(answer.text, answer.links, sequence.letterboxes, task)
-    else:
-        parsed, failure = read_answer(answer.text, sequence.letterboxes, builder.codec, task)
-    if parsed is not None and not answer.links:
-        set_confidence(parsed, answer.regions, answer.presence)
+    parsed, failure = read_reply(answer, sequence, builder.codec, find_task(sample.task))
     return Prediction(
         id=sample.id,
         benchmark=benchmark,
@@ -234,6 +272,27 @@ def make_prediction(sequence: Sequence, answer: Answer, builder: SequenceBuilder
         head=sequence.head,
         forced=answer.forced,
     )
+
+
+def read_reply(
+    answer: Answer, sequence: Sequence, codec: RegionCodec, task: Task | None
+) -> tuple[Parsed | None, str | None]:
+    """Read the answer to a sequence as `read_answer` or `read_link_answer` does, with confidences.
+
+    Without a task the regions of a text may be of any one kind, and its words are not cut down.
+    """
+    if task is not None and task.link and sequence.head == "link":
+        parsed, failure = read_link_answer(answer.text, answer.links, sequence.letterboxes, task)
+    elif task is not None:
+        parsed, failure = read_answer(answer.text, sequence.letterboxes, codec, task)
+    else:
+        try:
+            parsed, failure = codec.decode(answer.text, sequence.letterboxes), None
+        except RegionParseError as error:
+            parsed, failure = None, error.reason
+    if parsed is not None and not answer.links:
+        set_confidence(parsed, answer.regions, answer.presence)
+    return parsed, failure
 
 
 def read_answer(

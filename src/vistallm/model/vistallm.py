@@ -68,7 +68,7 @@ class Generated:
 
 
 class VistaLLM(nn.Module):
-    """Encoder, instruction-guided tokenizer and decoder behind `forward` (losses) and `generate` (greedy answers).
+    """Encoder, instruction-guided tokenizer and decoder behind `forward` (losses) and `generate` (answers).
 
     The decoder is a transformers causal language model or peft's wrapper of one, whose rows are the vocabulary's ids;
     `bin_sigma` is the width of a coordinate's soft target in bins, 0 = cross-entropy. `links` reads the slots of an
@@ -171,7 +171,7 @@ class VistaLLM(nn.Module):
     def generate(
         self, batch: Batch, max_new_tokens: int, logits_processor: Sequence[LogitsProcessor] = (), **arguments: object
     ) -> Generated:
-        """Greedy answers for a left-padded batch, and what the links in them find.
+        """Answers for a left-padded batch, greedy unless `arguments` of transformers' `generate` say otherwise.
 
         A routing token is followed by its slots: they are tokens like all others, so a row waits for no other row.
         """
@@ -186,12 +186,10 @@ class VistaLLM(nn.Module):
                 inputs_embeds=self.input_embeddings(batch, (image_tokens, patches)),
                 attention_mask=batch.attention_mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
                 eos_token_id=text.eos_token_id,
                 pad_token_id=text.pad_token_id,
                 logits_processor=[*forced, *logits_processor],
-                **arguments,
+                **{"do_sample": False, "num_beams": 1, **arguments},
             )
         finally:
             handle.remove()

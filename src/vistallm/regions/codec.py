@@ -8,6 +8,7 @@ With several images `image k:` (k from 1) goes before the regions of image k. Re
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -153,6 +154,17 @@ class RegionCodec:
         if len(kinds) > 1:
             raise RegionParseError("mixed-kinds", f"expected regions of one kind, got {', '.join(sorted(kinds))}")
         return Parsed(kinds.pop() if kinds else "text", regions, re.sub(r"\s+", " ", rest).strip())
+
+    def number_regions(self, text: str) -> str:
+        """An answer with the numbers of its objects in the place of their coordinates: "The masks are [0, 1]."."""
+        numbers = itertools.count()
+
+        def name(match: re.Match[str]) -> str:
+            image = f"image {match['image']}: " if match["image"] else ""
+            return f" {image}{[next(numbers) for _ in self._read_group(match, None)[1]]}"
+
+        text = (_TOKEN_GROUP if self.coords == "tokens" else _TEXT_GROUP).sub(name, text)
+        return re.sub(r"\s+(?=[.,])", "", re.sub(r"\s+", " ", text)).strip()
 
     def quantise(self, points: np.ndarray, letterbox: Letterbox) -> np.ndarray:
         """Original pixels -> bins: (n, 2) float, clipped to the image -> (n, 2) int64 in 0..num_bins-1."""

@@ -1,0 +1,79 @@
+"""A user's images and prompts: what is read, and what is refused."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vistallm.config import PAD_COLOUR
+from vistallm.evaluate.prompt import make_sample, read_image
+
+IMAGES = [np.zeros((50, 80, 3), np.uint8), np.zeros((30, 40, 3), np.uint8)]
+
+
+def test_regions_become_placeholders_in_the_image_they_name():
+    sample = make_sample(IMAGES, "Is { box : 1, 2 ,30,40 } at {point:5,6@2} in {mask:0,0,9,0,9,9;20,20,29,20,29,29}?")
+    assert sample.instruction == "Is {regions:0} at {regions:1} in {regions:2}?"
+    assert [(r.image, r.kind) for r in sample.regions] == [(0, "box"), (1, "point"), (0, "mask")]
+    assert sample.regions[0].box == (1, 2, 30, 40)
+    assert sample.regions[1].point == (5, 6)
+    assert [part.shape for part in sample.regions[2].polygons] == [(3, 2), (3, 2)]
+    assert make_sample(IMAGES, "Segment {point:5,6}.", "interactive", "link").instruction == "Segment {region:0:point}."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wrong"),
+    [
+        (" ", "expected a prompt"),
+        ("{box:30,2,10,40}", "x0 < x1"),
+        ("{box:1,2,81,40}", "not inside image 1 of 80x50"),
+        ("{point:41,6@2}", "not inside image 2 of 40x30"),
+        ("{point:-1,6}", "not inside"),
+        ("{point:nan,6}", "not inside"),
+        ("{point:1,6@3}", "names image 3"),
+        ("{point:1,6@0}", "names image 0"),
+        ("{point:1}", "can't be read"),
+        ("{box:1,2,3,4;1,2,3,4}", "can't be read"),
+        ("{mask:1,2,3,4}", "can't be read"),
+        ("{mask:all}", "can't be read"),
+        ("the {mask} here", "is no region"),
+        ("the {regions:0} here", "is no region"),
+        ("the {box:1,2,3,4", "is no region"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_refused(prompt, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        make_sample(IMAGES, prompt)
+
+
+def test_images_of_every_form_give_the_same_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 4), np.uint8)
+    pixels[:5, :, 3], pixels[5:, :, 3] = 0, 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    want = pixels[..., :3].copy()
+    want[:5] = PAD_COLOUR  # transparent pixels, whatever colour they hide
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), pixels):
+        assert np.array_equal(read_image(image), want)
+    assert np.array_equal(read_image(pixels[..., 0]), np.stack([pixels[..., 0]] * 3, 2))
+
+
+def test_images_that_cannot_be_used_are_refused(tmp_path):
+    noise, file = np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8), io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-400])
+    (tmp_path / "text.jpg").write_text("no image")
+    Image.fromarray(np.zeros((6000, 9000), np.uint8)).save(tmp_path / "huge.png")
+    for name, wrong in ("cut.jpg", "cut off"), ("text.jpg", "expected an image"), ("huge.png", "pixels, got 9000x6000"):
+        with pytest.raises(ValueError, match=wrong):
+            read_image(tmp_path / name)
+    for array in (noise.astype(float), noise[..., :2], noise[:0]):
+        with pytest.raises(ValueError, match="uint8 RGB"):
+            read_image(array, "image 1")
+
+
+def test_neither_the_package_nor_reading_a_prompt_imports_torch():
+    words = "import sys, vistallm, vistallm.evaluate.prompt; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0

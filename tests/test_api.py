@@ -1,0 +1,97 @@
+"""The Python interface on the shipped model: the answers of eval.py's path, batched, streamed and sampled."""
+
+import numpy as np
+import pytest
+import torch
+
+from vistallm import VistaLLM
+from vistallm.api import AnswerRegion
+from vistallm.evaluate.prompt import make_sample
+from vistallm.regions.masks import polygons_to_mask
+from vistallm.schema import Region
+
+
+@pytest.fixture(scope="module")
+def model():
+    return VistaLLM.from_pretrained("assets/mini", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chosen(samples):
+    """Samples of segmentation, with the prompt that a user would write."""
+    return [(sample.pixels[0], f"Segment {sample.fields['expr']}.") for sample in samples["res"] + samples["gres"]]
+
+
+@pytest.fixture(scope="module")
+def answers(model, chosen):
+    return [model.predict(image, prompt) for image, prompt in chosen]
+
+
+def test_regions_are_those_of_the_generated_text(model, chosen, answers):
+    found = 0
+    for (image, _), answer in zip(chosen, answers, strict=True):
+        assert answer.failure is None
+        found += len(answer.regions)
+        letterbox = model.builder.build(make_sample([image], "x"), answered=False).letterboxes
+        wanted = model.builder.codec.decode(answer.raw, letterbox).regions
+        for region, want in zip(answer.regions, wanted, strict=True):
+            mask = region.mask()
+            assert mask.dtype == bool
+            assert np.array_equal(mask, polygons_to_mask(want.polygons, *image.shape[:2]))
+            x0, y0, x1, y1 = map(int, region.box)
+            assert mask[y0:y1, x0:x1].sum() == mask.sum()
+            assert mask[y0, x0:x1].any()
+            assert mask[y0:y1, x1 - 1].any()
+            assert 0 < region.confidence <= 1
+    assert found > len(chosen) // 2
+
+
+def test_a_batch_answers_as_its_prompts_do_alone(model, chosen, answers):
+    batch = model.predict([[image] for image, _ in chosen], [prompt for _, prompt in chosen])
+    assert [one.raw for one in batch] == [one.raw for one in answers]
+    image = chosen[0][0]
+    assert [one.raw for one in model.predict(image, [chosen[0][1]] * 2)] == [answers[0].raw] * 2
+
+
+def test_a_stream_ends_in_the_whole_answer_and_grows_by_whole_regions(model, chosen, answers):
+    (image, prompt), whole = max(zip(chosen, answers, strict=True), key=lambda pair: len(pair[1].regions))
+    parts = list(model.stream(image, prompt))
+    assert parts[-1].to_json() == whole.to_json()
+    assert len(parts) > 3
+    for before, after in zip(parts[:-1], parts[1:], strict=True):
+        assert before.failure is None
+        known, more = ([r.to_json() for r in one.regions] for one in (before, after))
+        assert [r["polygons"] for r in known] == [r["polygons"] for r in more[: len(known)]]
+    stream = model.stream(image, prompt)
+    next(stream)
+    stream.close()
+    assert model.predict(image, prompt).raw == whole.raw, "a closed stream lets go of the model"
+
+
+def test_sampling_draws_and_a_limit_cuts(model, chosen):
+    torch.manual_seed(3)
+    image, prompt = chosen[0]
+    drawn = {model.predict(image, prompt, temperature=2.0).raw for _ in range(4)}
+    assert len(drawn) > 1
+    short, usual = (model.predict(image, "Describe the image.", max_new_tokens=n) for n in (2, None))
+    assert short.cut
+    assert len(short.raw) < len(usual.raw)
+
+
+def test_words_alone_and_what_cannot_be_answered(model, chosen):
+    image = chosen[0][0]
+    answer = model.predict(image, "How many objects are there?", task="vqa")
+    assert (answer.kind, answer.regions, answer.text) == ("text", [], answer.raw.replace(" .", "."))
+    for words, wrong in (
+        ({"head": "link", "task": "res"}, "expected head=text"),
+        ({"task": "ress"}, "expected one of"),
+        ({"max_new_tokens": 0}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            model.predict(image, "Segment the star.", **words)
+    with pytest.raises(ValueError, match="each of 2 prompts, got 1"):
+        model.predict([image], ["a", "b"])
+    with pytest.raises(ValueError, match="float32 or torch.bfloat16"):
+        VistaLLM.from_pretrained("assets/mini", dtype=torch.float16)
+    with pytest.raises(ValueError, match="covers no pixels"):
+        AnswerRegion(**vars(Region(0, "point", point=(1, 2)))).mask()
