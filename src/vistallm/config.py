@@ -75,9 +75,8 @@ class DecoderConfig:
 class LinkConfig:
     """Super links (model.links=all): boxes, masks and keypoints from learned queries beside the text answers."""
 
-    queries: int = 4  # K: slots behind a routing token; of a GRD or SEG link the most objects
+    queries: int = 4  # K: slots behind a routing token; of a GRD link the most objects
     tables: str = "separate"  # separate | shared: whether each kind of link has its own K query embeddings
-    objects: int = 100  # object queries of a DET or POSE group: the most objects in an image
     width: int = 256
     layers: int = 4
     heads: int = 8
@@ -245,7 +244,7 @@ LEAST = {  # the smallest value -> numbers that must not be below it
     "train.weight_decay train.warmup train.gradient_clip train.bin_sigma links.weight links.share log.every_n_seconds",
     1: "model.encoder.image_size model.tokenizer.queries model.decoder.lora_rank data.batch_size data.shuffle_buffer "
     "data.mix_shards data.pool_batches data.max_length checkpoint.every_n_steps checkpoint.keep val.samples "
-    "decode.max_new_tokens decode.batch_size links.queries links.objects links.layers links.heads",
+    "decode.max_new_tokens decode.batch_size links.queries links.layers links.heads",
     2: "num_bins",
     3: "points",
 }

@@ -51,7 +51,7 @@ def tiny_decoder():
     from vistallm.links.decoder import LinkDecoder
 
     torch.manual_seed(0)
-    return LinkDecoder(LinkConfig(objects=6, width=32, layers=2, heads=2, queries=4), 2, 24, 4, 20)
+    return LinkDecoder(LinkConfig(width=32, layers=2, heads=2, queries=4), 2, 24, 4, 20)
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ def test_answers_come_in_the_order_of_the_links(tiny_decoder, make_links, inputs
     links = make_links(MIXED)
     states, features, pixels = inputs(len(links.kind), 3)
     with torch.no_grad():
-        answers = link_answers(tiny_decoder(states, links, features, pixels), len(links.kind), limit=5)
-    assert [len(a.scores) for a in answers] == [4, 4, 4, 5, 5, 5, 5, 5, 5]  # K, or `limit` of the object queries
+        answers = link_answers(tiny_decoder(states, links, features, pixels), len(links.kind), least=0.0, limit=5)
+    assert [len(a.scores) for a in answers] == [4, 4, 1, 5, 5, 5, 5, 5, 5]  # K, one, or `limit` of the patches
     assert [a.keypoints is not None for a in answers] == [False] * 6 + [True] * 3  # the names behind the POSE link
     for answer in answers:
         count = len(answer.scores)
@@ -58,11 +58,11 @@ def test_a_link_does_not_depend_on_the_rest_of_the_batch(tiny_decoder, make_link
 def test_without_stem_the_shapes_are_the_same_and_pixels_do_not_count(make_links, inputs):
     links = make_links(MIXED)
     states, features, pixels = inputs(9, 3)
-    decoder = LinkDecoder(LinkConfig(objects=6, width=32, layers=2, heads=2, stem=False), 2, 24, 4, 20)
+    decoder = LinkDecoder(LinkConfig(width=32, layers=2, heads=2, stem=False), 2, 24, 4, 20)
     with torch.no_grad():
         first, second = (link_answers(decoder(states, links, features, p), 9) for p in (pixels, pixels.flip(0)))
     assert torch.equal(first[0].masks, second[0].masks)
-    assert first[0].masks.shape == (4, 16, 16)
+    assert first[0].masks.shape[1:] == (16, 16)
 
 
 def test_wrong_sizes_are_refused(tiny_decoder, make_links, inputs):
@@ -94,7 +94,7 @@ def _made(items, make_links):
 def test_it_learns_boxes_masks_and_keypoints_of_made_images(make_links, kind):
     torch.manual_seed(0)
     links, features, pixels = _made([(kind, i, 1, 2 * (kind == "POSE")) for i in range(8)], make_links)
-    decoder = LinkDecoder(LinkConfig(objects=4, width=64, layers=2, heads=2), 2, 24, 4, 20)
+    decoder = LinkDecoder(LinkConfig(width=64, layers=2, heads=2), 2, 24, 4, 20)
     states = torch.randn(3, 4, 20).repeat(8, 1, 1)[: len(links.kind)] if kind == "POSE" else torch.randn(8, 4, 20)
     optimizer = torch.optim.AdamW(decoder.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 120)
@@ -105,7 +105,7 @@ def test_it_learns_boxes_masks_and_keypoints_of_made_images(make_links, kind):
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        answers = link_answers(decoder(states, links, features, pixels), len(links.kind))
+        answers = link_answers(decoder(states, links, features, pixels), len(links.kind), least=0.0)
     names = len(links.kind) // 8 - 1
     boxes = box_convert(torch.stack([a.boxes[0] for a in answers[:: names + 1]]), "xyxy", "cxcywh")
     assert (boxes - links.boxes).abs().mean() < 0.03

@@ -16,7 +16,7 @@ from vistallm.model.build import build_model
 from vistallm.regions.masks import rle_box, rle_to_mask
 from vistallm.schema import IGNORE_INDEX, SampleReject
 
-LINKED = "model.links=all links.objects=5 links.width=32 links.layers=2 links.heads=2 links.blocks=[0,2]".split()  # noqa: SIM905
+LINKED = "model.links=all links.width=32 links.layers=2 links.heads=2 links.blocks=[0,2]".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")

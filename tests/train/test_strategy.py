@@ -29,7 +29,7 @@ from vistallm.train.strategy import check_layout, resolve_precision
 ROOT = Path(__file__).parents[2]
 launch = runpy.run_path(str(ROOT / "tests/train/ranks.py"))["launch"]
 STEPS = 8
-LINKED = ["model.links=all", "links.objects=5", "links.width=32", "links.layers=2", "links.heads=2"]
+LINKED = ["model.links=all", "links.width=32", "links.layers=2", "links.heads=2"]
 LINKED += ["links.blocks=[0,2]", "train.gradient_clip=0.5"]
 LORA = ["train.decoder=lora", "model.decoder.lora_rank=2", "model.decoder.lora_dropout=0.0"]
 

@@ -1,9 +1,11 @@
 """Slot states, patch tokens and pixels -> scores, boxes, masks and keypoints of each link.
 
-A group is decoded as one set of tokens: Q object queries and the P phrases (links) that share them. Layers of
+A group is decoded as one set of tokens: Q object queries and the P phrases (links) that share them. A GRD or SEG link
+has its slots as queries; a scene (DET, POSE) has the patches of its image, each with a box at its own place. Layers of
 self-attention, cross-attention to the patch tokens of the group's image and MLP read them, and every answer is a dot
-product: class = query . phrase, mask = query . pixel, keypoint = query . phrase. So a phrase picks what is read out of
-a query, and masks and keypoints are computed for those queries alone that a loss or an answer asks for.
+product: class = query . phrase, mask = query . pixel, heat of a keypoint = (query + phrase) . pixel. So a phrase picks
+what is read out of a query, and masks and keypoints are computed for those queries alone that a loss or an answer asks
+for.
 Shape legend: L links, K slots, G groups, Q queries, P phrases of the largest group, N images, D decoder layers, d
 width, E mask width, M side of a mask. Coordinates are shares of the letterbox square.
 """
@@ -25,6 +27,7 @@ from vistallm.schema import LinkBatch
 
 OWN_LINKS = tuple(kind for kind in LINKS if kind not in SCENE_LINKS)  # each of these links is a group
 _FREQUENCIES = 8  # octaves of the sine code of a coordinate
+_REACH = 0.25  # of a box's side: how far from its first guess a keypoint is looked for (standard deviation)
 
 
 @dataclass
@@ -38,8 +41,10 @@ class Family:
     boxes: Tensor  # (D, G, Q, 4) float32, centre x, y, width, height
     scores: Tensor  # (D, G, Q, P) float32 logits
     embeddings: Tensor  # (D, G, Q, E + 1): mask embeddings and a bias
-    pose: Tensor  # (D, G, Q, d), what keypoints are read from
+    pose: Tensor  # (D, G, Q, d), what the first guess of a keypoint and its visibility are read from
     readouts: Tensor  # (D, G, P, 3, d): x, y and visibility of a phrase's keypoint
+    looks: Tensor  # (D, G, Q, E): what a query's keypoints have in common
+    names: Tensor  # (D, G, P, E): what a phrase's keypoint looks like
     pixels: Tensor  # (N, E, M, M), of the images that have links
 
     def masks(self, group: Tensor, query: Tensor) -> Tensor:
@@ -52,12 +57,23 @@ class Family:
     def keypoints(self, group: Tensor, query: Tensor) -> Tensor:
         """Keypoints (D', n, m, P, 3) float32 of queries as in `masks`: x, y and a visibility logit.
 
-        A keypoint is placed from the query's box: its centre plus a share of its sides.
+        A first guess is a share of the sides of the query's box. The keypoint is the mean place of a heat map, which
+        is the pixels' likeness to query and phrase, within about a quarter of the box around that guess.
         """
         readouts = self.readouts[-len(query) :, group].float()
         values = torch.einsum("lnmd,lnpcd->lnmpc", self._take(self.pose, group, query).float(), readouts)
         centre, size = self._take(self.boxes, group, query).unsqueeze(-2).split(2, -1)
-        return torch.cat([centre + size * values[..., :2], values[..., 2:]], -1)
+        guess = centre + size * values[..., :2]
+        wanted = self._take(self.looks, group, query).unsqueeze(3) + self.names[-len(query) :, group].unsqueeze(2)
+        pixels = self.pixels[self.image[group]].to(wanted.dtype)
+        heat = torch.einsum("lnmpe,neyx->lnmpyx", wanted, pixels).float()
+        cells = (torch.arange(heat.shape[-1], device=heat.device) + 0.5) / heat.shape[-1]
+        spread = (_REACH * size).detach().clamp(min=1 / heat.shape[-1])
+        near = -0.5 * ((cells - guess.unsqueeze(-1)) / spread.unsqueeze(-1)).square()  # (D', n, m, P, 2, M)
+        heat = heat + near[..., 0, None, :] + near[..., 1, :, None]
+        share = heat.flatten(-2).softmax(-1).view_as(heat)
+        x, y = share.sum(-2) @ cells, share.sum(-1) @ cells
+        return torch.cat([torch.stack([x, y], -1), values[..., 2:]], -1)
 
     def _take(self, values: Tensor, group: Tensor, query: Tensor) -> Tensor:
         """Rows (D', n, m, C) of `values` (D, G, Q, C)."""
@@ -66,33 +82,36 @@ class Family:
 
 @dataclass
 class LinkAnswer:
-    """What one link answers: its candidates by falling score, at most `limit` of `link_answers`."""
+    """What one link answers: its candidates by falling score."""
 
     scores: Tensor  # (Q,) float32 in [0, 1]; of a keypoint's link those of the class
     boxes: Tensor  # (Q, 4) float32, x0, y0, x1, y1
     masks: Tensor  # (Q, M, M) float32 logits; positive is inside
-    keypoints: Tensor | None  # (Q, 3) float32, x, y and visibility in [0, 1]: of a link that names a keypoint
+    keypoints: Tensor | None = None  # (Q, 3) float32, x, y and visibility in [0, 1]: of a link that names a keypoint
 
 
-def link_answers(families: Sequence[Family], count: int, limit: int = 100) -> list[LinkAnswer]:
-    """Answers of the `count` links of a batch, in their order; the candidates of a POSE group have one order."""
+def link_answers(families: Sequence[Family], count: int, least: float = 0.05, limit: int = 100) -> list[LinkAnswer]:
+    """Answers of the `count` links of a batch, in their order: the best candidate and those that score `least` or more.
+
+    The candidates of a POSE group are those of its class, in one order. A SEG link has one candidate.
+    """
     answers: dict[int, LinkAnswer] = {}
     for family in families:
-        groups, queries = family.boxes.shape[1:3]
-        group = torch.arange(groups, device=family.boxes.device)
-        everyone = torch.arange(queries, device=family.boxes.device).expand(1, groups, queries)
-        masks, keypoints = family.masks(group, everyone)[0].float(), family.keypoints(group, everyone)[0]
         for g, p in (family.links >= 0).nonzero().tolist():
-            is_keypoint = LINKS[family.kind[g]] == "POSE" and p > 0
-            scores = family.scores[-1, g, :, 0 if is_keypoint else p].sigmoid()
-            order = scores.argsort(descending=True, stable=True)[:limit]
-            x, y, visible = keypoints[g, order, p].unbind(-1)
-            answers[int(family.links[g, p])] = LinkAnswer(
+            kind = LINKS[family.kind[g]]
+            is_keypoint = kind == "POSE" and p > 0
+            scores = family.scores[-1, g, :, 0 if is_keypoint else p].sigmoid()[: 1 if kind == "SEG" else None]
+            order = scores.argsort(descending=True, stable=True)
+            order = order[: max(1, min(limit, int((scores >= least).sum())))]
+            group, query = torch.tensor([g], device=order.device), order[None, None]
+            answers[int(family.links[g, p])] = answer = LinkAnswer(
                 scores=scores[order],
                 boxes=box_convert(family.boxes[-1, g, order], "cxcywh", "xyxy"),
-                masks=masks[g, order],
-                keypoints=torch.stack([x, y, visible.sigmoid()], -1) if is_keypoint else None,
+                masks=family.masks(group, query)[0, 0].float(),
             )
+            if is_keypoint:
+                x, y, visible = family.keypoints(group, query)[0, 0, :, p].unbind(-1)
+                answer.keypoints = torch.stack([x, y, visible.sigmoid()], -1)
     return [answers[number] for number in range(count)]
 
 
@@ -205,16 +224,17 @@ class LinkDecoder(nn.Module):
         self.slots = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
         self.phrase = mlp(d, d)
         self.own_queries = nn.Parameter(torch.randn(len(OWN_LINKS), config.queries, d))
-        self.scene_queries = nn.Parameter(torch.randn(len(SCENE_LINKS), config.objects, d))
+        self.scene_queries = nn.Parameter(torch.randn(len(SCENE_LINKS), 1, d))  # what the patches of a scene share
         self.block_norms = nn.ModuleList([nn.LayerNorm(encoder_width) for _ in range(blocks)])
         self.memory, self.place = nn.Linear(blocks * encoder_width, d), Place(d)
         self.layers = nn.ModuleList([DecoderLayer(d, config.heads) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(d)
         self.first_box, self.box = mlp(d, 4), mlp(d, 4)
-        self.look, self.seen = nn.Linear(d, d), nn.Linear(d, d, bias=False)  # a bias would add the same to all cells
+        self.search, self.seen = nn.Linear(d, d), nn.Linear(d, d, bias=False)  # a bias would add the same to all cells
         self.class_query, self.class_phrase = nn.Linear(d, d), nn.Linear(d, d)
-        self.class_bias = nn.Parameter(torch.tensor([-2.0]))  # few queries hold an object
+        self.class_bias = nn.Parameter(torch.tensor([-3.0]))  # few queries hold an object
         self.mask, self.pose, self.readout = mlp(d, channels + 1), mlp(d, d), nn.Linear(d, 3 * d)
+        self.look, self.name = nn.Linear(d, channels), nn.Linear(d, channels)
         self.pixels = PixelMap(blocks * encoder_width, grid, channels, config.stem)
 
     def forward(self, states: Tensor, links: LinkBatch, features: Sequence[Tensor], pixels: Tensor) -> list[Family]:
@@ -246,15 +266,20 @@ class LinkDecoder(nn.Module):
             links_GP, kind, image = _layout(table, [LINKS.index(name) for name in names])
             number = torch.tensor([names.index(LINKS[k]) for k in kind], dtype=torch.long)
             learned, image = queries[number.to(device)], image.to(device)
+            start = torch.zeros(1, 4, device=device)  # logits of the boxes from which the queries set out
+            if names is SCENE_LINKS:
+                learned, start = learned + memory[image], torch.logit(grid_boxes(self.grid, device))
             index, present = links_GP.clamp(min=0).to(device), (links_GP >= 0).to(device)
-            hidden, boxes = self._decode(learned, slots[index], present, memory[image])
+            hidden, boxes = self._decode(learned, start, slots[index], present, memory[image])
             asked = links_GP >= 0
             asked[kind == LINKS.index("POSE"), 1:] = False
             answers = self._answers(*hidden.tensor_split([boxes.shape[2]], 2))
             families.append(Family(kind, image, links_GP, asked.to(device), boxes, *answers, pixel_map))
         return families
 
-    def _decode(self, learned: Tensor, slots: Tensor, present: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, learned: Tensor, start: Tensor, slots: Tensor, present: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Run the layers: learned queries (G, Q, d) and slots (G, P, K, d) -> (D, G, Q + P, d), boxes (D, G, Q, 4)."""
         count, phrases = learned.shape[1], slots.shape[1]
         weight = (present / present.sum(1, keepdim=True).clamp(min=1)).to(slots.dtype)
@@ -262,7 +287,7 @@ class LinkDecoder(nn.Module):
         queries = learned + mean[:, torch.arange(count, device=mean.device) % mean.shape[1]]
         x = torch.cat([queries, self.phrase(slots.mean(2))], 1)
         mask = F.pad(present, (count, 0), value=True)[:, None, None]
-        logits = self.first_box(queries).float()
+        logits = start + self.first_box(queries).float()
         states, boxes = [], []
         for layer in self.layers:
             place = F.pad(self.place(logits.sigmoid()), (0, 0, 0, phrases))
@@ -277,15 +302,15 @@ class LinkDecoder(nn.Module):
     def _located(self, queries: Tensor, memory: Tensor) -> Tensor:
         """Logits (G, Q, 4) of a box around the patches that a query looks at: their mean place and its spread."""
         cells = grid_boxes(self.grid, memory.device)[:, :2]
-        scores = self.look(queries) @ self.seen(memory).transpose(1, 2)
+        scores = self.search(queries) @ self.seen(memory).transpose(1, 2)
         share = (scores.float() / queries.shape[-1] ** 0.5).softmax(-1)
         mean = share @ cells
         spread = (share @ cells.square() - mean.square()).clamp(min=1e-5).sqrt()
         # The side of a uniform square is 12 ** .5 = 3.5 times the spread of its pixels.
         return torch.logit(torch.cat([mean, 3.5 * spread], -1).clamp(0.01, 0.99))
 
-    def _answers(self, queries: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries (D, G, Q, d) and phrases (D, G, P, d) -> scores, mask embeddings, pose states and readouts."""
+    def _answers(self, queries: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries (D, G, Q, d) and phrases (D, G, P, d) -> the tensors of a Family from `scores` on."""
         scores = self.class_query(queries) @ self.class_phrase(phrases).transpose(2, 3)
         scores = scores.float() / queries.shape[-1] ** 0.5 + self.class_bias
         return (
@@ -293,6 +318,8 @@ class LinkDecoder(nn.Module):
             self.mask(queries),
             self.pose(queries),
             self.readout(phrases).unflatten(-1, (3, -1)) / queries.shape[-1] ** 0.5,
+            self.look(queries),
+            self.name(phrases),
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
+from vistallm.links import LINKS
 from vistallm.links.decoder import Family
 from vistallm.schema import LinkBatch
 
@@ -76,7 +77,8 @@ def _places(family: Family, links: LinkBatch) -> Tensor:
 def match(family: Family, group: Tensor, phrase: Tensor, boxes: Tensor) -> Tensor:
     """Assign each object a query of its group, in each layer: (D, V) int64.
 
-    Hungarian matching on class, L1 and GIoU with the weights of the losses; masks take no part, as in VisionLLM v2.
+    Hungarian matching on class, L1 and GIoU with the weights of the losses; masks take no part, as in VisionLLM v2. The
+    one object of a SEG link is its first query's: where any of K may answer, each learns a Kth of the certainty.
 
     Args:
         family: the decoder's answers.
@@ -92,6 +94,7 @@ def match(family: Family, group: Tensor, phrase: Tensor, boxes: Tensor) -> Tenso
     cost = cost + WEIGHTS["box_l1"] * (guesses - boxes[:, None]).abs().sum(-1)
     corners, wanted = box_convert(guesses, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy")[:, None]
     cost = cost + WEIGHTS["giou"] * generalized_box_iou_loss(corners, wanted.expand_as(corners))
+    cost[:, (family.kind == LINKS.index("SEG")).to(group.device)[group], 1:] = 1e6
     # The one transfer of a family. A loss that is not finite is for the trainer to skip.
     table = cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
     query, first = torch.zeros(table.shape[:2], dtype=torch.long), 0
@@ -147,9 +150,9 @@ def _keypoint_losses(
     rows = row[links.keypoint_object]
     rows, chosen = rows[rows >= 0], (rows >= 0).nonzero()[:, 0]
     phrase = places.to(rows.device)[links.keypoint_link[chosen], 1]
+    posed, place = rows.unique(return_inverse=True)
+    found = family.keypoints(group[posed], query[:, posed, None])[:, place, 0, phrase]  # (D, n, 3)
     objects, target = objects[rows], links.keypoints[chosen]
-    found = family.keypoints(group[rows], query[:, rows, None])[:, :, 0]
-    found = found[:, torch.arange(len(rows), device=rows.device), phrase]  # (D, n, 3)
 
     def share(counted: Tensor) -> Tensor:
         """Turn sums over keypoints (n,) into sums of each object's mean."""

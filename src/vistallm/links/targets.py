@@ -32,6 +32,8 @@ class LinkTarget:
 def link_target(kind: str, image: int, objects: Sequence[Region], letterbox: Letterbox, size: int) -> LinkTarget:
     """Return the target of a link whose objects lie in one image; masks are `size` pixels a side.
 
+    The objects of a SEG link are one target: all pixels that it asks for.
+
     Raises ValueError for an object that has neither box, mask nor keypoints.
     """
     boxes, masks = np.zeros((len(objects), 4), np.float32), np.zeros((len(objects), size, size), np.uint8)
@@ -44,10 +46,15 @@ def link_target(kind: str, image: int, objects: Sequence[Region], letterbox: Let
         if region.rle is not None:
             masks[number] = square_mask(region.rle, letterbox, size)
     rows = [region.keypoints or () for region in objects]
-    points = np.array(rows, np.float32) if rows and rows[0] else np.zeros((len(objects), 0, 3), np.float32)
+    known = np.array([region.rle is not None for region in objects], bool)
+    if kind == "SEG" and len(objects) > 1:
+        low, high = (boxes[:, :2] - boxes[:, 2:] / 2).min(0), (boxes[:, :2] + boxes[:, 2:] / 2).max(0)
+        boxes, masks = np.concatenate([(low + high) / 2, high - low])[None], masks.max(0, keepdims=True)
+        known, rows = known[known.argsort()[:1]], []
+    points = np.array(rows, np.float32) if rows and rows[0] else np.zeros((len(boxes), 0, 3), np.float32)
     for row in points:
         row[:, :2] = letterbox.to_unit(row[:, :2])
-    return LinkTarget(kind, image, boxes, masks, np.array([region.rle is not None for region in objects], bool), points)
+    return LinkTarget(kind, image, boxes, masks, known, points)
 
 
 def square_mask(mask: Rle | np.ndarray, letterbox: Letterbox, size: int) -> np.ndarray:
