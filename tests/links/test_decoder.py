@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 
 from vistallm.config import LinkConfig
-from vistallm.links.decoder import LinkDecoder, link_answers
+from vistallm.links.decoder import Family, LinkDecoder, link_answers
 from vistallm.links.losses import link_losses
 
 MIXED = [("GRD", 0, 1, 0), ("GRD", 0, 0, 0), ("SEG", 1, 2, 0), ("DET", 1, 2, 0), ("DET", 1, 0, 0), ("POSE", 2, 2, 3)]
@@ -117,3 +117,35 @@ def test_it_learns_boxes_masks_and_keypoints_of_made_images(make_links, kind):
         keypoints = torch.stack([a.keypoints[0] for a in answers if a.keypoints is not None])
         assert (keypoints - links.keypoints)[:, :2].abs().mean() < 0.04
         assert (keypoints[:, 2] > 0.5).all()
+
+
+def _looking(heat, box, guess):
+    """One query and one keypoint: its heat is `heat` (M, M), its first guess a share of the box."""
+    readouts = torch.zeros(1, 1, 1, 3, 2)
+    readouts[..., 0, 0], readouts[..., 1, 0] = guess
+    return Family(
+        kind=torch.tensor([3]),
+        image=torch.tensor([0]),
+        links=torch.tensor([[0]]),
+        asked=torch.tensor([[True]]),
+        boxes=torch.tensor(box).view(1, 1, 1, 4),
+        scores=torch.zeros(1, 1, 1, 1),
+        embeddings=torch.zeros(1, 1, 1, 2),
+        pose=torch.tensor([1.0, 0.0]).view(1, 1, 1, 2),
+        readouts=readouts,
+        looks=torch.full((1, 1, 1, 1), 0.25),
+        names=torch.full((1, 1, 1, 1), 0.75),
+        pixels=heat[None, None],
+    )
+
+
+def test_a_keypoint_is_the_guess_on_an_even_map_and_the_bright_pixel_within_reach():
+    first, query = torch.tensor([0]), torch.zeros(1, 1, 1, dtype=torch.long)
+    box = [0.5, 0.5, 0.4, 0.2]
+    x, y, _ = _looking(torch.zeros(64, 64), box, (0.25, -0.5)).keypoints(first, query)[0, 0, 0, 0]
+    torch.testing.assert_close(torch.stack([x, y]), torch.tensor([0.6, 0.4]), atol=1e-4, rtol=0)
+    heat = torch.zeros(64, 64)
+    heat[24, 41] = 15.0  # the place (41.5, 24.5) / 64, .05 right of the guess: half a deviation
+    heat[60, 60] = 15.0  # out of reach
+    x, y, _ = _looking(heat, box, (0.25, -0.5)).keypoints(first, query)[0, 0, 0, 0]
+    torch.testing.assert_close(torch.stack([x, y]), torch.tensor([41.5, 24.5]) / 64, atol=2e-3, rtol=0)

@@ -39,6 +39,16 @@ def test_matching_is_the_cheapest_of_all_permutations(tiny_decoder, make_links, 
         assert query[layer, mine].tolist() == list(best)
 
 
+def test_a_segment_link_is_answered_by_its_first_query(tiny_decoder, make_links, inputs):
+    links = make_links([("SEG", 0, 1, 0), ("GRD", 0, 1, 0)])
+    family = _run(tiny_decoder, links, inputs(2, 1))[0]
+    boxes = family.boxes.detach().clone()
+    boxes[:, :, 3] = links.boxes  # the last query has each object's box
+    family, places = dataclasses.replace(family, boxes=boxes), places_of(family, links)
+    group, phrase, objects = targets_of(family, links, places)
+    assert match(family, group, phrase, links.boxes[objects]).tolist() == [[0, 3], [0, 3]]
+
+
 def test_mask_and_class_losses_are_those_of_transformers(tiny_decoder, make_links, inputs):
     from transformers.loss.loss_for_object_detection import dice_loss as their_dice
 

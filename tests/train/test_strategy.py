@@ -71,6 +71,9 @@ def reference(words, root, steps):
         optimizer.step()
         scheduler.step()
         rows.append({"loss": loss.item(), "grad_norm": norm.item()})
+        if outputs[0].link_parts:
+            objects, masks = (sum(output.link_parts[name].item() for output in outputs) for name in ("objects", "mask"))
+            rows[-1] |= {"links/mask": masks / objects, "links/objects": objects, "links/unmatched": 0.0}
     assert rows[0]["grad_norm"] > 1.2 * config.train.gradient_clip, "clipping must have something to do"
     return SimpleNamespace(rows=rows, weights={n: p.detach() for n, p in model.named_parameters()})
 
@@ -109,7 +112,7 @@ def compare(run_dir, expected, steps, weights=True):
     assert [row["step"] for row in rows] == [str(step) for step in steps]
     for row in rows:
         wanted = expected.rows[int(row["step"]) - 1]
-        for key in ("loss", "grad_norm"):
+        for key in wanted:
             assert float(row[key]) == pytest.approx(wanted[key], rel=1e-5), (row["step"], key)
     if weights:
         state = read_state(newest_checkpoint(run_dir))

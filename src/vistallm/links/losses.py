@@ -24,6 +24,7 @@ from vistallm.schema import LinkBatch
 WEIGHTS = {
     "score": 2.0, "box_l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0, "keypoint_l1": 10.0, "oks": 4.0, "visible": 1.0
 }  # fmt: skip
+PARTS = (*WEIGHTS, "objects", "unmatched")  # what `link_losses` reports
 SIGMA = 0.05  # of object keypoint similarity, as a share of the object's size: the middle of COCO's .025 to .107
 
 

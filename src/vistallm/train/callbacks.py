@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from vistallm.links.losses import PARTS
 from vistallm.model.vistallm import VistaLLM
 from vistallm.tasks import TASKS
 
@@ -24,6 +25,7 @@ COLUMNS = [
     *("step", "seconds", "wait", "loss", "accuracy", "lr", "grad_norm", "samples", "tokens", "padding", "rejects"),
     *("skipped", "val_loss", "val_accuracy"),
     *(f"loss/{name}" for name in (*TASKS, "links")),
+    *(f"links/{name}" for name in PARTS),
 ]
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

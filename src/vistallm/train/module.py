@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vistallm.config import Config
+from vistallm.links.losses import PARTS, WEIGHTS
 from vistallm.model.vistallm import VistaLLM
 from vistallm.schema import Batch
 from vistallm.tasks import TASKS
@@ -21,7 +22,7 @@ from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
 from vistallm.train.strategy import shard
 
 # What is summed over the micro-batches and ranks of an optimizer step, before loss and weight of each task.
-FACTS = ("weight", "loss", "correct", "tokens", "links", "supervised", "samples", "cells", "rejects", "stop")
+FACTS = ("weight", "loss", "correct", "tokens", "links", *PARTS, "supervised", "samples", "cells", "rejects", "stop")
 TASK_NAMES = list(TASKS)
 BAD_STEPS = 3  # in a row, with a gradient that is not finite, stop the run
 
@@ -87,6 +88,7 @@ class VistaModule(L.LightningModule):
             output.correct.sum(),
             batch.attention_mask.sum(),
             linked.detach(),
+            *(output.link_parts.get(name, losses.new_zeros(())) for name in PARTS),
         ]
         computed = torch.stack(facts)
         sums = torch.cat([computed, counts.to(losses.device, non_blocking=True), by_task.flatten()])
@@ -143,6 +145,7 @@ class VistaModule(L.LightningModule):
         facts = dict(zip(FACTS, values, strict=False))
         self.stop_seen = facts["stop"] > 0
         losses, weights = (values[len(FACTS) :][i * len(TASK_NAMES) :][: len(TASK_NAMES)] for i in range(2))
+        objects = facts["objects"]
         self.report = {
             "loss": (facts["loss"] + facts["links"]) / facts["weight"],
             "accuracy": facts["correct"] / facts["supervised"],
@@ -155,6 +158,7 @@ class VistaModule(L.LightningModule):
             "padding": 1 - facts["tokens"] / facts["cells"],
             **{f"loss/{task}": a / b for task, a, b in zip(TASK_NAMES, losses, weights, strict=True) if b},
             **({"loss/links": facts["links"] / facts["weight"]} if facts["links"] else {}),
+            **{f"links/{name}": facts[name] / (objects if name in WEIGHTS else 1) for name in PARTS if objects},
         }
         self._bad_steps = self._bad_steps + 1 if self.report["skipped"] else 0
         if self._bad_steps:
