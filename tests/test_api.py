@@ -83,7 +83,7 @@ def test_words_alone_and_what_cannot_be_answered(model, chosen):
     answer = model.predict(image, "How many objects are there?", task="vqa")
     assert (answer.kind, answer.regions, answer.text) == ("text", [], answer.raw.replace(" .", "."))
     for words, wrong in (
-        ({"head": "link", "task": "res"}, "expected head=text"),
+        ({"head": "link", "task": "res"}, "expected a model with links"),
         ({"task": "ress"}, "expected one of"),
         ({"max_new_tokens": 0}, "at least 1"),
     ):

@@ -1,118 +1,162 @@
-"""Answer one prompt on given images.
+"""Answer prompts on images.
 
-    python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--out overlay.png]
+    python tools/predict.py --ckpt RUN --image a.jpg [b.jpg] --prompt "..." [--out overlay.png] [--masks DIR]
+    python tools/predict.py --ckpt RUN --image a.jpg [b.jpg]              asks for prompts until an empty line
+    python tools/predict.py --ckpt RUN --batch FILE.jsonl --out answers.jsonl
 
-Regions in the prompt are written in pixels of the stored image: `{box:x0,y0,x1,y1}` or `{point:x,y}`, with `@k` for
-image k (`{point:40,60@2}`). The answer is printed as text and as JSON, each region with its `confidence`; `presence` is
-the probability of any region against "no target" (`vistallm.evaluate.confidence`). The overlay shows the regions.
-With `--link TASK` a model with links answers by them in the form of that task (res, rec, gres, det, interactive, ...);
-the prompt's regions are region prompts then.
+Regions in the prompt are written in pixels of the stored image: `{box:x0,y0,x1,y1}`, `{point:x,y}` or
+`{mask:x0,y0,x1,y1,x2,y2,...}`, with `@k` for image k (`{point:40,60@2}`). The answer is printed as text, with its
+regions by number, and as JSON. The overlay shows them; `--masks` writes each as a PNG of its image's size, 0 or 255.
+A line of FILE.jsonl is {"images": [..], "prompt": "..", "task": ".."}; paths are relative to it, the task is optional.
+`--task` expects the form of that task's answers; with `--link TASK` a model with links answers by them, and the
+prompt's regions are region prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from vistallm.coinit.images import decode_pixels
+from vistallm.evaluate.prompt import make_sample, read_image
 from vistallm.regions.overlay import draw_regions
-from vistallm.schema import ImageInfo, Region, Sample
 
-_GIVEN = re.compile(r"\{(box|point):([^{}@]*)(?:@(\d+))?\}")
+if TYPE_CHECKING:
+    from vistallm.api import Answer, VistaLLM
 
-
-def make_sample(images: list[np.ndarray], prompt: str, task: str | None = None) -> Sample:
-    """Turn a prompt and its images into a sample, of `task` if links answer; its regions become placeholders."""
-    regions: list[Region] = []
-
-    def placeholder(match: re.Match[str]) -> str:
-        kind, image = match[1], int(match[3] or 1) - 1
-        expected = (
-            f"--prompt {match[0]}: expected {{box:x0,y0,x1,y1}} or {{point:x,y}} inside the image, @k for image k"
-        )
-        try:
-            corners = np.array(match[2].split(","), float).reshape(2 if kind == "box" else 1, 2)
-        except ValueError as error:
-            raise ValueError(expected) from error
-        size = images[image].shape[1::-1] if 0 <= image < len(images) else (0, 0)
-        if not ((corners >= 0) & (corners <= size)).all() or (np.diff(corners, axis=0) <= 0).any():
-            raise ValueError(f"{expected}; image {image + 1} has {size[0]}x{size[1]} pixels")
-        values = corners.ravel().tolist()
-        regions.append(Region.from_json({"image": image, "kind": kind, "object": len(regions), kind: values}))
-        return f"{{region:{len(regions) - 1}:{kind}}}" if task else f"{{regions:{len(regions) - 1}}}"
-
-    text = _GIVEN.sub(placeholder, prompt)
-    infos = [ImageInfo(f"{i}.png", image.shape[1], image.shape[0]) for i, image in enumerate(images)]
-    return Sample("prompt", task or "vqa", "user", infos, instruction=text, regions=regions, pixels=images)
+WINDOW = 32  # lines of a batch file whose answers are written together
 
 
-def answer(ckpt: str, sample: Sample, by_link: bool) -> list[Region]:
-    """Print a model's answer and its regions, each with its confidence; ValueError where unreadable."""
-    import torch  # here: a wrong word on the command line is then refused at once
+def load_model(path: str) -> VistaLLM:
+    """Load a model; torch is imported here, so that a wrong word or image is refused at once."""
+    from vistallm import VistaLLM
 
-    from vistallm.data.datamodule import build_sequencer
-    from vistallm.evaluate.confidence import set_confidence
-    from vistallm.evaluate.generate import Answerer
-    from vistallm.evaluate.grammar import Rule
-    from vistallm.evaluate.links import read_link_answer
-    from vistallm.metrics.detection import sure_regions
-    from vistallm.model.checkpoint import load_run
-    from vistallm.tasks import find_task
-    from vistallm.train.run import quiet
-
-    quiet()
-    model, config, _ = load_run(ckpt)
-    if by_link and (model.links is None or not find_task(sample.task).link):
-        raise ValueError(f"--link {sample.task}: expected a model with links, and a task that they answer")
-    builder = build_sequencer(config, model.vocabulary)
-    sequence = builder.build(sample, answered=False, head="link" if by_link else "text")
-    answerer = Answerer(model.to("cuda" if torch.cuda.is_available() else "cpu"), config)
-    reply = answerer.answer([sequence], None if by_link else [Rule(images=len(sample.images))])[0]
-    print(reply.text)
-    if by_link:
-        found, failure = read_link_answer(reply.text, reply.links, sequence.letterboxes, find_task(sample.task))
-        if found is None:
-            raise ValueError(f"the answer can't be read: {failure}")
-        parsed = replace(found, regions=sure_regions(found.regions))
-    else:
-        parsed = builder.codec.decode(reply.text, sequence.letterboxes)
-        set_confidence(parsed, reply.regions, reply.presence)
-    print(json.dumps(parsed.to_json()))
-    return parsed.regions
+    return VistaLLM.from_pretrained(path)
 
 
-def main(argv: list[str]) -> None:
-    """Check the arguments, answer, draw the overlay."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint file")
-    parser.add_argument("--image", nargs="+", type=Path, required=True, help="one or several images")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--out", "--save", type=Path, help="write the overlay here; the folder is made")
-    parser.add_argument("--link", metavar="TASK", help="answer by links, in the form of this task")
-    arguments = parser.parse_args(argv)
-    images, out = [decode_pixels(path.read_bytes(), f"--image {path}") for path in arguments.image], arguments.out
-    sample = make_sample(images, arguments.prompt, arguments.link)
-    if out:
-        if not cv2.haveImageWriter(str(out)) or out.is_dir():
-            raise ValueError(f"--out {out}: expected the name of a .png or .jpg file")
-        out.parent.mkdir(parents=True, exist_ok=True)
-    regions = answer(arguments.ckpt, sample, arguments.link is not None)
-    if out:
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) uint8 RGB pixels; ValueError where that fails."""
+    if not cv2.imwrite(str(path), pixels[..., ::-1] if pixels.ndim == 3 else pixels):
+        raise ValueError(f"{path}: could not be written")
+
+
+def show(answer: Answer, images: list[np.ndarray], words: argparse.Namespace) -> None:
+    """Print an answer; write the overlay and the masks that `words` ask for. ValueError where it can't be read."""
+    print(answer.text)
+    if answer.failure:
+        raise ValueError(f"the answer can't be read: {answer.failure}")
+    print(json.dumps(answer.to_json()))
+    if words.out:
         height = max(240, *(image.shape[0] for image in images))
         strip, panels = np.full((height, 8, 3), 255, np.uint8), list[np.ndarray]()
         for index, image in enumerate(images):
-            here = [region for region in regions if region.image == index]
+            here = [region for region in answer.regions if region.image == index]
             panels += [draw_regions(image, here, height / image.shape[0]), strip]
-        if not cv2.imwrite(str(out), np.concatenate(panels[:-1], axis=1)[:, :, ::-1]):
-            raise ValueError(f"--out {out}: could not be written")
-        print(f"overlay: {out}")
+        write_image(words.out, np.concatenate(panels[:-1], axis=1))
+        print(f"overlay: {words.out}")
+    for region in answer.regions if words.masks else ():
+        if region.kind in ("mask", "box"):
+            path = words.masks / f"{words.image[region.image].stem}-{region.object}.png"
+            write_image(path, region.mask() * np.uint8(255))
+            print(f"mask: {path}")
+
+
+def ask(model: VistaLLM, images: list[np.ndarray], words: argparse.Namespace) -> None:
+    """Answer prompts from the terminal, each printed as it grows, until an empty line or the end of the input."""
+    while prompt := input("> " if sys.stdin.isatty() else "").strip():
+        try:
+            for part in model.stream(images, prompt, **words.options):
+                if sys.stdout.isatty():
+                    print(f"\r\x1b[K{part.text}", end="", flush=True)
+            print("\r\x1b[K" if sys.stdout.isatty() else "", end="")
+            show(part, images, words)
+        except ValueError as error:
+            print(f"predict.py: {error}")
+
+
+def answer_lines(model: VistaLLM, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the record of each line of a batch file with its answer, or with what is wrong with it as "error"."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for first in range(0, len(lines), WINDOW):
+        records = [_read_line(line, path.parent) for line in lines[first : first + WINDOW]]
+        for task, rows in groupby(sorted(records, key=_task_of), key=_task_of):
+            good = [row for row in rows if "error" not in row]
+            asked = [row.pop("pixels") for row in good], [row["prompt"] for row in good]
+            for row, answer in zip(good, model.predict(*asked, task=task or None) if good else (), strict=True):
+                row["answer"] = answer.to_json()
+        yield from records
+
+
+def _task_of(record: dict[str, Any]) -> str:
+    return str(record.get("task") or "")
+
+
+def _read_line(line: str, folder: Path) -> dict[str, Any]:
+    """Read and check one line; its images are under "pixels"."""
+    record: dict[str, Any] = {"line": line}
+    try:
+        record = json.loads(line)
+        pixels = [read_image(folder / name) for name in record["images"]]
+        make_sample(pixels, record["prompt"], record.get("task"))
+        return record | {"pixels": pixels}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        record = record if isinstance(record, dict) else {"line": line}
+        return record | {"error": f'expected {{"images": [..], "prompt": ".."}}; {type(error).__name__}: {error}'}
+
+
+def answer_batch(words: argparse.Namespace) -> None:
+    """Answer a batch file into `--out`; ValueError with the number of lines that had no answer."""
+    if words.prompt or words.masks or words.task or words.link:
+        raise ValueError("--batch: expected --out alone beside it; prompts and tasks stand in the file")
+    if not words.batch.is_file() or words.out is None or words.out.suffix != ".jsonl":
+        raise ValueError(f"--batch {words.batch}: expected a JSONL file, and --out with the name of another")
+    words.out.parent.mkdir(parents=True, exist_ok=True)
+    model, count, wrong = load_model(words.ckpt), 0, 0
+    with words.out.open("w", encoding="utf-8") as file:
+        for record in answer_lines(model, words.batch):
+            file.write(json.dumps(record) + "\n")
+            count, wrong = count + 1, wrong + ("error" in record)
+    print(f"{count - wrong} answers: {words.out}")
+    if wrong:
+        raise ValueError(f"--batch {words.batch}: {wrong} of {count} lines have no answer; {words.out} says why")
+
+
+def main(argv: list[str]) -> None:
+    """Check the arguments before anything is loaded, then answer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint file, or what tools/export.py writes")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--image", nargs="+", type=Path, help="one or several images")
+    what.add_argument("--batch", type=Path, help="a file with one prompt a line")
+    parser.add_argument("--prompt", help="without it, prompts are read from the terminal")
+    parser.add_argument("--out", "--save", type=Path, help="write the overlay or the answers here; the folder is made")
+    parser.add_argument("--masks", type=Path, help="write a PNG for each mask into this folder, which is made")
+    parser.add_argument("--task", help="expect the form of this task's answers")
+    parser.add_argument("--link", metavar="TASK", help="answer by links, in the form of this task")
+    words = parser.parse_args(argv)
+    if words.batch:
+        answer_batch(words)
+        return
+    words.options = {"task": words.link or words.task, "head": "link" if words.link else "text"}
+    images = [read_image(path) for path in words.image]
+    make_sample(images, "?" if words.prompt is None else words.prompt, **words.options)
+    if words.out and (not cv2.haveImageWriter(str(words.out)) or words.out.is_dir()):
+        raise ValueError(f"--out {words.out}: expected the name of a .png or .jpg file")
+    for folder in (words.out and words.out.parent, words.masks):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    model = load_model(words.ckpt)
+    if words.prompt is None:
+        ask(model, images, words)
+    else:
+        show(model.predict(images, words.prompt, **words.options), images, words)
 
 
 if __name__ == "__main__":
@@ -120,3 +164,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
         sys.exit(f"predict.py: {error}")
+    except (EOFError, KeyboardInterrupt):
+        sys.exit(0)

@@ -28,13 +28,13 @@ def test_regions_become_placeholders_in_the_image_they_name():
     ("prompt", "wrong"),
     [
         (" ", "expected a prompt"),
-        ("{box:30,2,10,40}", "x0 < x1"),
+        ("{box:30,2,10,40}", "x0 < x1 and y0 < y1 do not hold"),
         ("{box:1,2,81,40}", "not inside image 1 of 80x50"),
         ("{point:41,6@2}", "not inside image 2 of 40x30"),
         ("{point:-1,6}", "not inside"),
         ("{point:nan,6}", "not inside"),
-        ("{point:1,6@3}", "names image 3"),
-        ("{point:1,6@0}", "names image 0"),
+        ("{point:1,6@3}", "there are 2 image"),
+        ("{point:1,6@0}", "there are 2 image"),
         ("{point:1}", "can't be read"),
         ("{box:1,2,3,4;1,2,3,4}", "can't be read"),
         ("{mask:1,2,3,4}", "can't be read"),
@@ -47,6 +47,12 @@ def test_regions_become_placeholders_in_the_image_they_name():
 def test_a_prompt_that_cannot_be_used_is_refused(prompt, wrong):
     with pytest.raises(ValueError, match=wrong):
         make_sample(IMAGES, prompt)
+
+
+@pytest.mark.parametrize(("task", "head"), [("vqa", "link"), (None, "link"), ("res", "links"), ("ress", "text")])
+def test_a_head_or_task_that_does_not_exist_is_refused(task, head):
+    with pytest.raises(ValueError, match="expected"):
+        make_sample(IMAGES, "Why?", task, head)
 
 
 def test_images_of_every_form_give_the_same_pixels(tmp_path):
@@ -66,7 +72,11 @@ def test_images_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-400])
     (tmp_path / "text.jpg").write_text("no image")
     Image.fromarray(np.zeros((6000, 9000), np.uint8)).save(tmp_path / "huge.png")
-    for name, wrong in ("cut.jpg", "cut off"), ("text.jpg", "expected an image"), ("huge.png", "pixels, got 9000x6000"):
+    for name, wrong in (
+        ("cut.jpg", "cut off"),
+        ("text.jpg", "expected a whole image"),
+        ("huge.png", "pixels, got 9000x6000"),
+    ):
         with pytest.raises(ValueError, match=wrong):
             read_image(tmp_path / name)
     for array in (noise.astype(float), noise[..., :2], noise[:0]):

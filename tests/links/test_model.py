@@ -245,5 +245,5 @@ def test_predict_answers_by_links(linked, samples, tmp_path, capsys):
     (region,) = json.loads(record)["regions"]
     assert region["rle"]["size"] == [sample.images[0].height, sample.images[0].width]
     assert (tmp_path / "o.png").is_file()
-    with pytest.raises(ValueError, match="--link vqa"):
+    with pytest.raises(ValueError, match="task=vqa"):
         main([*words, "--prompt", "Why?", "--link", "vqa"])

@@ -36,7 +36,7 @@ def read_image(image: ImageLike, name: object = "image") -> np.ndarray:
             with Image.open(io.BytesIO(data)) as header:
                 _check_size(*header.size, name)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name}: expected an image, got {type(error).__name__} at its header") from error
+            raise ValueError(f"{name}: expected a whole image; its header is of another kind, or cut off") from error
         return decode_pixels(data, name)
     if isinstance(image, Image.Image):
         _check_size(*image.size, name)
@@ -76,8 +76,9 @@ def make_sample(images: Sequence[np.ndarray], prompt: str, task: str | None = No
         raise ValueError("expected at least one image, got none")
     if not prompt.strip():
         raise ValueError("expected a prompt, got an empty one")
-    if task is not None:
-        find_task(task)
+    link = "" if task is None else find_task(task).link
+    if head not in ("text", "link") or (head == "link" and not link):
+        raise ValueError(f"head={head}, task={task}: expected head=text, or link with a task that links answer")
     regions: list[Region] = []
 
     def placeholder(match: re.Match[str]) -> str:
@@ -95,21 +96,22 @@ def make_sample(images: Sequence[np.ndarray], prompt: str, task: str | None = No
 def _read_region(match: re.Match[str], images: Sequence[np.ndarray], number: int) -> Region:
     """Read one written region; ValueError says what is wrong with it."""
     kind, index = match[1], int(match[3] or 1) - 1
-    if not 0 <= index < len(images):
-        raise ValueError(f"prompt: {match[0]} names image {index + 1}, but there are {len(images)} image(s)")
+    least, most = {"box": (2, 2), "point": (1, 1), "mask": (3, 10_000)}[kind]
     try:
         parts = [np.array(part.split(","), float).reshape(-1, 2) for part in match[2].split(";")]
     except ValueError:
         parts = []
-    least, most = {"box": (2, 2), "point": (1, 1), "mask": (3, 10_000)}[kind]
-    if not parts or (kind != "mask" and len(parts) > 1) or any(not least <= len(part) <= most for part in parts):
-        raise ValueError(f"prompt: {match[0]} can't be read; expected {FORMS}")
-    size = images[index].shape[1::-1]
-    if not all(((part >= 0) & (part <= size)).all() for part in parts):
-        raise ValueError(f"prompt: {match[0]} is not inside image {index + 1} of {size[0]}x{size[1]} pixels")
-    if kind == "box" and (np.diff(parts[0], axis=0) <= 0).any():
-        raise ValueError(f"prompt: {match[0]}: expected x0 < x1 and y0 < y1 (left, top, right, bottom)")
+    wrong, size = "", images[index].shape[1::-1] if 0 <= index < len(images) else (0, 0)
+    if not 0 <= index < len(images):
+        wrong = f"there are {len(images)} image(s)"
+    elif not parts or (kind != "mask" and len(parts) > 1) or any(not least <= len(part) <= most for part in parts):
+        wrong = "it can't be read"
+    elif not all(((part >= 0) & (part <= size)).all() for part in parts):
+        wrong = f"it is not inside image {index + 1} of {size[0]}x{size[1]} pixels"
+    elif kind == "box" and (np.diff(parts[0], axis=0) <= 0).any():
+        wrong = "x0 < x1 and y0 < y1 do not hold"
+    if wrong:
+        raise ValueError(f"prompt: {match[0]}: {wrong}; expected {FORMS}")
     values = [part.tolist() for part in parts] if kind == "mask" else parts[0].ravel().tolist()
-    return Region.from_json(
-        {"image": index, "kind": kind, "object": number, "polygons" if kind == "mask" else kind: values}
-    )
+    name = "polygons" if kind == "mask" else kind
+    return Region.from_json({"image": index, "kind": kind, "object": number, name: values})
