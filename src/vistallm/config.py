@@ -182,6 +182,16 @@ class DecodeConfig:
 
 
 @dataclass
+class ForeignConfig:
+    """How another system's answers write coordinates (format=text) and absence; declared, never found out."""
+
+    coordinates: str | None = None  # unit (0..1) | thousand (0..1000) | pixels (of the record's width, height, if any)
+    order: str = "xyxy"  # of a box: xyxy | yxyx | xywh
+    padded: bool = False  # coordinates are of the image padded to a centred square, as LLaVA's and Shikra's are
+    none: str = r"\[\s*\]"  # regular expression: an answer that holds it, and no region, says "no target"
+
+
+@dataclass
 class LogConfig:
     """Loggers beside metrics.csv."""
 
@@ -211,7 +221,9 @@ class Config:
     mask_sampler: str = "adaptive"  # uniform | curvature | adaptive
     target_iou: float | None = None  # fewest points that reach it; null = always the whole budget
     benchmarks: list[str] | None = None  # null = all of data.root's
-    predictions: str | None = None  # score this predictions.jsonl instead of generating
+    predictions: str | None = None  # score this file (format=masks: folder) instead of generating
+    format: str = "vistallm"  # of `predictions`: vistallm | coco | masks | text (docs/evaluation.md)
+    foreign: ForeignConfig = field(default_factory=ForeignConfig)
     compare: dict[str, str] = field(default_factory=dict)  # label -> scores.json whose scores the report shows beside
     model: ModelConfig = field(default_factory=ModelConfig)
     links: LinkConfig = field(default_factory=LinkConfig)
@@ -231,6 +243,9 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "coords": ("tokens", "text"),
     "answer": ("text", "link", "both"),
+    "format": ("vistallm", "coco", "masks", "text"),
+    "foreign.coordinates": (None, "unit", "thousand", "pixels"),
+    "foreign.order": ("xyxy", "yxyx", "xywh"),
     "model.links": ("none", "all"),
     "links.tables": ("separate", "shared"),
     "model.tokenizer.kind": ("qformer", "patches"),

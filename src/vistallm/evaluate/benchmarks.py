@@ -52,6 +52,7 @@ class Benchmark:
     export: str | None = None
     paper: Sequence[Mapping[str, Any]] = ()
     head: str = "text"
+    size: int | None = None  # samples that published rows are of, where that is known
 
     def __post_init__(self) -> None:
         task = find_task(self.task)

@@ -40,7 +40,9 @@ from vistallm.evaluate.benchmarks import (
     select_benchmarks,
     write_scores,
 )
+from vistallm.evaluate.conventions import write_conventions
 from vistallm.evaluate.export import write_exports
+from vistallm.evaluate.foreign import read_foreign
 from vistallm.evaluate.gallery import shown
 from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
 from vistallm.evaluate.report import write_report
@@ -54,7 +56,7 @@ PROGRESS_SECONDS = 30
 DEVICES: dict[str, Any] = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}  # the keys of `trainer.*` in use
 # settings that no answer depends on: a run may go on under others
 FREE = {"run_dir", "name", "ckpt", "resume", "benchmarks", "predictions", "trainer", "log", "checkpoint", "val"}
-FREE |= {"answer", "compare"}
+FREE |= {"answer", "compare", "format", "foreign"}
 LAUNCHER = "VISTALLM_LAUNCHER"  # environment variable: id of the process that started the others of this machine
 
 
@@ -71,8 +73,13 @@ def run(argv: list[str]) -> int:
     config, known, faults, pace = evaluation_config(argv), load_benchmarks(), Faults(), gen.Pace()
     out, beside = Path(str(config.run_dir)), {label: read_scores(Path(file)) for label, file in config.compare.items()}
     out.mkdir(parents=True, exist_ok=True)
-    if config.predictions is not None:
+    if config.predictions is not None and config.format == "vistallm":
         predictions = read_predictions(Path(config.predictions), faults)
+    elif config.predictions is not None:
+        if config.benchmarks is None:
+            raise ValueError(f"format={config.format}: expected the file's benchmarks=[...], got none")
+        predictions = read_foreign(config, *find_data(config, known, faults), faults)
+        write_predictions(predictions, out / "predictions.jsonl")
     else:
         root, chosen = find_data(config, known, faults)
         fabric = launch(config)
@@ -81,13 +88,16 @@ def run(argv: list[str]) -> int:
         predictions, pace = generate(config, fabric.device, root, chosen, out / "parts", faults)
         if fabric.global_rank == 0:
             write_predictions(predictions, out / "predictions.jsonl")
-    scores = score(predictions, known, build_codec(config), faults)
+    codec = build_codec(config) if config.format == "vistallm" else None  # the ceiling is that of our tokens
+    scores = score(predictions, known, codec, faults)
     if rank_and_size()[0] > 0:
         return 0  # the first process prints how it went
-    if config.predictions is None:
+    if config.predictions is None or config.format != "vistallm":
         write_predictions(predictions, out / "predictions.jsonl")  # with each one's score
     write_results(config, known, scores, predictions, faults, pace, beside)
-    if config.predictions is None and not faults.found:
+    if config.predictions is not None:
+        write_conventions(out / "conventions.md", known, predictions, faults)
+    elif not faults.found:
         shutil.rmtree(out / "parts")
     return 1 if faults.found else 0
 
@@ -106,8 +116,10 @@ def evaluation_config(argv: list[str]) -> Config:
     if asked.predictions is None:
         raise ValueError("expected ckpt=RUN_OR_FILE or predictions=FILE.jsonl, got neither")
     path = Path(asked.predictions)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"predictions={path}: no such file")
+    if any(word.startswith("format=") and word != "format=vistallm" for word in argv):
+        return load_config([f"run_dir={path.with_suffix('')}-scores", *argv])
     file, words = path.parent / "config.yaml", [f"run_dir={path.parent}", *argv]
     return apply_overrides(config_from_file(file), words) if file.is_file() else load_config(words)
 
