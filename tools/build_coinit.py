@@ -2,7 +2,7 @@
 
 python tools/build_coinit.py SOURCE --root DIR [--images DIR] --split S --out DATA/SOURCE [--exclude IDS]
 python tools/build_coinit.py SOURCE --help
-python tools/build_coinit.py mini --out DIR [--seed N] [--train N --val N --test N] [--workers N]
+python tools/build_coinit.py mini --out DIR [--seed N] [--train N --val N --test N] [--videos also|only] [--workers N]
 python tools/build_coinit.py check DIR [DIR ...] [--exclude IDS]
 python tools/build_coinit.py eval-images DIR [DIR ...] --out IDS
 
@@ -41,6 +41,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exclude", type=Path, help="file of image ids that no training sample may use")
     parser.add_argument("--max-rejects", type=float, default=0.01, help="accepted share of rejects (default 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--videos", choices=("also", "only"), help="mini: with the tasks of videos, or these alone")
     for name in ("train", "val", "test"):
         default = getattr(MiniRecipe, name)
         parser.add_argument(f"--{name}", type=int, default=default, help=f"mini: samples (default {default})")
@@ -77,8 +78,9 @@ def list_images(arguments: argparse.Namespace) -> int:
 def build_mini(arguments: argparse.Namespace) -> int:
     """Build the mini set and print its counts."""
     started = time.perf_counter()
-    sizes = {name: getattr(arguments, name) for name in ("train", "val", "test")}
-    ensure_mini(arguments.out, seed=arguments.seed, workers=arguments.workers, **sizes)
+    choices = {name: getattr(arguments, name) for name in ("train", "val", "test")}
+    choices |= {"videos": arguments.videos is not None, "images": arguments.videos != "only"}
+    ensure_mini(arguments.out, seed=arguments.seed, workers=arguments.workers, **choices)
     tasks = read_index(arguments.out)["tasks"]
     counts = ", ".join(f"{split} {sum(numbers.values())}" for split, numbers in tasks.items())
     print(f"{arguments.out}: {counts} samples in {time.perf_counter() - started:.0f} s")

@@ -119,7 +119,8 @@ class VistaLLM:
             images: of the prompt, one (`ImageLike`) or a list; for several prompts a list that holds the image or
                 the list of images of each, or one image that all of them ask about.
             prompt: the instruction; regions in it as `vistallm.evaluate.prompt.FORMS` says, in pixels.
-            task: whose form of answer is expected (`vistallm.tasks.TASKS`: res, gres, rec, vqa, ...); None = any.
+            task: whose form of answer is expected (`vistallm.tasks.TASKS`: res, gres, rec, vqa, ...); None = any. The
+                images of a task of videos are its frames (video_ref, video_grounding, video_qa).
             head: what writes the regions: "text", or "link" for a model with links, which needs a task.
             temperature: of sampling; 0 = the most probable token.
             max_new_tokens: where free words end; None = as the model's own setting.
@@ -139,7 +140,7 @@ class VistaLLM:
             for group, text in zip(groups, prompts, strict=True)
         ]
         with self._lock:
-            rules = [_rule(one, task) for one in sequences]
+            rules = [self._rule(one, task) for one in sequences]
             replies = self._answerer(max_new_tokens).answer_all(sequences, rules, temperature)
         answers = [self._read(*pair, task) for pair in zip(sequences, replies, strict=True)]
         return answers[0] if isinstance(prompt, str) else answers
@@ -171,7 +172,7 @@ class VistaLLM:
         def work() -> None:
             try:
                 with self._lock:
-                    reply = answerer.answer([sequence], [_rule(sequence, task)], temperature, watch)[0]
+                    reply = answerer.answer([sequence], [self._rule(sequence, task)], temperature, watch)[0]
                 parts.put(self._read(sequence, reply, task))
                 parts.put(None)
             except Exception as error:  # for the thread that reads
@@ -209,6 +210,12 @@ class VistaLLM:
             raise ValueError("head=link: expected a model with links (model.links=all); this one answers by text alone")
         return self.builder.build(make_sample(pixels, prompt, task, head), answered=False, head=head)
 
+    def _rule(self, sequence: TokenSequence, task: str | None) -> Rule:
+        """What an answer may hold: the forms of its task, or free words around regions of one kind."""
+        if task is None:
+            return Rule(images=len(sequence.images))
+        return rule_of(sequence.sample, sequence.head, self.builder.codec.keyframes)
+
     def _read(self, sequence: TokenSequence, reply: generate.Answer, task: str | None) -> Answer:
         """Read a reply; without a task also one that is not whole."""
         codec, linked = self.builder.codec, sequence.head == "link"
@@ -226,11 +233,6 @@ class VistaLLM:
 
 class _ClosedError(Exception):
     """Nobody reads the stream any more."""
-
-
-def _rule(sequence: TokenSequence, task: str | None) -> Rule:
-    """What an answer may hold: the forms of its task, or free words around regions of one kind."""
-    return Rule(images=len(sequence.images)) if task is None else rule_of(sequence.sample, sequence.head)
 
 
 def _answer_region(region: Region, letterbox: Letterbox) -> AnswerRegion:

@@ -90,11 +90,21 @@ class LinkConfig:
 
 
 @dataclass
+class VideoConfig:
+    """Videos: samples whose images are frames."""
+
+    keyframes: int = 1  # every n-th frame (and the last one) has its regions as text; vertices between are interpolated
+
+
+@dataclass
 class ModelConfig:
     """The three parts, and super links beside them."""
 
     name: str = "mini"
     links: str = "none"  # none (VistaLLM as published) | all
+    # none | index (frames are told apart by their number in the text alone) | embedding (their image tokens know it,
+    # too) | attention (besides, the tokens of a query attend to each other over the frames)
+    video: str = "none"
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -119,6 +129,7 @@ class DataConfig:
     mix_shards: int = 16  # shards that one lane reads side by side
     pool_batches: int = 8  # batches filled together, by length
     max_length: int = 1024  # tokens of one sequence; longer ones are counted rejects
+    frames: int = 8  # of a video that are read, evenly spread; while training one is drawn within each equal part
     max_pixels: int = 50_000_000  # of one image; larger ones are counted rejects, never decoded
     cache: str | None = None  # folder that keeps copies of remote shards; null = copied to a temporary file while read
     max_reject_share: float = 0.01  # of the samples read; above it the run stops
@@ -227,6 +238,7 @@ class Config:
     compare: dict[str, str] = field(default_factory=dict)  # label -> scores.json whose scores the report shows beside
     model: ModelConfig = field(default_factory=ModelConfig)
     links: LinkConfig = field(default_factory=LinkConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -247,6 +259,7 @@ CHOICES = {
     "foreign.coordinates": (None, "unit", "thousand", "pixels"),
     "foreign.order": ("xyxy", "yxyx", "xywh"),
     "model.links": ("none", "all"),
+    "model.video": ("none", "index", "embedding", "attention"),
     "links.tables": ("separate", "shared"),
     "model.tokenizer.kind": ("qformer", "patches"),
     "mask_sampler": ("uniform", "curvature", "adaptive"),
@@ -259,7 +272,7 @@ LEAST = {  # the smallest value -> numbers that must not be below it
     "train.weight_decay train.warmup train.gradient_clip train.bin_sigma links.weight links.share log.every_n_seconds",
     1: "model.encoder.image_size model.tokenizer.queries model.decoder.lora_rank data.batch_size data.shuffle_buffer "
     "data.mix_shards data.pool_batches data.max_length checkpoint.every_n_steps checkpoint.keep val.samples "
-    "decode.max_new_tokens decode.batch_size links.queries links.layers links.heads",
+    "decode.max_new_tokens decode.batch_size data.frames video.keyframes links.queries links.layers links.heads",
     2: "num_bins",
     3: "points",
 }

@@ -117,6 +117,11 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     pixels: list[np.ndarray] | None = None  # decoded images, each (H, W, 3) uint8 RGB; never written to JSON
 
+    @property
+    def video(self) -> bool:
+        """Whether the images are frames in time order; the regions of an object number are then its track."""
+        return bool(self.fields.get("video"))
+
     def to_json(self) -> dict[str, Any]:
         """The shard's JSON record."""
         record = {name: value for name, value in vars(self).items() if name != "pixels"}
@@ -169,11 +174,14 @@ class LinkBatch:
     keypoint_object: torch.Tensor  # (Q,) int64, the object of each keypoint
     keypoint_link: torch.Tensor  # (Q,) int64, the link that names it
     keypoints: torch.Tensor  # (Q, 3) float32, x, y and visibility: 0 not labelled, 1 hidden, 2 visible
+    # (L,) int64, the routing token of the batch, in order, whose slots a link reads; None: each reads its own. The
+    # links of a video's frames read the slots of one.
+    token: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LinkBatch:
         """Return it with every tensor on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in vars(self).items()}
-        return LinkBatch(**moved)
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return LinkBatch(**{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
 
 
 @dataclass
@@ -197,6 +205,7 @@ class Batch:
     prompts: torch.Tensor | None = None  # (R, S, S) uint8 0 or 1, the masks of the `<region>` tokens, in order
     prompt_image: torch.Tensor | None = None  # (R,) int64, index in `images` of each
     pixels: torch.Tensor | None = None  # (N, 3, L, L) uint8, larger images for the links' stem
+    frame: torch.Tensor | None = None  # (N,) int64, place of an image in its video, -1 = in none; None: no video here
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on `device`."""

@@ -14,6 +14,7 @@ from vistallm.metrics import SCORE_NAMES
 from vistallm.mini.build import MiniRecipe, make_sample
 from vistallm.mini.link_tasks import LINK_MAKERS
 from vistallm.mini.tasks import MAKERS
+from vistallm.mini.videos import VIDEO_MAKERS
 from vistallm.regions.masks import mask_to_rle, polygons_to_rle
 from vistallm.schema import Parsed, Prediction, Region
 from vistallm.tasks import TASKS
@@ -52,7 +53,8 @@ def mask_prediction(name, predicted, target, failure=None, size=(10, 20), benchm
 
 
 def test_every_mini_task_has_a_benchmark(predictions):
-    mini = [b for b in BENCHMARKS.values() if b.data == "mini"]
+    mini = [b for b in BENCHMARKS.values() if b.data == "mini" and not b.needs_video]
+    assert {b.task for b in BENCHMARKS.values() if b.data == "mini" and b.needs_video} == set(VIDEO_MAKERS)
     assert {b.task for b in mini if not b.needs_links} == {p.task for p in predictions} == set(MAKERS)
     linked = {task for task in TASKS if task in MAKERS | LINK_MAKERS and TASKS[task].link}
     assert {b.task for b in mini if b.head == "link"} == linked - {"coseg", "attcoseg"}
@@ -72,7 +74,7 @@ def test_perfect_texts_of_link_tasks_reach_the_polygons_ceiling(task, codec, per
 
 def test_perfect_answers_reach_the_ceiling(predictions, codec):
     scores = B.score(predictions, BENCHMARKS, codec)
-    assert list(scores) == [name for name, b in BENCHMARKS.items() if b.data == "mini" and not b.needs_links]
+    assert list(scores) == [n for n, b in BENCHMARKS.items() if b.data == "mini" and not b.needs_links | b.needs_video]
     for name, one in scores.items():
         assert one.unreadable == 0
         if one.ceiling is not None:
@@ -213,9 +215,9 @@ def test_teacher_forced_answers_are_scored_beside_free_running_ones(predictions,
 
 
 def test_what_is_answered_follows_from_links_and_answer():
-    def chosen(links, answer="both", names=None):
+    def chosen(links, answer="both", names=None, video="embedding"):
         config = Config(answer=answer)
-        config.model.links = links
+        config.model.links, config.model.video = links, video
         return list(B.select_benchmarks(BENCHMARKS, names, "mini", config))
 
     both = chosen("all")
@@ -224,6 +226,8 @@ def test_what_is_answered_follows_from_links_and_answer():
     assert chosen("all", "text") == [name for name in both if BENCHMARKS[name].head == "text"]
     assert chosen("none") == chosen("none", "text") == [name for name in both if not BENCHMARKS[name].needs_links]
     assert chosen("none", "link") == []
+    assert chosen("all", video="none") == [name for name in both if not BENCHMARKS[name].needs_video]
+    assert chosen("all", names=["mini_video_qa"], video="none") == ["mini_video_qa"]
     with pytest.raises(ValueError, match=r"mini_res_link: expected a model with links, got model\.links=none"):
         chosen("none", names=["mini_res", "mini_res_link"])
     with pytest.raises(ValueError, match="head: expected one of text, got 'link'"):

@@ -53,6 +53,9 @@ CONTRADICTIONS = {
     "interactive": (_BOX, _OTHER_FORM, r"\bmasks\b|if any"),
     "incontext": (_BOX, _POINT, _OTHER_FORM),
     "pose": (_AREA, _BOX, _OTHER_FORM),
+    "video_ref": (r"\bbox|rectangle", _POINT, _OTHER_FORM),
+    "video_grounding": (_AREA, _POINT, _OTHER_FORM),
+    "video_qa": (_AREA, r"\bbox|rectangle", _POINT, _OTHER_FORM, _LONG),
 }
 # What at least one word of every template must ask for, or leave open.
 ASKED = {
@@ -70,6 +73,8 @@ ASKED = {
     "interactive": _AREA,
     "incontext": r"other image",
     "pose": r"point|locate|\bpose\b|mark|where|find",
+    "video_ref": _AREA,
+    "video_grounding": r"box|tube",
     "v7w_point": r"point|click|tap|finger|touch",
     "nlvr2": r"true.*false|false.*true",
     "vqa_e": r"expla|reason|justif|why|how (do )?(you|one)|evidence|know|support|think so|argue|convince|follows|show"
@@ -104,7 +109,7 @@ def template_faults(task, lines):
 @pytest.mark.parametrize("task", TASKS)
 def test_templates_are_sound(task):
     lines = load_templates(task)
-    assert len(lines) >= (0 if TASKS[task].own_texts else 12 if TASKS[task].mini_links else 40)
+    assert len(lines) >= (0 if TASKS[task].own_texts else 12 if TASKS[task].mini_links or TASKS[task].video else 40)
     assert template_faults(task, lines) == []
 
 

@@ -25,12 +25,14 @@ from vistallm.coinit.shards import read_index, read_raw, read_shard
 from vistallm.coinit.sources.base import is_training, sample_images
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
+from vistallm.regions.tracks import write_tracks
 from vistallm.schema import REGION_KINDS, ImageInfo, Region, Sample
 from vistallm.tasks import (
     TASKS,
     RegionSlot,
     earlier_rounds,
     find_region,
+    find_tracks,
     split_placeholders,
     write_answer,
     write_instruction,
@@ -255,13 +257,11 @@ def _text_faults(name: str, text: str, sample: Sample, codec: RegionCodec) -> It
     try:
         for piece in split_placeholders(text):
             if isinstance(piece, RegionSlot):
-                regions, kind = _written(piece, sample, posed)
-                written += [region.image for region in regions if kind]
-                posed = regions
-                piece = codec.encode(regions, letterboxes, kind) if kind else ""
+                piece, images, posed = _slot_text(piece, sample, posed, codec, letterboxes, name.endswith("answer"))
+                written += images
             pieces.append(piece)
         if written and name.endswith("answer"):
-            read = [region.image for region in codec.decode("".join(pieces), letterboxes).regions]
+            read = [region.image for region in codec.decode("".join(pieces), letterboxes, video=sample.video).regions]
             if written != read:
                 yield "parse-back", f"has {len(written)} regions, {len(read)} are read back"
     except RegionParseError as error:
@@ -284,6 +284,24 @@ def _written(slot: RegionSlot, sample: Sample, before: list[Region]) -> tuple[li
         raise ValueError(f"point {slot.keypoint} of object {short[0].object}: it has {len(short[0].keypoints or ())}")
     kind = slot.kind or (regions[0].kind if regions else "")
     return regions, kind if kind in REGION_KINDS and not slot.shape and slot.keypoint is None else ""
+
+
+def _slot_text(
+    slot: RegionSlot,
+    sample: Sample,
+    before: list[Region],
+    codec: RegionCodec,
+    letterboxes: list[Letterbox],
+    answer: bool,
+) -> tuple[str, list[int], list[Region]]:
+    """A placeholder as text, the image of each region in it, and the regions that a keypoint behind it is about."""
+    if sample.video and answer:
+        tracks, kind = find_tracks(sample, slot)
+        images = sorted(region.image for track in tracks for region in track)
+        return write_tracks(codec, tracks, letterboxes, kind), images, before
+    regions, kind = _written(slot, sample, before)
+    text = codec.encode(regions, letterboxes, kind) if kind else ""
+    return text, [region.image for region in regions if kind], regions
 
 
 def _region_fault(region: Region, image: ImageInfo) -> str | None:

@@ -31,7 +31,8 @@ MINI_ROOT = Path("data/mini")
 
 def build_codec(config: Config) -> RegionCodec:
     """The codec of a configuration."""
-    return RegionCodec(config.coords, config.num_bins, config.points, config.mask_sampler, config.target_iou)
+    own = (config.coords, config.num_bins, config.points, config.mask_sampler, config.target_iou)
+    return RegionCodec(*own, keyframes=config.video.keyframes)
 
 
 def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
@@ -50,6 +51,7 @@ def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
         templates=cast(TemplateRange, templates),
         template=config.decode.template,
         links=None if config.model.links == "none" else config.links,
+        frames=config.data.frames,
     )
 
 

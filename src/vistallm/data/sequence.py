@@ -1,10 +1,10 @@
 """Sample -> Sequence: prompt and answer as token ids, with the labels made in the same pass.
 
 `USER: [Image 1: ]<im_start><im_patch>*Q<im_end> instruction ASSISTANT:` then the answer and the end token, which alone
-are supervised (vicuna_v1.1, paper.md 1.6). Earlier rounds of a conversation come before, `USER: .. ASSISTANT: ..</s>`,
-each answer supervised. The instructions of all rounds, joined, also go to the QFormer. A special token that a
-sample's text spells out is text: only region tokens, links and the image slots are tokens. An answer's regions are
-written by one of two heads: region tokens ("text"), or links, whose targets the sequence then holds.
+are supervised (vicuna_v1.1, paper.md 1.6); `Frame 1: ` in a video. Earlier rounds of a conversation come before, `USER:
+.. ASSISTANT: ..</s>`, each answer supervised. The instructions of all rounds, joined, also go to the QFormer. A special
+token that a sample's text spells out is text: only region tokens, links and the image slots are tokens. An answer's
+regions are written by one of two heads: region tokens ("text"), or links, whose targets the sequence then holds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vistallm.links.targets import LinkTarget, link_target, make_links, square_m
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox, square_resize
 from vistallm.regions.masks import rle_to_mask
+from vistallm.regions.tracks import write_tracks
 from vistallm.schema import IGNORE_INDEX, Batch, Region, Sample, SampleReject
 from vistallm.tasks import (
     TASKS,
@@ -33,6 +34,7 @@ from vistallm.tasks import (
     TemplateRange,
     earlier_rounds,
     find_region,
+    find_tracks,
     split_placeholders,
     write_answer,
     write_instruction,
@@ -72,7 +74,8 @@ class SequenceBuilder:
     templates: TemplateRange = None  # only the first n of a task, or "mini" (`Task.mini`); None = all
     template: int = 0  # the one that is taken where none is drawn; 0 = the fixed evaluation template
     links: LinkConfig | None = None  # None: the model has no links
-    _openings: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
+    frames: int = 8  # of a video that are read
+    _openings: dict[tuple[int, str], list[int]] = field(default_factory=dict, init=False, repr=False)
     _slot_ids: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +102,9 @@ class SequenceBuilder:
         """
         if sample.task not in TASKS:
             raise SampleReject("unknown-task", f"{sample.id}: task {sample.task!r}; known: {', '.join(TASKS)}")
+        if sample.video and len(sample.images) > self.frames:
+            text = f"{sample.id}: a video of {len(sample.images)} frames, data.frames is {self.frames}"
+            raise SampleReject("too-many-frames", text)
         letterboxes = [Letterbox(info.width, info.height, self.image_size) for info in sample.images]
         regions = _Regions(self, sample, letterboxes, self._head(sample, rng) if head is None else head)
         try:
@@ -147,7 +153,7 @@ class SequenceBuilder:
         Every answer is supervised, but for the slots of links, and so is the end token behind it.
         """
         lm, start = self.vocabulary.lm, 0
-        ids, labels = self._opening_ids(len(sample.images)), list[int]()
+        ids, labels = self._opening_ids(len(sample.images), "Frame" if sample.video else "Image"), list[int]()
         for number, instruction in enumerate(instructions):
             ids += encode_pieces(lm, [Piece("USER: " if number else ""), *instruction, Piece(" ASSISTANT:")])
             labels += [IGNORE_INDEX] * (len(ids) - len(labels))
@@ -173,19 +179,19 @@ class SequenceBuilder:
             cv2.split(pixels, list(planes))
         return torch.from_numpy(images)
 
-    def _opening_ids(self, images: int) -> list[int]:
+    def _opening_ids(self, images: int, unit: str) -> list[int]:
         """System prompt, `USER:` and the image slots: the same for all samples of so many images, so they are kept."""
-        if images not in self._openings:
+        if (images, unit) not in self._openings:
             lm = self.vocabulary.lm
             start, end = token_ids(lm, ["<im_start>", "<im_end>"])
             ids = [] if lm.bos_token_id is None else [lm.bos_token_id]
             ids += encode(lm, f"{self.system_prompt} USER:".strip())
             for number in range(1, images + 1):
                 if images > 1:
-                    ids += encode(lm, f"Image {number}:")
+                    ids += encode(lm, f"{unit} {number}:")
                 ids += [start, *[self.vocabulary.image_id] * self.queries, end]
-            self._openings[images] = ids
-        return list(self._openings[images])
+            self._openings[images, unit] = ids
+        return list(self._openings[images, unit])
 
 
 @dataclass
@@ -202,16 +208,20 @@ class _Regions:
     def write(self, text: str, answer: bool) -> list[Piece]:
         """Replace placeholders by region tokens, links or `<region>`; ValueError for a missing object."""
         sample, task, config = self.sample, TASKS[self.sample.task], self.builder.links
+        unit = "frame" if sample.video else "image"
         shown = self.head == "link" and task.kind == "text" and not answer  # regions of a question become prompts
         pieces = []
         for part in split_placeholders(text):
             if isinstance(part, str):
                 pieces.append(Piece(part))
                 continue
-            by_link = answer and self.head == "link" and task.link
+            by_link = task.link if answer and self.head == "link" else ""
             if config is None and (by_link or part.shape or part.keypoint is not None):
                 text = f"{sample.id}: {sample.task} needs a model with links (model.links=all)"
                 raise SampleReject("needs-links", text)
+            if answer and sample.video and part.keypoint is None and not part.shape:
+                pieces.append(self._tracks(part, by_link))
+                continue
             chosen = [find_region(sample, number, part.kind) for number in part.objects]
             if config is not None and (part.shape or shown):
                 pieces += [self._show(region, part.shape or region.kind) for region in chosen]
@@ -220,7 +230,7 @@ class _Regions:
             elif part.keypoint is not None:
                 raise ValueError("a keypoint is written by links alone")
             else:
-                written = self.builder.codec.encode(chosen, self.letterboxes, part.kind or chosen[0].kind)
+                written = self.builder.codec.encode(chosen, self.letterboxes, part.kind or chosen[0].kind, unit)
                 pieces.append(Piece(written, tokens=written.count("<")))
         return pieces
 
@@ -236,6 +246,20 @@ class _Regions:
         named = len(self.letterboxes) > 1 and chosen
         texts = [f"image {one.image + 1}: " * bool(named) + write_link(kind, config) for one in links]
         return Piece(" ".join(texts), tokens=len(links) * (1 + config.queries))
+
+    def _tracks(self, part: RegionSlot, by_link: str) -> Piece:
+        """The tracks of a video's objects: as text, or a link whose slots are read in every frame."""
+        config, builder = self.builder.links, self.builder
+        tracks, kind = find_tracks(self.sample, part)
+        if not by_link or config is None:
+            written = write_tracks(builder.codec, tracks, self.letterboxes, kind)
+            return Piece(written, tokens=written.count("<"))
+        size = (config.image_size or builder.image_size) // 2
+        for frame, letterbox in enumerate(self.letterboxes):
+            objects = [region for track in tracks for region in track if region.image == frame]
+            self.links.append(link_target(by_link, frame, objects, letterbox, size))
+            self.links[-1].shared = frame > 0
+        return Piece(write_link(by_link, config), tokens=1 + config.queries)
 
     def _show(self, region: Region, shape: str) -> Piece:
         """A region prompt: its mask, or that of its box or point, drawn as `shape`, always alike for one sample."""
@@ -283,7 +307,16 @@ def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool 
         prompts=torch.from_numpy(np.stack([mask for _, mask in prompts])) if prompts else None,
         prompt_image=torch.tensor([image for image, _ in prompts]) if prompts else None,
         pixels=torch.cat(pixels) if pixels else None,
+        frame=_frame_places(sequences),
     )
+
+
+def _frame_places(sequences: list[Sequence]) -> Tensor | None:
+    """`Batch.frame`."""
+    if not any(s.sample.video for s in sequences):
+        return None
+    places = [torch.arange(len(s.images)) if s.sample.video else torch.full((len(s.images),), -1) for s in sequences]
+    return torch.cat(places)
 
 
 def _pad(rows: list[Tensor], value: int, left: bool = False) -> Tensor:

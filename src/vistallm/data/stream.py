@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vistallm.coinit.frames import choose_frames
 from vistallm.coinit.shards import RawSample, is_remote, read_raw
 from vistallm.config import DataConfig
 from vistallm.data.images import decode_sample
@@ -126,7 +127,8 @@ class TrainStream(IterableDataset):
         for raw in raws:
             self.rejects.read += 1
             try:
-                sample = decode_sample(raw, self.builder.image_size, self.data.max_pixels)
+                chosen = choose_frames(raw, self.builder.frames, random.Random(f"{self.seed}-{raw.key}-{raw.copy}"))
+                sample = decode_sample(chosen, self.builder.image_size, self.data.max_pixels)
                 rows.append(self.builder.build(sample, random.Random(f"{self.seed}-{sample.id}-{raw.copy}")))
                 sample.pixels = None  # the pool would keep them
             except SampleReject as reject:
@@ -251,6 +253,6 @@ def evaluation_sequences(
     for raw in islice(raws, limit):
         rejects.read += 1
         try:
-            yield builder.build(decode_sample(raw), generation=generation)
+            yield builder.build(decode_sample(choose_frames(raw, builder.frames)), generation=generation)
         except SampleReject as reject:
             rejects.add(raw, reject)

@@ -178,7 +178,7 @@ def loading(key: str, value: str) -> Iterator[None]:
 
 def _lm_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.decoder.weights is None:
-        return _from_words(model.links, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+        return _from_words(model, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     with loading("model.decoder.weights", model.decoder.weights):
         tokenizer = AutoTokenizer.from_pretrained(model.decoder.weights)
     if tokenizer.pad_token is None:
@@ -188,26 +188,29 @@ def _lm_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _qformer_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer.text_tokenizer is None:
-        return _from_words(model.links, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+        return _from_words(model, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
     name = model.tokenizer.text_tokenizer
     itself = Path(name).is_dir() and not (Path(name) / "qformer_tokenizer").is_dir()
     with loading("model.tokenizer.text_tokenizer", name):
         return AutoTokenizer.from_pretrained(name, subfolder="" if itself else "qformer_tokenizer")
 
 
-def _from_words(links: str, **special: str) -> PreTrainedTokenizerFast:
+def _from_words(model: ModelConfig, **special: str) -> PreTrainedTokenizerFast:
     """A word-piece tokenizer over the words and marks of the mini world; other printable text is spelled in letters.
 
-    With links the words of their tasks come last: the other words keep their ids.
+    With links the words of their tasks come last, then with videos those of videos: the other words keep their ids.
     """
     from vistallm.mini.link_tasks import link_words  # here: a pretrained vocabulary does not import the mini world
     from vistallm.mini.tasks import mini_words
+    from vistallm.mini.videos import video_words
 
     splitter, words = pre_tokenizers.BertPreTokenizer(), list[str]()
-    for new in (False, True)[: 1 + (links != "none")]:
-        tasks = [task for task in TASKS.values() if task.mini and task.mini_links == new]
-        texts = link_words() if new else ["USER: ASSISTANT: Image image", *mini_words()]
-        texts += [text or "" for task in tasks for text in (task.answer, task.plural)]
+    known = [task for task in TASKS.values() if task.mini]
+    groups = [(["USER: ASSISTANT: Image image", *mini_words()], [t for t in known if not (t.mini_links or t.video)])]
+    groups += [(link_words(), [t for t in known if t.mini_links])] if model.links != "none" else []
+    groups += [(video_words(), [t for t in known if t.video])] if model.video != "none" else []
+    for texts, tasks in groups:
+        texts = texts + [text or "" for task in tasks for text in (task.answer, task.plural)]
         texts += [line for task in tasks for line in load_templates(task.name, "mini")]
         words += sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
     pieces = [*special.values(), *PRINTABLE, *("##" + c for c in PRINTABLE), *words]

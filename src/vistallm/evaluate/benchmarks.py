@@ -25,8 +25,10 @@ from vistallm.evaluate.predictions import Faults, by_benchmark, line_id
 from vistallm.metrics import METRICS, NamedScores, SampleScores
 from vistallm.metrics.regions import target_regions
 from vistallm.metrics.scores import GROUPS, labelled
+from vistallm.metrics.video import track_regions
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
+from vistallm.regions.tracks import fill_tracks, write_tracks
 from vistallm.schema import Prediction
 from vistallm.tasks import find_task
 
@@ -67,6 +69,11 @@ class Benchmark:
     def needs_links(self) -> bool:
         """Whether only a model with links can answer it: by its head, or because its task comes with them."""
         return self.head == "link" or find_task(self.task).mini_links
+
+    @property
+    def needs_video(self) -> bool:
+        """Whether its samples are videos: a model without videos is asked for it by name alone."""
+        return find_task(self.task).video
 
     def new_metric(self) -> SampleScores:
         """Return the metric that scores it, without any sample, on the device that processes exchange tensors on."""
@@ -139,7 +146,9 @@ def select_benchmarks(
     """
     links, answer = (True, "both") if config is None else (config.model.links != "none", config.answer)
     if names is None:
-        names = [name for name, one in benchmarks.items() if one.data == data and (links or not one.needs_links)]
+        videos = config is None or config.model.video != "none"
+        own = [one for one in benchmarks.values() if one.data == data]
+        names = [one.name for one in own if links >= one.needs_links and videos >= one.needs_video]
     names = list(names)
     if unknown := [name for name in names if name not in benchmarks]:
         near = {name: ", ".join(difflib.get_close_matches(name, benchmarks, 1)) or "none" for name in unknown}
@@ -253,8 +262,15 @@ def mask_ceiling(predictions: Sequence[Prediction], benchmark: Benchmark, codec:
     for prediction in (predictions[i] for i in chosen[rank::size]):
         sizes = [(int(image["width"]), int(image["height"])) for image in prediction.images]
         letterboxes = [Letterbox(width, height, max(width, height)) for width, height in sizes]
-        regions = [region for region in target_regions(prediction, optional=True) if coco_mask.area(region.rle) > 0]
-        parsed = codec.decode(codec.encode(regions, letterboxes, "mask"), letterboxes, "mask")
+        targets = track_regions(prediction) if benchmark.needs_video else target_regions(prediction, optional=True)
+        regions = [region for region in targets if coco_mask.area(region.rle) > 0]
+        if benchmark.needs_video:
+            tracks = [[one for one in regions if one.object == n] for n in sorted({one.object for one in regions})]
+            written = write_tracks(codec, tracks, letterboxes, "mask")
+            parsed = codec.decode(written, letterboxes, "mask", video=True)
+            parsed.regions = fill_tracks(parsed.regions, len(letterboxes), codec.keyframes)
+        else:
+            parsed = codec.decode(codec.encode(regions, letterboxes, "mask"), letterboxes, "mask")
         perfect.append(dataclasses.replace(prediction, parsed=parsed, failure=None))
     metric = benchmark.new_metric()
     metric.update(perfect)

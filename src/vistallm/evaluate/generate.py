@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from vistallm.coinit.frames import choose_frames
 from vistallm.coinit.shards import RawSample, SampleReject, read_raw
 from vistallm.config import Config
 from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
@@ -33,6 +34,7 @@ from vistallm.metrics.words import read_words
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
+from vistallm.regions.tracks import fill_tracks
 from vistallm.schema import Parsed, Prediction, Region, Sample
 from vistallm.tasks import Task, find_task
 
@@ -106,7 +108,8 @@ class Answerer:
         text, decode = self.model.vocabulary.lm, self.config.decode
         if self.forced:
             return self._answer_forced(sequences)
-        grammar = self.grammars.constrain(rules or [rule_of(sequence.sample, sequence.head) for sequence in sequences])
+        every = self.builder.codec.keyframes
+        grammar = self.grammars.constrain(rules or [rule_of(one.sample, one.head, every) for one in sequences])
         log = TokenLog(self.grammars.roles, grammar if decode.grammar else None)
         processors: list[LogitsProcessor] = [log, *([Watch(log, text, watch)] if watch else ())]
         limit, lengths = grammar.limit, [one.length for one in grammar.grammars]
@@ -174,7 +177,8 @@ class Answerer:
         return made, pace
 
     def _prompt(self, raw: RawSample, head: str = "text") -> Sequence:
-        sequence, most = self.builder.build(decode_sample(raw), head=head), self.config.data.max_length
+        sample, most = decode_sample(choose_frames(raw, self.builder.frames)), self.config.data.max_length
+        sequence = self.builder.build(sample, head=head)
         if (length := sequence.prompt_length) > most:
             raise SampleReject("too-long", f"{raw.key}: a prompt of {length} tokens, data.max_length is {most}")
         return sequence
@@ -281,22 +285,26 @@ def read_reply(
 
     Without a task the regions of a text may be of any one kind, and its words are not cut down.
     """
+    video = sequence.sample.video
     if task is not None and task.link and sequence.head == "link":
-        parsed, failure = read_link_answer(answer.text, answer.links, sequence.letterboxes, task)
+        parsed, failure = read_link_answer(answer.text, answer.links, sequence.letterboxes, task, video)
     elif task is not None:
-        parsed, failure = read_answer(answer.text, sequence.letterboxes, codec, task)
+        parsed, failure = read_answer(answer.text, sequence.letterboxes, codec, task, video)
     else:
         try:
-            parsed, failure = codec.decode(answer.text, sequence.letterboxes), None
+            parsed, failure = codec.decode(answer.text, sequence.letterboxes, video=video), None
         except RegionParseError as error:
             parsed, failure = None, error.reason
     if parsed is not None and not answer.links:
         set_confidence(parsed, answer.regions, answer.presence)
+        if video:
+            filled = fill_tracks(parsed.regions, len(sequence.letterboxes), codec.keyframes)
+            parsed.regions = [Region.from_json(region.to_json()) for region in filled]
     return parsed, failure
 
 
 def read_answer(
-    text: str, letterboxes: list[Letterbox], codec: RegionCodec, task: Task
+    text: str, letterboxes: list[Letterbox], codec: RegionCodec, task: Task, video: bool = False
 ) -> tuple[Parsed | None, str | None]:
     """Read a generated answer: its text with markers, without the end token. Nothing is repaired or guessed.
 
@@ -307,7 +315,7 @@ def read_answer(
     """
     try:
         kind = None if task.kind == "text" else task.kind
-        parsed = codec.decode(text, letterboxes, kind, labels="{found}" in task.answer)
+        parsed = codec.decode(text, letterboxes, kind, labels="{found}" in task.answer, video=video)
     except RegionParseError as error:
         return None, error.reason
     # rounded as in predictions.jsonl: the file scores exactly as the run behind it
@@ -356,8 +364,10 @@ def picked_images(
 ) -> dict[str, list[np.ndarray]]:
     """Return prediction id -> its images, (H, W, 3) uint8 RGB, of those `predictions` whose shards are at hand."""
     wanted: dict[tuple[str, str], set[str]] = {}
+    frames: dict[str, int] = {}
     for one in predictions:
         if (benchmark := benchmarks.get(one.benchmark)) is not None:
+            frames[one.id] = len(one.images)
             wanted.setdefault((benchmark.shards, benchmark.split), set()).add(one.id)
     images: dict[str, list[np.ndarray]] = {}
     for (folder, split), ids in wanted.items():
@@ -366,5 +376,5 @@ def picked_images(
                 if ids <= images.keys():
                     break
                 if raw.record and (key := raw.record.get("id")) in ids and key not in images:
-                    images[key] = decode_sample(raw).pixels or []
+                    images[key] = decode_sample(choose_frames(raw, frames[key])).pixels or []
     return images

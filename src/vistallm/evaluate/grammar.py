@@ -25,6 +25,7 @@ from transformers import LogitsProcessor
 
 from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary, token_ids
 from vistallm.links import LINKS
+from vistallm.regions.tracks import key_frames
 from vistallm.schema import REGION_KINDS, Sample
 from vistallm.tasks import find_task, write_answer
 
@@ -45,7 +46,7 @@ class Rule:
     forms: the whole answers to choose from, where `{targets}` is the regions and `{images}` a list of image numbers;
     empty = free words around the regions. words, for free words without a kind: "any"; "some", there is a word beside
     the regions; "short", no regions, and a word follows "answer is"; "list", phrases, each with its regions. link:
-    its kind, if links write the regions.
+    its kind, if links write the regions: one link for all frames of a video.
     """
 
     kind: str | None = None  # "mask", "box" or "point": at least one group of it; None = of any one kind, or none
@@ -54,11 +55,13 @@ class Rule:
     forms: tuple[str, ...] = ()
     words: Literal["any", "some", "short", "list"] = "any"
     link: str = ""
+    frames: tuple[int, ...] = ()  # of a video, those whose regions are written, from 0; empty: the images are no frames
 
 
-def rule_of(sample: Sample, head: str = "text") -> Rule:
+def rule_of(sample: Sample, head: str = "text", keyframes: int = 1) -> Rule:
     """Return the rule of an evaluation sample, from its task, head and, for a multiple choice, from its options."""
     task, images = find_task(sample.task), len(sample.images)
+    frames = tuple(key_frames(images, keyframes)) if sample.video else ()
     link = task.link if head == "link" else ""
     if "{found}" in task.answer:
         return Rule(task.kind, False, images, words="list", link=link)
@@ -67,7 +70,7 @@ def rule_of(sample: Sample, head: str = "text") -> Rule:
         single = task.metric in ("box", "mask", "candidates")
         own = sample.answer is not None or "{targets}" not in task.answer
         forms = (task.answer, *((task.plural,) if task.plural and not single else ()))
-        return Rule(task.kind, single, images, () if own else forms, link=link)
+        return Rule(task.kind, single, images, () if own else forms, link=link, frames=frames)
     choices: list[str] = {"yesno": ["yes", "no"], "truth": ["True", "False"]}.get(task.metric, [])
     if task.metric == "choice":
         options, form = str(sample.fields.get("options", "")), str(sample.fields.get("answer", "A"))
@@ -75,7 +78,7 @@ def rule_of(sample: Sample, head: str = "text") -> Rule:
         choices = [f"({letter})" if "(" in form else letter for letter in letters]
     answers = (dataclasses.replace(sample, answer=None, fields={**sample.fields, "answer": word}) for word in choices)
     words: Literal["some", "short"] = "short" if task.metric in ("vqa", "exact") else "some"
-    return Rule(None, False, images, tuple(map(write_answer, answers)), words)
+    return Rule(None, False, images, tuple(map(write_answer, answers)), words, frames=frames)
 
 
 def write_grammar(rule: Rule, vocabulary: Vocabulary, points: int, objects: int) -> str:
@@ -112,12 +115,13 @@ def write_grammar(rule: Rule, vocabulary: Vocabulary, points: int, objects: int)
     x = ("<" if vocabulary.region_tokens else "") + (
         r"\[\]" if vocabulary.link_tokens or not vocabulary.region_tokens else ""
     )
-    named = [rf'{_SP} [iI] "mage" {_SP} "{k}" {_SP} ":" {_SP}' for k in range(1, rule.images + 1)]
+    unit = '[fF] "rame"' if rule.frames else '[iI] "mage"'
+    named = [rf'{_SP} {unit} {_SP} "{k}" {_SP} ":" {_SP}' for k in range(1, rule.images + 1)]
     if rule.forms:
         roots = [_literal(form) for form in rule.forms]
         numbers = f"({' | '.join(json.dumps(str(k)) for k in range(1, rule.images + 1))})"
         lines.append(f'images ::= {numbers} ({_SP} ("," | "and") {_SP} {numbers}){{0,{rule.images - 1}}}')
-        lines += _targets(rule, named)
+        lines += _tracks(rule, named, objects) if rule.frames and not rule.link else _targets(rule, named)
     elif rule.words == "list":
         group = "link" if rule.link else f"(group_{rule.kind} | empty_{rule.kind})"
         lines.append(f"item ::= [^{x},.:{_SPACE}]? [^{x},.:]* [{_LETTERS}] {_SP} {group}")
@@ -152,11 +156,19 @@ def _literal(form: str) -> str:
     return " ".join(terminals)
 
 
+def _tracks(rule: Rule, named: list[str], objects: int) -> list[str]:
+    """`targets` of a video: in each frame that is written a pair of markers for every object, at most `objects`."""
+    kind = rule.kind or "mask"
+    pair = f"({_SP} (start_{kind} {kind} stop_{kind} | empty_{kind})){{1,{objects}}}"
+    frames = [f"{named[frame] if len(named) > 1 else ''} {pair}" for frame in rule.frames]
+    return [f"targets ::= {' '.join(frames)}"]
+
+
 def _targets(rule: Rule, named: list[str]) -> list[str]:
     """`targets`, the regions of an answer form: image by image, ascending, each at most once."""
     group = "link" if rule.link else f"group_{rule.kind or 'mask'}"
     empty = "" if rule.single else "link | " if rule.link else f"empty_{rule.kind or 'mask'} | "
-    if len(named) == 1:
+    if len(named) == 1 or rule.frames:
         return [f"targets ::= {group}" if rule.link else f"targets ::= {empty}{group}"]
     if rule.single:
         return [f"targets ::= ({' | '.join(named)}) {group}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ SINGLE = ("box", "mask")  # metrics of tasks with exactly one target: the best c
 
 
 def read_link_answer(
-    text: str, found: Sequence[LinkAnswer], letterboxes: Sequence[Letterbox], task: Task
+    text: str, found: Sequence[LinkAnswer], letterboxes: Sequence[Letterbox], task: Task, video: bool = False
 ) -> tuple[Parsed | None, str | None]:
     """Read an answer by links.
 
@@ -30,6 +31,7 @@ def read_link_answer(
         found: what each link found, in the order of the text.
         letterboxes: of the sample's images.
         task: says what the regions are, and whether there is exactly one.
+        video: the images are frames, and each link is read in every one of them.
 
     Returns:
         (Parsed, None), whose regions hold their link's phrase as label where the task names phrases; or (None, reason):
@@ -38,6 +40,8 @@ def read_link_answer(
     links = read_links(text)
     if not links:
         return None, "no-region"
+    if video:
+        links = [replace(link, image=frame) for link in links for frame in range(len(letterboxes))]
     if len(links) != len(found):
         return None, "cut-link"
     if any(not 0 <= link.image < len(letterboxes) for link in links):

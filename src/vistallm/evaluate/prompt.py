@@ -64,7 +64,7 @@ def make_sample(images: Sequence[np.ndarray], prompt: str, task: str | None = No
     """Turn a prompt and its images into a sample; the regions that it writes (`FORMS`) become placeholders.
 
     Args:
-        images: each (H, W, 3) uint8 RGB; regions are in their pixels.
+        images: each (H, W, 3) uint8 RGB; regions are in their pixels. For a task of videos they are the frames.
         prompt: the instruction.
         task: whose answer is expected, one of `vistallm.tasks.TASKS`; None = whatever the model answers.
         head: "text", or "link", to which regions are shown as region prompts.
@@ -90,7 +90,8 @@ def make_sample(images: Sequence[np.ndarray], prompt: str, task: str | None = No
         raise ValueError(f"prompt: {stray[0]} is no region; expected {FORMS}")
     text = _GIVEN.sub(placeholder, prompt)
     infos = [ImageInfo(f"{i}.png", image.shape[1], image.shape[0]) for i, image in enumerate(images)]
-    return Sample("prompt", task or "vqa", "user", infos, instruction=text, regions=regions, pixels=list(images))
+    fields = {"video": True} if task is not None and find_task(task).video else {}
+    return Sample("prompt", task or "vqa", "user", infos, text, fields, regions=regions, pixels=list(images))
 
 
 def _read_region(match: re.Match[str], images: Sequence[np.ndarray], number: int) -> Region:

@@ -15,7 +15,7 @@ LINKS = ("DET", "GRD", "SEG", "POSE")
 SCENE_LINKS = ("DET", "POSE")  # all links of one image share object queries; of the others each link has its own
 REGION_TOKEN = "<region>"  # in a prompt: a region that the region encoder reads
 _LINK = re.compile(rf"\[({'|'.join(LINKS)})\]", re.IGNORECASE)
-_IMAGE = re.compile(r"\bimage\s*(\d+)\s*:", re.IGNORECASE)
+_IMAGE = re.compile(r"\b(?:image|frame)\s*(\d+)\s*:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class LinkTarget:
     masks: np.ndarray  # (n, M, M) uint8, how much of each pixel is covered, 255 = all; zeros where it is not known
     has_mask: np.ndarray  # (n,) bool
     keypoints: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.float32))  # (n, P, 3) of the objects
+    shared: bool = False  # reads the slots of the link before: a later frame of a video
     keypoint: int | None = None  # this link names that keypoint of the link before it, whose objects it shares
 
 
@@ -73,13 +74,14 @@ def square_mask(mask: Rle | np.ndarray, letterbox: Letterbox, size: int) -> np.n
 
 def make_links(rows: Sequence[Sequence[LinkTarget]], image_counts: Sequence[int], size: int) -> LinkBatch:
     """Collate the targets of a batch's rows, whose images lie one after another; masks are `size` pixels a side."""
-    kinds, owners, images, objects = list[int](), list[int](), list[int](), list[int]()
+    kinds, owners, images, objects, tokens = list[int](), list[int](), list[int](), list[int](), list[int]()
     points: list[tuple[float, ...]] = []
     masks, boxes, known, first = [], [], [], 0
     for row, (targets, count) in enumerate(zip(rows, image_counts, strict=True)):
         named = (0, 0, np.zeros((0, 0, 3), np.float32))  # the link, first object and keypoints that names refer to
         for target in targets:
             link = len(kinds)
+            tokens.append(tokens[-1] if target.shared else tokens[-1] + 1 if tokens else 0)
             kinds.append(LINKS.index(target.kind))
             owners.append(row)
             images.append(first + target.image)
@@ -107,14 +109,21 @@ def make_links(rows: Sequence[Sequence[LinkTarget]], image_counts: Sequence[int]
         keypoint_object=named_points[:, 0].long(),
         keypoint_link=named_points[:, 1].long(),
         keypoints=named_points[:, 2:].contiguous(),
+        token=torch.tensor(tokens, dtype=torch.int64),
     )
 
 
-def links_to_find(kind: Sequence[int], row: Sequence[int], image: Sequence[int], size: int) -> LinkBatch:
-    """Return links without targets: kinds (indices in LINKS), rows and images of the batch; `size` of their masks."""
+def links_to_find(
+    kind: Sequence[int], row: Sequence[int], image: Sequence[int], size: int, token: Sequence[int] | None = None
+) -> LinkBatch:
+    """Return links without targets: kinds (indices in LINKS), rows and images of the batch; `size` of their masks.
+
+    `token`: the routing token that each reads, where some share one.
+    """
     tensors = [torch.tensor(values, dtype=torch.int64) for values in (kind, row, image)]
     links = make_links([], [], size)
     links.kind, links.row, links.image = tensors
+    links.token = torch.arange(len(kind)) if token is None else torch.tensor(token, dtype=torch.int64)
     links.group = group_numbers(*tensors)
     return links
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from vistallm.metrics import captions, detection, regions, words
+from vistallm.metrics import captions, detection, regions, video, words
 from vistallm.metrics.scores import GROUPS, NamedScores, SampleScores
 
 __all__ = ["METRICS", "SCORE_NAMES", "NamedScores", "SampleScores"]
@@ -22,6 +22,9 @@ METRICS: dict[str, type[SampleScores]] = {  # by the name that the task table an
     "pose": detection.PoseScores,
     "count": detection.CountScores,
     "coseg": regions.CosegmentationScores,
+    "video": video.TrackScores,
+    "video_inner": video.InnerTrackScores,
+    "tube": video.TubeScores,
     "box": regions.BoxScores,
     "boxes": regions.BoxSetScores,
     "phrase": regions.PhraseScores,
@@ -45,6 +48,11 @@ NoTargetAccuracy = partial(regions.GeneralizedMaskScores, names=("n_acc",))
 TargetAccuracy = partial(regions.GeneralizedMaskScores, names=("t_acc",))
 BoxAccuracy = partial(regions.BoxScores, names=("p_at_50",))
 GeneralizedBoxPrecision = partial(regions.BoxSetScores, names=("f1_precision",))
+RegionSimilarity = partial(video.TrackScores, names=("j",))
+ContourAccuracy = partial(video.TrackScores, names=("f",))
+TrackAccuracy = partial(video.TrackScores, names=("j_and_f",))
+MeanTubeIoU = partial(video.TubeScores, names=("m_viou",))
+MeanTemporalIoU = partial(video.TubeScores, names=("m_tiou",))
 AnswerAccuracy = words.AnswerAccuracy
 
 _SINGLE: dict[str, str] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))

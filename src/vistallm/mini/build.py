@@ -21,6 +21,7 @@ from vistallm.coinit.build import run_forked
 from vistallm.coinit.shards import EncodedImage, Row, read_index, write_index, write_shard
 from vistallm.mini.link_tasks import LINK_MAKERS
 from vistallm.mini.tasks import MAKERS
+from vistallm.mini.videos import VIDEO_MAKERS
 from vistallm.schema import ImageInfo, Sample
 from vistallm.tasks import TASKS
 
@@ -33,7 +34,9 @@ TRAIN_WEIGHTS = {
 }  # fmt: skip
 # The tasks of links come on top, on the same scale.
 LINK_WEIGHTS = {"det": 10, "insseg": 8, "semseg": 8, "count": 4, "interactive": 6, "incontext": 8, "pose": 10}
-_ALL_MAKERS = MAKERS | LINK_MAKERS  # a task's place here seeds its samples
+# And those of videos where they are asked for: a video takes as much room as eight images.
+VIDEO_WEIGHTS = {"video_ref": 10, "video_grounding": 6, "video_qa": 10}
+_ALL_MAKERS = MAKERS | LINK_MAKERS | VIDEO_MAKERS  # a task's place here seeds its samples
 _JPEG_QUALITY, _PNG_SHARE = 92, 0.1
 
 
@@ -41,7 +44,8 @@ _JPEG_QUALITY, _PNG_SHARE = 92, 0.1
 class MiniRecipe:
     """What the bytes of a mini set depend on, beside the code; `train` samples are shared out by TRAIN_WEIGHTS.
 
-    With `links` the tasks of links are added: the other tasks keep their samples, in another order.
+    With `links` the tasks of links are added, with `videos` those of videos: the other tasks keep their samples, in
+    another order. `images=False` leaves all but the videos away.
     """
 
     seed: int = 0
@@ -50,10 +54,13 @@ class MiniRecipe:
     test: int = 1500
     samples_per_shard: int = 500
     links: bool = True
+    videos: bool = False
+    images: bool = True
 
     def digest(self) -> str:
         """Hash of the recipe and of the source files that carry it out: a change of either rebuilds the set."""
-        digest = hashlib.sha256(json.dumps([vars(self), TRAIN_WEIGHTS, LINK_WEIGHTS], sort_keys=True).encode())
+        facts = [vars(self), TRAIN_WEIGHTS, LINK_WEIGHTS, VIDEO_WEIGHTS]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(str(shards.__file__))):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
@@ -64,6 +71,9 @@ class MiniRecipe:
         share = getattr(self, split) / sum(weights.values())
         if self.links:
             weights = weights | (LINK_WEIGHTS if split == "train" else dict.fromkeys(LINK_MAKERS, 1))
+        weights = weights if self.images else {}
+        if self.videos:
+            weights = weights | (VIDEO_WEIGHTS if split == "train" else dict.fromkeys(VIDEO_MAKERS, 1))
         samples = [(task, n) for task, weight in weights.items() for n in range(max(1, round(share * weight)))]
         order = np.random.default_rng([self.seed, SPLITS.index(split)]).permutation(len(samples))
         return [samples[i] for i in order.tolist()]
@@ -95,13 +105,13 @@ def make_sample(recipe: MiniRecipe, split: str, task: str, serial: int) -> tuple
 
 
 def build_mini(
-    out: Path | str, seed: int = 0, workers: int | None = None, links: bool = True, **sizes: int
+    out: Path | str, seed: int = 0, workers: int | None = None, links: bool = True, **choices: Any
 ) -> dict[str, Any]:
     """Write the mini set's shards and index.json into the folder `out` and return the index.
 
-    `workers`: processes, None = one per CPU. `sizes`: `train`, `val`, `test` and `samples_per_shard`, as in MiniRecipe.
+    `workers`: processes, None = one per CPU. `choices`: further fields of MiniRecipe.
     """
-    recipe, out = MiniRecipe(seed=seed, links=links, **sizes), Path(out)
+    recipe, out = MiniRecipe(seed=seed, links=links, **choices), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     planned = []
     for split in SPLITS:
@@ -117,13 +127,15 @@ def build_mini(
     return write_index(out, rows, source=SOURCE, recipe=recipe.digest(), seed=seed)
 
 
-def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, links: bool = True, **sizes: int) -> Path:
+def ensure_mini(
+    root: Path | str, seed: int = 0, workers: int | None = None, links: bool = True, **choices: Any
+) -> Path:
     """Build the mini set at `root` if it is missing or of another recipe; several processes may call it at once.
 
     Raises:
         ValueError: `root` holds something that is not a mini set; it is left untouched.
     """
-    root, recipe = Path(root), MiniRecipe(seed=seed, links=links, **sizes)
+    root, recipe = Path(root), MiniRecipe(seed=seed, links=links, **choices)
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.parent / f".{root.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
@@ -139,7 +151,7 @@ def ensure_mini(root: Path | str, seed: int = 0, workers: int | None = None, lin
         building = root.parent / f".{root.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         # In a fresh interpreter: forked workers can hang after torch has started threads.
-        words = {"out": str(building), "seed": seed, "workers": workers, "links": links, **sizes}
+        words = {"out": str(building), "seed": seed, "workers": workers, "links": links, **choices}
         subprocess.run([sys.executable, "-m", "vistallm.mini.build", json.dumps(words)], check=True)
         shutil.rmtree(root, ignore_errors=True)
         building.rename(root)

@@ -18,7 +18,7 @@ from vistallm.links.decoder import LinkDecoder
 from vistallm.links.prompts import RegionEncoder
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.language_model import add_lora, build_decoder, check_sizes, initialise_new_rows
-from vistallm.model.qformer import InstructionGuidedTokenizer, build_tokenizer, load_tokenizer_weights
+from vistallm.model.qformer import MAX_FRAMES, InstructionGuidedTokenizer, build_tokenizer, load_tokenizer_weights
 from vistallm.model.vistallm import VistaLLM, training_attention
 
 
@@ -42,7 +42,9 @@ def build_model(
     for matrix in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight):
         initialise_new_rows(matrix, vocabulary.first_new, vocabulary.bin_ids, bins, vocabulary.link_ids)
     rows, width = len(vocabulary.qformer), decoder.config.hidden_size
-    tokenizer = build_tokenizer(config.model.tokenizer, rows, encoder.tokens, encoder.width, width)
+    if config.model.video in ("embedding", "attention") and config.data.frames > MAX_FRAMES:
+        raise ValueError(f"data.frames={config.data.frames}: expected at most {MAX_FRAMES}, or model.video=index")
+    tokenizer = build_tokenizer(config.model.tokenizer, rows, encoder.tokens, encoder.width, width, config.model.video)
     if isinstance(tokenizer, InstructionGuidedTokenizer):
         load_tokenizer_weights(tokenizer, config.model.tokenizer.weights, vocabulary)
     if config.train.decoder == "lora":

@@ -42,6 +42,7 @@ METADATA_NAMES = {  # that the pickled `.metadata` of a sharded checkpoint may h
     *(_METADATA + "_MEM_FORMAT_ENCODING", "torch.distributed.checkpoint.filesystem._StorageInfo"),
     *("torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath"),
 }
+GROWN = ("links.", "region_encoder.", "tokenizer.frames.")  # what model.links and model.video add to a run
 DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STEP = re.compile(r"step-(\d+)\.ckpt$")
 
@@ -154,14 +155,14 @@ def _read_exported(manifest: Path) -> dict[str, Tensor]:
 def load_weights(model: VistaLLM, path: Path, known: Vocabulary | None = None) -> None:
     """Load the weights of a checkpoint into a model; ValueError names every key that is missing or does not fit.
 
-    `known` is the checkpoint's vocabulary where the model has links and the checkpoint has none: word rows are matched
-    by token, and what links add stays as it starts.
+    `known` is the checkpoint's vocabulary where the model has links or videos and the checkpoint has none: word rows
+    are matched by token, and what the model adds stays as it starts.
     """
     model.load_state_dict(_checked_state(model, path, known))
 
 
 def _grown(state: dict[str, Tensor], model: VistaLLM, known: Vocabulary) -> dict[str, Tensor]:
-    """Return the state with the rows of the model's vocabulary, and the model's own weights of the links."""
+    """Return the state with the rows of the model's vocabulary, and the model's own weights of links and frames."""
     own = model.state_dict()
     for key, rows in state.items():
         if key.endswith(("embed_tokens.weight", "lm_head.weight", "word_embeddings.weight")) and key in own:
@@ -170,7 +171,7 @@ def _grown(state: dict[str, Tensor], model: VistaLLM, known: Vocabulary) -> dict
             shared = [token for token in former if token in wanted]
             state[key] = own[key].clone()
             state[key][[wanted[token] for token in shared]] = rows[[former[token] for token in shared]].to(own[key])
-    return {key: value for key, value in own.items() if key.startswith(("links.", "region_encoder."))} | state
+    return {key: value for key, value in own.items() if key.startswith(GROWN)} | state
 
 
 def load_run(
@@ -209,7 +210,7 @@ def _checked_state(model: VistaLLM, path: Path, known: Vocabulary | None = None)
     advice = "use the model=, train.decoder= (full or lora) and coordinate settings it was trained with"
     if known is not None:
         state = _grown(state, model, known)
-        advice = "links can be added to a run with a whole language model; export one with LoRA first (tools/export.py)"
+        advice = "links and videos can be added to a run with a whole language model; export one with LoRA first"
     for name, other in model.tied_weights().items():
         if other in state:
             state.setdefault(name, state[other])

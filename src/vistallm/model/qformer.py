@@ -1,8 +1,10 @@
 """The instruction-guided image tokenizer: patch tokens + instruction -> `queries` tokens of the decoder's width.
 
 A transformers `InstructBlipQFormerModel` runs once per image; its learned queries attend to the instruction
-(self-attention) and to the patch tokens (cross-attention), and a linear map takes them to the decoder.
-Shape legend: N images, P patches, D encoder width, I instruction tokens, Q queries, H QFormer width, C decoder width.
+(self-attention) and to the patch tokens (cross-attention), and a linear map takes them to the decoder. The frames of a
+video may pass a `FrameMixer` before that map.
+Shape legend: N images, P patches, D encoder width, I instruction tokens, Q queries, H QFormer width, C decoder width, V
+videos, F frames of the longest one.
 """
 
 from __future__ import annotations
@@ -21,13 +23,54 @@ from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.language_model import initialise_new_rows
 from vistallm.model.weights import check_keys, read_instructblip, read_safetensors
 
+MAX_FRAMES = 64  # of a video: rows of the frames' embedding
 WORDS = "qformer.embeddings.word_embeddings.weight"
 
 
-class InstructionGuidedTokenizer(nn.Module):
-    """QFormer with learned queries and a projection (paper.md 1.1; layout of InstructBLIP, arXiv 2305.06500)."""
+class FrameMixer(nn.Module):
+    """Tells a video's frames apart: adds each one's place, and may let each query attend to itself in the other frames.
 
-    def __init__(self, config: TokenizerConfig, vocabulary: int, encoder_width: int, decoder_width: int) -> None:
+    All that it adds starts as zero, so that a run without it goes on bit by bit as it was.
+    """
+
+    def __init__(self, width: int, heads: int, attention: bool) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(MAX_FRAMES, width))
+        self.norm = nn.LayerNorm(width) if attention else None
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True) if attention else None
+        if self.attention is not None:
+            nn.init.zeros_(self.attention.out_proj.weight)
+            nn.init.zeros_(self.attention.out_proj.bias)
+
+    def forward(self, states_NQH: Tensor, frame_N: Tensor | None) -> Tensor:
+        """Return the states (N, Q, H); `frame_N` is `Batch.frame`, and images that are no frames stay as they are."""
+        if frame_N is None:  # ddp waits for a gradient of every parameter
+            return states_NQH + sum(parameter.sum() for parameter in self.parameters()) * 0.0
+        known = frame_N >= 0
+        frames_MQH, place_M = states_NQH[known], frame_N[known]
+        frames_MQH = frames_MQH + self.places[place_M].unsqueeze(1)
+        if self.attention is not None and self.norm is not None:
+            video_M = (place_M == 0).cumsum(0) - 1
+            queries, width = frames_MQH.shape[1:]
+            rows_VFQH = frames_MQH.new_zeros(int(video_M[-1]) + 1, int(place_M.max()) + 1, queries, width)
+            rows_VFQH[video_M, place_M] = self.norm(frames_MQH)
+            absent_VF = torch.ones(rows_VFQH.shape[:2], dtype=torch.bool, device=place_M.device)
+            absent_VF[video_M, place_M] = False
+            x = rows_VFQH.transpose(1, 2).flatten(0, 1)  # (V * Q, F, H)
+            mixed = self.attention(x, x, x, absent_VF.repeat_interleave(queries, 0), need_weights=False)[0]
+            frames_MQH = frames_MQH + mixed.unflatten(0, (-1, queries)).transpose(1, 2)[video_M, place_M]
+        return states_NQH.masked_scatter(known[:, None, None], frames_MQH.to(states_NQH.dtype))
+
+
+class InstructionGuidedTokenizer(nn.Module):
+    """QFormer with learned queries and a projection (paper.md 1.1; layout of InstructBLIP, arXiv 2305.06500).
+
+    `video` is `model.video` of the configuration.
+    """
+
+    def __init__(
+        self, config: TokenizerConfig, vocabulary: int, encoder_width: int, decoder_width: int, video: str = "none"
+    ) -> None:
         super().__init__()
         self.sees_instruction, self.tokens = config.sees_instruction, config.queries
         qformer = InstructBlipQFormerConfig(
@@ -49,10 +92,22 @@ class InstructionGuidedTokenizer(nn.Module):
         self.query_tokens = nn.Parameter(queries)
         self.qformer = InstructBlipQFormerModel(qformer)
         self.projection = nn.Linear(config.hidden_size, decoder_width)
+        mixes, attention = video in ("embedding", "attention"), video == "attention"
+        self.frames = FrameMixer(config.hidden_size, config.heads, attention) if mixes else None
 
-    def forward(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
-        """Return image tokens (N, Q, C); `instruction_mask_NI` is 1 on real tokens, ids are right-padded."""
-        return self.projection(self.query_states(patch_tokens_NPD, instruction_ids_NI, instruction_mask_NI))
+    def forward(
+        self,
+        patch_tokens_NPD: Tensor,
+        instruction_ids_NI: Tensor,
+        instruction_mask_NI: Tensor,
+        frame_N: Tensor | None = None,
+    ) -> Tensor:
+        """Return image tokens (N, Q, C).
+
+        `instruction_mask_NI` is 1 on real tokens, ids are right-padded; `frame_N` is `Batch.frame`.
+        """
+        states_NQH = self.query_states(patch_tokens_NPD, instruction_ids_NI, instruction_mask_NI)
+        return self.projection(states_NQH if self.frames is None else self.frames(states_NQH, frame_N))
 
     @property
     def layers(self) -> Iterable[nn.Module]:
@@ -95,8 +150,14 @@ class PatchProjection(nn.Module):
         self.feature_norm = nn.LayerNorm(encoder_width, eps=config.norm_eps)
         self.projection = nn.Linear(encoder_width, decoder_width)
 
-    def forward(self, patch_tokens_NPD: Tensor, instruction_ids_NI: Tensor, instruction_mask_NI: Tensor) -> Tensor:
-        """Return image tokens (N, P, C)."""
+    def forward(
+        self,
+        patch_tokens_NPD: Tensor,
+        instruction_ids_NI: Tensor,
+        instruction_mask_NI: Tensor,
+        frame_N: Tensor | None = None,
+    ) -> Tensor:
+        """Return image tokens (N, P, C); frames are told apart by the text alone."""
         return self.projection(self.feature_norm(patch_tokens_NPD))
 
     def unread_parameters(self) -> Iterator[nn.Parameter]:
@@ -107,21 +168,27 @@ class PatchProjection(nn.Module):
 Tokenizer = InstructionGuidedTokenizer | PatchProjection
 
 
-def build_tokenizer(config: TokenizerConfig, rows: int, patches: int, width: int, decoder_width: int) -> Tokenizer:
-    """Build the kind that the configuration names; ValueError where its settings do not fit the encoder."""
+def build_tokenizer(
+    config: TokenizerConfig, rows: int, patches: int, width: int, decoder_width: int, video: str = "none"
+) -> Tokenizer:
+    """Build the kind that the configuration names; ValueError where its settings do not fit the encoder or videos."""
     if config.kind == "patches":
+        if video in ("embedding", "attention"):
+            raise ValueError(f"model.video={video} model.tokenizer.kind=patches: expected kind=qformer, or video=index")
         return PatchProjection(config, patches, width, decoder_width)
-    return InstructionGuidedTokenizer(config, rows, width, decoder_width)
+    return InstructionGuidedTokenizer(config, rows, width, decoder_width, video)
 
 
 def load_tokenizer_weights(tokenizer: InstructionGuidedTokenizer, path: str | None, vocabulary: Vocabulary) -> None:
     """Set the weights of `tokenizer` in place, from an InstructBLIP folder or hub name, or a file of pretrain_mini.py.
 
-    Such a file has no projection, which stays as it is; path=None leaves all of them random. Word rows are matched by
-    token where the file names its tokens, else by number (BERT's order); tokens that it does not have start as
-    `initialise_new_rows` says. Raises ValueError where a file is cut short, or a weight is missing or does not fit.
+    Such a file has no projection, and none has a FrameMixer: they stay as they are; path=None leaves all random. Word
+    rows are matched by token where the file names its tokens, else by number (BERT's order); tokens that it does not
+    have start as `initialise_new_rows` says. Raises ValueError where a file is cut short, or a weight is missing or
+    does not fit.
     """
-    own, known = tokenizer.state_dict(), vocabulary.qformer.get_vocab()
+    known = vocabulary.qformer.get_vocab()
+    own = {key: value for key, value in tokenizer.state_dict().items() if not key.startswith("frames.")}
     first_new, bins = vocabulary.qformer_first_new, torch.as_tensor(vocabulary.bin_values)
     if path is None:
         initialise_new_rows(own[WORDS], first_new, vocabulary.qformer_bin_ids, bins)

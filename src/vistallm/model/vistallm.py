@@ -105,7 +105,8 @@ class VistaLLM(nn.Module):
             tokens_NPD, patches = self.encoder.features(batch.images)
         owner = batch.image_owner
         with training_attention():
-            return self.tokenizer(tokens_NPD, batch.instruction_ids[owner], batch.instruction_mask[owner]), patches
+            words = batch.instruction_ids[owner], batch.instruction_mask[owner]
+            return self.tokenizer(tokens_NPD, *words, batch.frame), patches
 
     def input_embeddings(self, batch: Batch, encoded: tuple[Tensor, list[Tensor]] | None = None) -> Tensor:
         """Return (B, T, C) embeddings with image tokens laid into the image slots, and regions into `<region>`.
@@ -146,7 +147,7 @@ class VistaLLM(nn.Module):
             pixels, states = self._stem_pixels(batch), self._slot_states(batch.input_ids, hidden)[0]
             links = batch.links or links_to_find([], [], [], pixels.shape[-1] // 2).to(hidden.device)
             with training_attention():
-                families = self.links(states, links, patches, pixels)
+                families = self.links(_read(states, links), links, patches, pixels)
             loss, output.link_parts = link_losses(families, links)
             # ddp waits for a gradient of every parameter, also where no prompt shows a region
             unread = sum(parameter.sum() for parameter in self.region_encoder.parameters()) * 0.0
@@ -206,19 +207,25 @@ class VistaLLM(nn.Module):
             return found
         hidden, owners = self._slot_states(ids, torch.stack(states, 1))
         counts = torch.bincount(batch.image_owner, minlength=len(batch)).tolist()
-        kinds, rows, images, first = list[int](), owners.tolist(), list[int](), 0
+        kinds, rows, images, tokens, first, token = list[int](), list[int](), list[int](), list[int](), 0, 0
+        video = [False] * int(sum(counts)) if batch.frame is None else (batch.frame >= 0).tolist()
         for row, (answer, count) in enumerate(zip(ids.tolist(), counts, strict=True)):
-            for link in read_links(str(self.vocabulary.lm.decode(answer)))[: rows.count(row)]:
-                kinds.append(LINKS.index(link.kind))
-                images.append(first + min(link.image, count - 1))  # reading the answer faults a wrong number
+            for link in read_links(str(self.vocabulary.lm.decode(answer)))[: owners.tolist().count(row)]:
+                # Reading the answer faults a wrong number; a link of a video is read in every frame.
+                seen = range(count) if video[first] else [min(link.image, count - 1)]
+                kinds += [LINKS.index(link.kind)] * len(seen)
+                rows += [row] * len(seen)
+                images += [first + image for image in seen]
+                tokens += [token] * len(seen)
+                token += 1
             first += count
-        links = links_to_find(kinds, rows, images, 1).to(ids.device)
+        links = links_to_find(kinds, rows, images, 1, tokens).to(ids.device)
         return self._answers(batch, links, hidden, patches) if kinds else found
 
     def _answers(self, batch: Batch, links: LinkBatch, states: Tensor, patches: list[Tensor]) -> list[list[LinkAnswer]]:
         assert self.links is not None
         families, found = (
-            self.links(states, links, patches, self._stem_pixels(batch)),
+            self.links(_read(states, links), links, patches, self._stem_pixels(batch)),
             [list[LinkAnswer]() for _ in batch.ids],
         )
         for row, answer in zip(links.row.tolist(), link_answers(families, len(links.row)), strict=True):
@@ -263,6 +270,11 @@ class VistaLLM(nn.Module):
         centre = torch.searchsorted(self.bin_ids, target_M).clamp(max=len(bins) - 1)
         weight = torch.softmax(-0.5 * ((bins[None] - centre[:, None]) / self.bin_sigma) ** 2, dim=1)
         return -(weight * torch.log_softmax(logits_MV, 1)[:, self.bin_ids]).sum(1)
+
+
+def _read(states: Tensor, links: LinkBatch) -> Tensor:
+    """The slots' states (T, K, D) of T routing tokens, for each of the L links: (L, K, D)."""
+    return states if links.token is None else states[links.token]
 
 
 class ForcedSlots(LogitsProcessor):

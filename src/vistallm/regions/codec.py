@@ -3,7 +3,8 @@
 `coords="tokens"` writes `<m_st><bin_1><bin_2>...<m_part>...<m_sep>...<m_ed>`: `_sep` separates objects, `<m_part>` the
 parts of one object, and an empty pair says that there is no target. `coords="text"` writes bracketed integers as the
 paper's figures do, `[1,2,...;3,4,...],[...]`: a bracket per object, `;` between its parts, `[]` for no target.
-With several images `image k:` (k from 1) goes before the regions of image k. Reading ignores white space.
+With several images `image k:` (k from 1) goes before the regions of image k; in a video `frame k:`, and then a pair of
+markers for each object (`regions/tracks.py`). Reading ignores white space.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KIND_OF_LETTER = {kind[0]: kind for kind in REGION_KINDS}
 _BIN = re.compile(r"<bin_(\d+)>")
 _BINS = re.compile(r"(?:<bin_\d+>)*")
 _FLAGS = re.DOTALL | re.IGNORECASE | re.ASCII  # the digits and spaces that a grammar of answers knows
-_IMAGE = r"(?:image\s*(?P<image>\d+)\s*:\s*)?"
+_IMAGE = r"(?:(?:image|frame)\s*(?P<image>\d+)\s*:\s*)?"
 _TOKEN_GROUP = re.compile(_IMAGE + r"<(?P<kind>[bpm])_st>(?P<body>.*?)<(?P=kind)_ed>", _FLAGS)
 _BRACKET = r"\[[\d\s,;]*\]"
 _TEXT_GROUP = re.compile(_IMAGE + rf"(?P<body>{_BRACKET}(?:\s*,\s*{_BRACKET})*)", _FLAGS)
@@ -58,6 +59,7 @@ class RegionCodec:
         mask_sampler: "uniform", "curvature" or "adaptive".
         target_iou: if set, the fewest points (at most `points`) whose polygons reach this IoU.
         cache_size: masks whose polygons are kept in memory (about 1 kB each): a mask is sampled once, not every epoch.
+        keyframes: in a video every so many frames, and the last, are written; `regions/tracks.py` adds the others.
     """
 
     def __init__(
@@ -68,13 +70,14 @@ class RegionCodec:
         mask_sampler: str = "adaptive",
         target_iou: float | None = None,
         cache_size: int = 16384,
+        keyframes: int = 1,
     ) -> None:
         if coords not in ("tokens", "text"):
             raise ValueError(f"coords: expected 'tokens' or 'text', got {coords!r}")
         check_options(points, mask_sampler, target_iou)
         if num_bins < 2:
             raise ValueError(f"num_bins: expected at least 2, got {num_bins}")
-        self.coords, self.num_bins, self.points = coords, num_bins, points
+        self.coords, self.num_bins, self.points, self.keyframes = coords, num_bins, points, keyframes
         self.tokens = [*MARKERS, *(f"<bin_{i}>" for i in range(num_bins))] if coords == "tokens" else []
         self.bin_values = np.arange(num_bins) / (num_bins - 1)
 
@@ -87,7 +90,7 @@ class RegionCodec:
 
         self._sample = lru_cache(maxsize=cache_size)(sample)
 
-    def encode(self, regions: list[Region], letterboxes: list[Letterbox], kind: str) -> str:
+    def encode(self, regions: list[Region], letterboxes: list[Letterbox], kind: str, unit: str = "image") -> str:
         """Write regions, in image order, as one group per image.
 
         Args:
@@ -95,6 +98,7 @@ class RegionCodec:
                 all give an empty pair.
             letterboxes: the sample's images; with more than one, every group says its image.
             kind: "mask", "box" or "point": how the regions are written; a box can be taken from a mask.
+            unit: what an image is called, "image" or "frame".
 
         Raises:
             ValueError: a region lacks what `kind` needs, lies in no image, or its mask is empty.
@@ -111,11 +115,18 @@ class RegionCodec:
         for index, letterbox in enumerate(letterboxes):
             objects = [self._object_bins(r, letterbox, kind) for r in regions if r.image == index]
             if objects:
-                prefix = f"image {index + 1}: " if len(letterboxes) > 1 else ""
+                prefix = f"{unit} {index + 1}: " if len(letterboxes) > 1 else ""
                 groups.append(prefix + self._write_group(objects, kind))
         return " ".join(groups)
 
-    def decode(self, text: str, letterboxes: list[Letterbox], kind: str | None = None, labels: bool = False) -> Parsed:
+    def decode(
+        self,
+        text: str,
+        letterboxes: list[Letterbox],
+        kind: str | None = None,
+        labels: bool = False,
+        video: bool = False,
+    ) -> Parsed:
         """Read every region group of an answer.
 
         Args:
@@ -123,6 +134,7 @@ class RegionCodec:
             letterboxes: the sample's images, in the order of their numbers.
             kind: what an empty bracket of `coords="text"` stands for, "mask" if not given; tokens say it themselves.
             labels: each region gets the phrase before its group as its label ("star [..], red cross [..]").
+            video: the images are frames. A group is of one object, whose number is the group's place in its frame.
 
         Returns:
             Regions in original pixels, float32, clipped to the image; the kind is "text" when no marker occurs; the
@@ -134,17 +146,22 @@ class RegionCodec:
         pattern = _TOKEN_GROUP if self.coords == "tokens" else _TEXT_GROUP
         regions: list[Region] = []
         kinds: set[str] = set()
-        end = 0
+        image: int | None = None
+        end = place = 0
         for match in pattern.finditer(text):
             found, objects = self._read_group(match, kind)
             kinds.add(found)
+            place = place + 1 if video and image is not None and match["image"] is None else 0
+            if video and len(objects) > 1:
+                raise RegionParseError("wrong-count", f"expected one object in a pair of a track, got {len(objects)}")
+            if place == 0 and (objects or video):
+                image = self._image_index(match["image"], len(letterboxes))
             label = re.split(r"[,.:]", text[end : match.start()])[-1].strip() if labels else None
             end = match.end()
-            if not objects:
-                continue
-            image = self._image_index(match["image"], len(letterboxes))
             for parts in objects:
-                regions.append(self._region(found, parts, image, len(regions), letterboxes[image]))
+                assert image is not None
+                number = place if video else len(regions)
+                regions.append(self._region(found, parts, image, number, letterboxes[image]))
                 regions[-1].label = label
         rest = pattern.sub(" ", text)
         if self.coords == "tokens" and (stray := _ANY_MARKER.search(rest)):

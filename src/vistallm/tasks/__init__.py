@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from vistallm.schema import PROMPT_SHAPES, Region, Sample
+from vistallm.schema import PROMPT_SHAPES, REGION_KINDS, Region, Sample
 from vistallm.tasks.texts import join
 
 _SLOT = re.compile(
@@ -64,6 +64,7 @@ class Task:
     mini: int = 10
     link: str = ""  # the kind of link that can write the answer's regions, one of `vistallm.links.LINKS`; "" = none
     mini_links: bool = False  # whether the mini world has the task only where links are on
+    video: bool = False  # whether samples are videos; the mini world has the task only where model.video is on
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -112,6 +113,10 @@ TASKS: dict[str, Task] = {
         Task("incontext", "mask", _MASK, "masks", _MASKS, ("prompt",), multi_image=True, link="SEG", mini_links=True),
         # "star {regions:0,1}, top {point:0}, right {point:1}": objects of one class, then its keypoints by name.
         Task("pose", "keypoints", _FOUND, "pose", fields=("expr", "points"), link="POSE", mini_links=True),
+        # Tracks: the regions of each target in every frame, an empty pair where it is not seen.
+        Task("video_ref", "mask", _MASKS, "video", fields=("expr",), multi_image=True, link="GRD", video=True),
+        Task("video_grounding", "box", _BOXES, "tube", fields=("expr",), multi_image=True, link="GRD", video=True),
+        Task("video_qa", "text", _ANSWER, "exact", fields=("question",), multi_image=True, mini=9, video=True),
         # Free conversation, with earlier rounds in `fields["rounds"]`.
         Task("instruct", "text", "{answer}", "caption", own_texts=True, mini=0),
     )
@@ -180,6 +185,18 @@ def find_region(sample: Sample, number: int, kind: str | None) -> Region:
         named = f"object {number} as {kind}" if kind else f"object {number}"
         raise ValueError(f"a placeholder names {named}: there is no such {kind or 'region'}, the regions are {have}")
     return fitting[0]
+
+
+def find_tracks(sample: Sample, slot: RegionSlot) -> tuple[list[list[Region]], str]:
+    """The regions of each object of a video that a placeholder of the answer names, over all frames, and their kind.
+
+    An object without any is one that is seen in no frame. Raises ValueError where the kind is not known.
+    """
+    kind = slot.kind or find_task(sample.task).kind
+    if kind not in REGION_KINDS:
+        raise ValueError(f"a track of a {sample.task} sample needs its kind, as in {{regions:0:mask}}")
+    fitting = [region for region in sample.regions if kind == region.kind or getattr(region, kind, None)]
+    return [[region for region in fitting if region.object == number] for number in slot.objects], kind
 
 
 def render(

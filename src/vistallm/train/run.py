@@ -157,7 +157,9 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
     if start:
         check_sizes(config.model.decoder, start[0])
     vocabulary = known = Vocabulary.load(start[0] / "vocabulary") if start else None
-    if vocabulary is None or config.model.links != "none" and not vocabulary.link_tokens:
+    video = config_from_file(start[0] / "config.yaml").model.video if start else config.model.video
+    adds_links = vocabulary is not None and config.model.links != "none" and not vocabulary.link_tokens
+    if vocabulary is None or adds_links or video == "none" != config.model.video:
         vocabulary = Vocabulary.build(config.model, codec, config.links)
     if vocabulary.region_tokens != codec.tokens:
         raise ValueError(
@@ -167,7 +169,8 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
         )
     data = CoinItDataModule(config, vocabulary, root)
     steps = _steps(config, data)
-    model, rows = prepare_model(config, vocabulary, start, known if vocabulary is not known else None)
+    grows = vocabulary is not known or video != config.model.video
+    model, rows = prepare_model(config, vocabulary, start, known if grows else None)
     print(f"stage {config.stage}, {config.model.name}: {steps} steps" + (f" from {start[1]}" if start else ""))
     for name, state, trainable, total in rows:
         print(f"  {name:<10} {state:<8} {trainable:>13,} of {total:>13,} parameters train")
@@ -230,7 +233,7 @@ def load_start(
     """Build the model as the checkpoint was trained, with LoRA or without, load it, then merge LoRA or add it.
 
     A stage 1 of LoRA so goes on with a frozen (merged) language model, and one without goes on with LoRA. `known` is
-    the checkpoint's vocabulary where it has no links and the model does.
+    the checkpoint's vocabulary where it has no links or videos and the model does.
     """
     former, wanted = config_from_file(start[0] / "config.yaml"), config.train.decoder == "lora"
     had = former.train.decoder == "lora"
