@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from vistallm.coinit.sources import genome, refer, text
+from vistallm.coinit.sources import genome, refer, text, video
 from vistallm.coinit.sources.attcoseg import load_attcoseg
 from vistallm.coinit.sources.base import Source, SourceOptions
 from vistallm.coinit.sources.coco import load_coco
@@ -39,6 +39,11 @@ SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "nlvr2": text.load_nlvr2,
     "coseg": load_coseg,
     "attcoseg": load_attcoseg,
+    "ref-youtube-vos": partial(video.load_expressions, "ref-youtube-vos"),
+    "ref-davis17": partial(video.load_expressions, "ref-davis17"),
+    "mevis": partial(video.load_expressions, "mevis"),
+    "hcstvg": video.load_hcstvg,
+    "activitynet-qa": video.load_activitynet_qa,
 }
 
 
