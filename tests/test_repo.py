@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 TOOLS = sorted(path for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text())
-ORDER = "config schema regions tasks links coinit mini data model train metrics evaluate ablation api".split()  # noqa: SIM905
+ORDER = "config schema regions tasks links coinit mini data model train metrics evaluate ablation api modules".split()  # noqa: SIM905
 COMMAND = re.compile(r"^(?:    |\t)((?:python|bash|sbatch) [^#\n\\]*(?:\\\n[^#\n\\]*)*)", re.MULTILINE)
 
 
