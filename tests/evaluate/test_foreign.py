@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 from pycocotools import mask as coco_mask
 from scipy import stats
 
@@ -158,7 +160,6 @@ def test_another_convention_is_a_warning_and_changes_nothing(answers, mini_root,
     predictions, _ = read(mini_root, path, "text", ["mini_rec"], "foreign.coordinates=pixels")
     assert scores_of(predictions)["mini_rec"]["p_at_50"] == 0
     told = capsys.readouterr().err
-    assert "reach out of the image" in told
     assert "coordinates=thousand order=xyxy padded=False would give" in told
 
 
@@ -252,6 +253,36 @@ def test_ids_are_matched_by_reference_sentence_or_words(answers, mini_root, tmp_
     assert "1 of 4 records name no sample" in faults[""][0]
     path.write_text(json.dumps([{"image_id": 5, "sentence": "LEFT man", "bbox": box}]))
     assert read(mini_root, path, "coco", ["mini_rec"])[0][0].parsed.regions[0].box == (0, 0, 4, 4)
+
+
+def test_a_task_of_lmms_eval_scores_text_answers_as_we_do(answers, mini_root, tmp_path):
+    """The files are what lmms-eval reads (docs/evaluation.md names the run with the real package)."""
+    from vistallm.evaluate import lmms
+
+    assert lmms.write_task(mini_root, KNOWN["mini_gres"], tmp_path) == 2
+    text = (tmp_path / "mini_gres.yaml").read_text()
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor("!function", lambda own, node: getattr(lmms, own.construct_scalar(node).rpartition(".")[2]))
+    task = yaml.load(text, loader)
+    docs = [json.loads(line) for line in Path(task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()]
+    own = {one.id: one for one in answers if one.benchmark == "mini_gres"}
+    results = []
+    for doc in docs:
+        one, size = own[doc["id"]], (doc["width"], doc["height"])
+        assert task["doc_to_visual"](doc)[0].size == size
+        assert task["doc_to_text"](doc, task["lmms_eval_specific_kwargs"]["vistallm"]) == one.prompt
+        assert "JSON list of polygons" in task["doc_to_text"](doc, task["lmms_eval_specific_kwargs"]["default"])
+        polygons = [(p / size).round(6).tolist() for region in one.parsed.regions for p in region.polygons]
+        results.append(task["process_results"](doc, [json.dumps(polygons)]))
+        assert "score" not in next(iter(results[-1].values()))
+    expected = scores_of(own.values())["mini_gres"]
+    for row in task["metric_list"]:
+        found, truth = row["aggregation"]([one[row["metric"]] for one in results]), expected[row["metric"]]
+        assert math.isnan(found) if truth is None else found == pytest.approx(100 * truth, abs=0.5)
+    unreadable = task["process_results"](docs[0], ["[0.1, 0.2, 0.3, 0.4]"])["giou"]
+    assert unreadable["failure"] == "malformed"
+    with pytest.raises(ValueError, match="expected a benchmark of masks or boxes"):
+        lmms.write_task(mini_root, KNOWN["mini_vqa"], tmp_path)
 
 
 def test_intervals_are_those_of_scipy():

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -28,7 +28,7 @@ from vistallm.metrics.regions import box_iou, boxes_of
 from vistallm.metrics.words import read_words
 from vistallm.regions.letterbox import Letterbox
 from vistallm.regions.masks import mask_to_rle, rle_area, segmentation_to_rle
-from vistallm.schema import ImageInfo, Parsed, Prediction, Region, Sample
+from vistallm.schema import Parsed, Prediction, Region, Sample
 from vistallm.tasks import Task, find_task, write_answer
 
 Record = dict[str, Any]
@@ -43,17 +43,13 @@ _GROUP = re.compile(rf"[\[(]\s*({_NUMBER}(?:[\s,;]+{_NUMBER})*)\s*[\])]")
 
 @dataclass
 class Given:
-    """What a file gives for one sample.
-
-    numbers: boxes and polygons as written, one list of coordinates each. none: whether it says "no target", None where
-    its format has no word for it and no region means no target.
-    """
+    """What a file gives for one sample; `none`: whether it says "no target", None where no region says it."""
 
     text: str = ""
     masks: list[Any] = field(default_factory=list)  # COCO segmentations, or paths of mask images
-    numbers: list[list[float]] = field(default_factory=list)
+    numbers: list[list[float]] = field(default_factory=list)  # boxes and polygons, as written
     none: bool | None = None
-    size: tuple[float, float] | None = None  # width and height of the image that pixel coordinates are of
+    size: tuple[float, float] | None = None  # width and height of the image that pixels are of; None = its own
 
 
 def read_foreign(config: Config, root: Path, chosen: Mapping[str, Benchmark], faults: Faults) -> list[Prediction]:
@@ -154,35 +150,31 @@ def _answer(
     benchmark: Benchmark, samples: list[Sample], found: Mapping[str, list[Record]], config: Config, faults: Faults
 ) -> list[Prediction]:
     """Set the records of each sample beside its target; count what is missing, repeated or malformed, print doubts."""
-    task, declared = find_task(benchmark.task), config.foreign if config.format == "text" else COCO_BOXES
-    predictions, written, wrong = [], list[tuple[Given, Prediction]](), dict[str, list[str]]()
+    declared, wrong = config.foreign if config.format == "text" else COCO_BOXES, dict[str, list[str]]()
+    predictions, written = [], list[tuple[Given, Prediction]]()
     for sample in samples:
-        own, given = list[Record](), Given()
-        parsed: Parsed | None = None
-        failure: str | None = "missing"
-        for record in found.get(sample.id, ()):
-            if record in own or own and config.format == "text":
-                wrong.setdefault("more than one record, the first counts", []).append(sample.id)
-            else:
-                own.append(record)
-        try:
-            if own:
-                given = _merge(own, config)
-                parsed, failure = _read(given, task, sample.images[0], declared)
-            else:
-                wrong.setdefault("no record, which counts as wrong", []).append(sample.id)
-        except (KeyError, StopIteration, TypeError, ValueError) as error:
-            failure = "malformed"
-            wrong.setdefault("a malformed record, which counts as wrong", []).append(f"{sample.id}: {error!r}")
-        prompt = str(sample.fields.get("expr", sample.fields.get("question", "")))
+        records, given = found.get(sample.id, []), Given()
+        parsed, failure = cast(Parsed | None, None), cast(str | None, "missing")
+        own = [one for n, one in enumerate(records) if not n or config.format != "text" and one not in records[:n]]
+        if len(own) < len(records):
+            wrong.setdefault("more than one record, the first counts", []).append(sample.id)
         images = [{"width": image.width, "height": image.height} for image in sample.images]
-        target = target_of(sample, write_answer(sample))
+        target, prompt = target_of(sample, write_answer(sample)), sample.fields.get("expr", "")
+        if own:
+            try:
+                given = _merge(own, config)
+                parsed, failure = read_given(given, find_task(sample.task), images[0], declared)
+            except (KeyError, StopIteration, TypeError, ValueError) as error:
+                failure = "malformed"
+                wrong.setdefault("a malformed record, which counts as wrong", []).append(f"{sample.id}: {error!r}")
+        else:
+            wrong.setdefault("no record, which counts as wrong", []).append(sample.id)
         one = Prediction(sample.id, benchmark.name, sample.task, prompt, given.text, parsed, failure, images, target)
         predictions.append(one)
-        written += [(given, one)] if task.kind == "box" and parsed and given.numbers and target["regions"] else []
+        written += [(given, one)] if parsed and given.numbers and target["regions"] else []
     for what, ids in wrong.items():
         faults.add(benchmark.name, f"{len(ids)} of {len(samples)} samples have {what}; the first is {ids[0]}")
-    for doubt in doubts(written, declared):
+    if doubt := doubt_of(written[:: len(written) // CHECKED + 1], declared):
         print(f"eval.py: warning: {benchmark.name}: {doubt}", file=sys.stderr)
     return predictions
 
@@ -192,19 +184,22 @@ def _merge(records: list[Record], config: Config) -> Given:
     first = records[0]
     size = (float(first["width"]), float(first["height"])) if {"width", "height"} <= first.keys() else None
     if config.format == "text":
-        text = str(next(first[key] for key in TEXT_KEYS if key in first))
-        numbers = written_numbers(text)
-        return Given(text, [], numbers, bool(not numbers and re.search(config.foreign.none, text)), size)
+        return text_given(str(next(first[key] for key in TEXT_KEYS if key in first)), config.foreign.none, size)
     given = Given(size=size)
     for record in records:
-        boxes = record.get("boxes", [record["bbox"]] if "bbox" in record else [])
-        masks = record.get("masks", [record["segmentation"]] if "segmentation" in record else [])
         if not {"boxes", "bbox", "masks", "segmentation", "no_target"} & record.keys():
             raise ValueError("expected segmentation, bbox or no_target")
-        given.numbers += boxes if not masks else []
+        masks = record.get("masks", [record["segmentation"]] if "segmentation" in record else [])
         given.masks += masks
+        given.numbers += [] if masks else record.get("boxes", [record["bbox"]] if "bbox" in record else [])
         given.none = record.get("no_target", given.none)
     return given
+
+
+def text_given(text: str, none: str, size: tuple[float, float] | None = None) -> Given:
+    """Find the numbers of a text answer; without any, the regular expression `none` says whether it means no target."""
+    numbers = written_numbers(text)
+    return Given(text, [], numbers, not numbers and re.search(none, text) is not None, size)
 
 
 def written_numbers(text: str) -> list[list[float]]:
@@ -224,12 +219,18 @@ def written_numbers(text: str) -> list[list[float]]:
     return [group for group in groups if len(group) >= 4]
 
 
-def _read(given: Given, task: Task, image: ImageInfo, declared: ForeignConfig) -> tuple[Parsed | None, str | None]:
-    """Return the answer of one sample and None, or None and why it can't be read, as `read_answer` does."""
+def read_given(
+    given: Given, task: Task, image: Mapping[str, Any], declared: ForeignConfig
+) -> tuple[Parsed | None, str | None]:
+    """Return (answer, None) or (None, reason), as `read_answer` does; `image`: its "width" and "height".
+
+    Raises ValueError for a mask of another size, or numbers that are no box or polygon.
+    """
     if task.kind == "text":
         answer, failure = read_words(given.text, task.metric)
         return (None, failure) if answer is None else (Parsed("text", [], answer), None)
-    size, rles = (image.width, image.height), [_rle(mask, image) for mask in given.masks]
+    size = (image["width"], image["height"])
+    rles = [_rle(mask, *size) for mask in given.masks]
     regions = [Region(0, "mask", rle=rle) for rle in rles if rle_area(rle)]
     for points in (np.clip(place(numbers, task.kind, size, declared, given), 0, size) for numbers in given.numbers):
         if task.kind == "mask":
@@ -247,14 +248,14 @@ def _read(given: Given, task: Task, image: ImageInfo, declared: ForeignConfig) -
     return Parsed(task.kind, [Region.from_json(region.to_json()) for region in regions], given.text), None
 
 
-def _rle(mask: Any, image: ImageInfo) -> Record:
+def _rle(mask: Any, width: int, height: int) -> Record:
     """The run lengths of a segmentation or of a mask image of the image's own size; ValueError for another size."""
     if not isinstance(mask, str):
-        return segmentation_to_rle(mask, image.height, image.width)
+        return segmentation_to_rle(mask, height, width)
     pixels = cv2.imread(mask, cv2.IMREAD_GRAYSCALE)
-    if pixels is None or pixels.shape != (image.height, image.width):
+    if pixels is None or pixels.shape != (height, width):
         got = "no image" if pixels is None else f"{pixels.shape[1]} x {pixels.shape[0]}"
-        raise ValueError(f"{mask}: expected a mask of {image.width} x {image.height} pixels, got {got}")
+        raise ValueError(f"{mask}: expected a mask of {width} x {height} pixels, got {got}")
     if Path(mask).suffix == ".png" and len(np.unique(pixels)) > 2:
         raise ValueError(f"{mask}: expected two grey values, got {len(np.unique(pixels))}; threshold it yourself")
     return mask_to_rle(pixels > pixels.max() / 2)  # LISA writes 0 and 100, as JPEG: greys stand around both
@@ -278,36 +279,24 @@ def place(numbers: list[float], kind: str, own: tuple[int, int], declared: Forei
     return pixels - Letterbox(*own, 1).padding if declared.padded else pixels
 
 
-def doubts(written: list[tuple[Given, Prediction]], declared: ForeignConfig) -> list[str]:
-    """Return what speaks against the declared convention: boxes outside of the image, or another one that fits better.
+def doubt_of(written: list[tuple[Given, Prediction]], declared: ForeignConfig) -> str:
+    """Return what speaks against the declared convention, "" for nothing: another one fits the targets better.
 
-    Others are compared with it by the mean over samples of the best IoU with a target; nothing is read by them.
+    They are compared by the mean over samples of the best box IoU with a target; nothing is read by the others.
     """
-    chosen, found = written[:: len(written) // CHECKED + 1], list[str]()
-    sizes = [(int(one.images[0]["width"]), int(one.images[0]["height"])) for _, one in chosen]
-    targets = [boxes_of([Region.from_json(region) for region in one.target["regions"]]) for _, one in chosen]
-
-    def boxes(convention: ForeignConfig) -> list[np.ndarray]:
-        """The (n, 4) boxes of each sample."""
-        return [
-            np.concatenate([place(numbers, "box", size, convention, given).reshape(-1, 4) for numbers in given.numbers])
-            for (given, _), size in zip(chosen, sizes, strict=True)
-        ]
 
     def fit(convention: ForeignConfig) -> float:
-        return float(np.mean([box_iou(*pair).max() for pair in zip(boxes(convention), targets, strict=True)]))
+        ious = []
+        for given, one in written:
+            answer = read_given(given, find_task(one.task), one.images[0], convention)[0]
+            target = boxes_of([Region.from_json(region) for region in one.target["regions"]])
+            ious.append(box_iou(boxes_of(answer.regions), target).max(initial=0) if answer else 0)
+        return float(np.mean(ious))
 
-    if not chosen:
-        return []
-    pairs = zip(boxes(declared), sizes, strict=True)
-    outside = sum(bool(((own < -1) | (own > np.tile(size, 2) + 1)).any()) for own, size in pairs)
-    if outside > 0.02 * len(chosen):
-        found.append(f"boxes of {outside} of {len(chosen)} samples reach out of the image as declared and are cut off")
-    options = itertools.product(CHOICES["foreign.coordinates"][1:], CHOICES["foreign.order"], (False, True))
-    others = {option: fit(ForeignConfig(str(option[0]), str(option[1]), option[2])) for option in options}
-    best = max(others, key=lambda option: others[option])
-    now = others[declared.coordinates, declared.order, declared.padded]
-    if others[best] > now + DOUBT:
-        words = "coordinates={} order={} padded={}".format(*best)
-        found.append(f"mean box IoU is {now:.2f} as declared; {words} would give {others[best]:.2f}: check the format")
-    return found
+    options = itertools.product(map(str, CHOICES["foreign.coordinates"][1:]), ("xyxy", "yxyx", "xywh"), (False, True))
+    fits = {option: fit(ForeignConfig(*option)) for option in options} if written else {}
+    best, now = max(fits, key=lambda option: fits[option], default=None), declared.coordinates or ""
+    if best is None or fits[best] <= (own := fits[now, declared.order, declared.padded]) + DOUBT:
+        return ""
+    words = "coordinates={} order={} padded={}".format(*best)
+    return f"mean box IoU is {own:.2f} as declared; {words} would give {fits[best]:.2f}: check what the system writes"
