@@ -4,7 +4,8 @@
 
 Its own keys: gpus, gpu, samples (per epoch), epochs, batch (samples of all GPUs per step; default: what the config
 gives), tokens, supervised, images, instruction (means of one sample; `train.py ... dry_run=true` measures them on your
-shards), efficiency (share of the GPU's peak that training reaches; a guess until `bench.py train` measures yours).
+shards; with model.video images is data.frames), efficiency (share of the GPU's peak that training reaches; a guess
+until `bench.py train` measures yours).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def main(words: list[str]) -> int:
         return 0
     own, config = read_words(words)
     gpus, gpu, size = own["gpus"], GPUS[own["gpu"]], config.data.batch_size
-    images = own["images"] or (2.5 if config.stage == 2 else 1.0)
+    video = config.model.video != "none"
+    images = own["images"] or (config.data.frames if video else 2.5 if config.stage == 2 else 1.0)
     tokens = own["tokens"] or round(FIXED_TOKENS + (config.model.tokenizer.queries + 4) * images)
     plan = make_plan(config, Workload(size, round(size * images), tokens, own["supervised"], own["instruction"]), gpus)
     print(f"stage {config.stage}, {config.model.name}, strategy={config.strategy}, {gpus} x {own['gpu']}")

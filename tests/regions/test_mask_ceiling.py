@@ -98,3 +98,33 @@ def test_what_cannot_be_read_is_one_line_and_exit_code_one(ceiling, tmp_path):
         assert err.startswith("mask_ceiling: ")
         assert said in err
         assert len(err.splitlines()) == 1
+
+
+def test_tracks_of_videos_with_fewer_frames_written(ceiling, tmp_path):
+    picture = cv2.imencode(".png", np.zeros((60, 80, 3), np.uint8))[1].tobytes()
+
+    def box(x, y):
+        mask = np.zeros((60, 80), bool)
+        mask[y : y + 16, x : x + 20] = True
+        return mask_to_rle(mask)
+
+    infos, fields = [ImageInfo(f"{i}.png", 80, 60) for i in range(5)], {"video": True, "expr": "it"}
+    straight, turning = [(5 + 8 * i, 5 + 4 * i) for i in range(5)], [(5, 5), (45, 40), (5, 5), (45, 40), (5, 5)]
+    written = [
+        (Sample(name, "video_ref", "made", infos, fields=fields, regions=regions), [(picture, "png")] * 5)
+        for name, path in (("straight", straight), ("turning", turning))
+        for regions in [[Region(frame, "mask", 0, rle=box(*place)) for frame, place in enumerate(path)]]
+    ]
+    for number, one in enumerate(written):
+        write_shard(tmp_path, "test", number, [one])
+    for number, expected in ((0, [1, 1]), (1, [1, 3 / 5])):  # a straight motion is kept, two of five frames are wrong
+        words = ("--keyframes", 1, 2, "--points", 8, "--sampler", "adaptive")
+        code, out, _ = ceiling(tmp_path / f"test-{number:06d}.tar", *words)
+        assert code == 0
+        rows = [line.split() for line in out.splitlines()[2:]]
+        assert [row[0] for row in rows] == ["1", "2"]
+        assert [float(row[4]) for row in rows] == pytest.approx(expected, abs=0.06)
+        assert float(rows[1][6]) < 0.7 * float(rows[0][6])
+    code, _, err = ceiling(tmp_path / "test-000000.tar", "--keyframes", 1, "--points", 2)
+    assert code == 1
+    assert err.startswith("mask_ceiling: ")

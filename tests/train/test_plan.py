@@ -132,6 +132,16 @@ def test_vicuna_7b_has_its_published_size():
     assert sum(plan.memory.values()) < 40 * GIB
 
 
+def test_a_video_costs_its_frames_and_what_tells_them_apart():
+    work, eight = replace(WORK, tokens=400), replace(WORK, images=16, tokens=400)
+    kinds = ("index", "embedding", "attention")
+    plain, embedded, mixed = (by_name(make_plan(mini(f"model.video={kind}"), eight)) for kind in kinds)
+    width = mini().model.tokenizer.hidden_size
+    assert embedded["tokenizer"].parameters - plain["tokenizer"].parameters == 64 * width
+    assert mixed["tokenizer"].parameters - embedded["tokenizer"].parameters == 4 * width**2 + 6 * width
+    assert plain["encoder"].forward == 8 * by_name(make_plan(mini(), work))["encoder"].forward
+
+
 def test_offloaded_state_waits_in_host_memory():
     words = ("strategy=fsdp", "train.cpu_offload=true")
     plain, offloaded = make_plan(mini(words[0]), WORK, 2), make_plan(mini(*words), WORK, 2)

@@ -165,7 +165,8 @@ def build_parts(config: Config) -> tuple[ImageEncoder, Tokenizer, Any]:
     read = config.links.blocks if linked else ()
     encoder = ImageEncoder(replace(model.encoder, weights=None), model.tokenizer.class_token, read)
     words, width = len(RegionCodec(coords=config.coords, num_bins=config.num_bins).tokens), model.decoder.hidden_size
-    tokenizer = build_tokenizer(model.tokenizer, BERT_ROWS + words, encoder.tokens, encoder.width, width)
+    rows = BERT_ROWS + words
+    tokenizer = build_tokenizer(model.tokenizer, rows, encoder.tokens, encoder.width, width, model.video)
     rows = VICUNA_ROWS + len(IMAGE_TOKENS) + words + (len(link_tokens(config.links)) if linked else 0)
     decoder: Any = AutoModelForCausalLM.from_config(llama_config(model.decoder, rows), attn_implementation="sdpa")
     if train.decoder == "lora":
