@@ -57,7 +57,7 @@ def test_every_mini_task_has_a_benchmark(predictions):
     assert {b.task for b in BENCHMARKS.values() if b.data == "mini" and b.needs_video} == set(VIDEO_MAKERS)
     assert {b.task for b in mini if not b.needs_links} == {p.task for p in predictions} == set(MAKERS)
     linked = {task for task in TASKS if task in MAKERS | LINK_MAKERS and TASKS[task].link}
-    assert {b.task for b in mini if b.head == "link"} == linked - {"coseg", "attcoseg"}
+    assert {b.task for b in mini if b.head == "link"} == linked
     assert {b.task for b in mini if b.needs_links and b.head == "text"} == set(LINK_MAKERS) - {"pose"}
 
 

@@ -122,11 +122,17 @@ Scores = dict[str, BenchmarkScores]
 
 
 def load_benchmarks(path: Path = BENCHMARKS_FILE) -> dict[str, Benchmark]:
-    """Read benchmarks.yaml; raises ValueError naming the entry and the key that is wrong, all at once."""
+    """Read benchmarks.yaml; raises ValueError naming the entry and the key that is wrong, all at once.
+
+    An entry whose task can be answered by text and by links is followed by its twin by the other head, `NAME_link` or
+    `NAME_text`.
+    """
     benchmarks, problems = {}, []
     for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         try:
-            benchmarks[name] = Benchmark(name, **entry)
+            benchmarks[name] = one = Benchmark(name, **entry)
+            for head in set(find_task(one.task).heads) - {one.head}:
+                benchmarks[f"{name}_{head}"] = dataclasses.replace(one, name=f"{name}_{head}", head=head)
         except (TypeError, ValueError) as error:
             problems.append(f"{path.name}, {name}: {error}")
     if problems:
