@@ -1,7 +1,8 @@
 """The configuration: schema <- default.yaml <- stage, model, data groups <- `key=value` overrides.
 
 In: command-line words. Out: a checked `Config`. Every key is declared here with its unit; an unknown key is an error.
-A group file may hold `stage_1:` / `stage_2:` mappings, which count only in that stage (mini trains more than Vicuna).
+A group file may hold `stage_1:`, `stage_2:` and `stage_rl:` mappings, which count only in that stage (mini trains more
+than Vicuna).
 """
 
 from __future__ import annotations
@@ -163,6 +164,23 @@ class TrainConfig:
 
 
 @dataclass
+class ReinforceConfig:
+    """stage=rl: answers are sampled, scored and made more or less probable (docs/reinforcement.md)."""
+
+    tasks: list[str] = field(default_factory=lambda: ["res", "gres", "rec", "grec", "coseg", "attcoseg"])  # sampled
+    loss: str = "coordinate"  # coordinate | grpo | dr_grpo | gspo
+    copies: int = 2  # G: answers sampled for one prompt
+    temperature: float = 0.5  # of sampling, and of the probabilities that the loss sees
+    moves: list[int] = field(default_factory=lambda: [1, 2, 4])  # bins by which `coordinate` moves each coordinate
+    power: float = 1.0  # of an object's IoU in the reward; 2 = squared
+    boundary: float = 0.0  # share of the boundary's IoU in an object's reward, in [0, 1]
+    clip: float = 0.2  # of the ratio to the sampler's probabilities in grpo, dr_grpo and gspo
+    kl: float = 0.0  # weight of the divergence from the model of ckpt=, per token; > 0 keeps a copy of it
+    replay: float = 1.0  # gradient of the other tasks' supervised loss against the reward's, at the LM head; 0 = none
+    shuffle: bool = False  # the control: rewards of a step in random order, which must not gain
+
+
+@dataclass
 class CheckpointConfig:
     """When checkpoints are written."""
 
@@ -216,7 +234,7 @@ class LogConfig:
 class Config:
     """One run."""
 
-    stage: int = 1
+    stage: int | str = 1  # 1 | 2 | rl
     name: str | None = None  # null = stage<k>-<model>
     run_dir: str | None = None  # null = runs/<name>
     ckpt: str | None = None  # run folder or file whose weights the run starts from
@@ -241,6 +259,7 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     val: ValConfig = field(default_factory=ValConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -250,7 +269,8 @@ class Config:
 
 OPEN_KEYS = ("trainer", "compare", "data.weights", "data.sources", "data.max_per_task")  # mappings of any keys
 CHOICES = {
-    "stage": (1, 2),
+    "stage": (1, 2, "rl"),
+    "reinforce.loss": ("coordinate", "grpo", "dr_grpo", "gspo"),
     "strategy": ("auto", "single", "ddp", "fsdp"),
     "precision": ("auto", "fp32", "bf16"),
     "coords": ("tokens", "text"),
@@ -269,10 +289,12 @@ CHOICES = {
 }
 LEAST = {  # the smallest value -> numbers that must not be below it
     0: "data.workers data.max_reject_share train.lr train.encoder_lr train.tokenizer_lr train.links_lr "
-    "train.weight_decay train.warmup train.gradient_clip train.bin_sigma links.weight links.share log.every_n_seconds",
+    "train.weight_decay train.warmup train.gradient_clip train.bin_sigma links.weight links.share log.every_n_seconds "
+    "reinforce.power reinforce.boundary reinforce.clip reinforce.kl reinforce.replay",
     1: "model.encoder.image_size model.tokenizer.queries model.decoder.lora_rank data.batch_size data.shuffle_buffer "
     "data.mix_shards data.pool_batches data.max_length checkpoint.every_n_steps checkpoint.keep val.samples "
-    "decode.max_new_tokens decode.batch_size data.frames video.keyframes links.queries links.layers links.heads",
+    "decode.max_new_tokens decode.batch_size data.frames video.keyframes links.queries links.layers links.heads "
+    "reinforce.copies",
     2: "num_bins",
     3: "points",
 }

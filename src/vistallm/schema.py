@@ -218,6 +218,25 @@ class Batch:
 
 
 @dataclass
+class RolloutBatch:
+    """Samples whose answers a model is to draw (stage=rl), and others whose true answers it replays."""
+
+    prompts: Batch  # left-padded, without answers
+    samples: list[Sample]  # of its rows, without pixels
+    answers: list[str]  # their true ones, as text
+    replay: Batch | None  # None without replay
+    rejects: int = 0  # as Batch.rejects
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
+        """Return it with every tensor on `device`."""
+        replay = self.replay and self.replay.to(device, non_blocking)
+        return dataclasses.replace(self, prompts=self.prompts.to(device, non_blocking), replay=replay)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass
 class Parsed:
     """What an answer says."""
 

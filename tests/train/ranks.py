@@ -41,11 +41,12 @@ def launch(runs, world, folder, script=__file__):
 
 def main():
     from vistallm.config import load_config
+    from vistallm.evaluate.rollouts import RolloutSampler
     from vistallm.evaluate.run import validator
     from vistallm.train.run import train
 
     for words in json.loads(Path(sys.argv[1]).read_text()):
-        train(load_config([word.replace("{rank}", os.environ["RANK"]) for word in words]), validator)
+        train(load_config([word.replace("{rank}", os.environ["RANK"]) for word in words]), validator, RolloutSampler)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,7 @@ from vistallm.coinit.shards import is_remote, read_index
 from vistallm.config import Config
 from vistallm.data.mixture import build_mixture, find_folders, require_folders
 from vistallm.data.order import Epoch
-from vistallm.data.sequence import Sequence, SequenceBuilder, collate
+from vistallm.data.sequence import Sequence, SequenceBuilder, collate, collate_rollouts
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.build import ensure_mini
@@ -110,11 +112,13 @@ class CoinItDataModule(L.LightningDataModule):
         """Optimizer steps of one pass over the weighted training split."""
         return max(1, self.mixture.total(0) // (self.config.data.batch_size * world_size * accumulate))
 
-    def stream(self, rank: int, world_size: int, workers: int, rejects: RejectLog) -> TrainStream:
+    def stream(
+        self, rank: int, world_size: int, workers: int, rejects: RejectLog, collate: Callable[..., Any] = collate
+    ) -> TrainStream:
         """One rank's endless stream, from `batches_done` on."""
         data = dataclasses.replace(self.config.data, workers=workers, lanes=self.lanes)
         place = (self.config.seed, rank, world_size, self.batches_done)
-        return TrainStream(self.mixture, self.builder, data, rejects, *place)
+        return TrainStream(self.mixture, self.builder, data, rejects, *place, collate)
 
     def missing_shards(self) -> list[str]:
         """Local training shards that the index lists and that are not there."""
@@ -127,7 +131,10 @@ class CoinItDataModule(L.LightningDataModule):
         assert trainer is not None
         if missing := self.missing_shards():
             raise ValueError(f"{self.root}: {len(missing)} shard(s) of the index are not there, first {missing[0]}")
-        stream = self.stream(trainer.global_rank, trainer.world_size, workers, reject_log(self.config))
+        own, make = self.config.reinforce, cast(Callable[..., Any], collate)
+        if self.config.stage == "rl":
+            make = functools.partial(collate_rollouts, tasks=own.tasks, replay=own.replay > 0)
+        stream = self.stream(trainer.global_rank, trainer.world_size, workers, reject_log(self.config), make)
         return DataLoader(
             stream, None, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_outlive_first_sigterm
         )

@@ -113,8 +113,8 @@ def _sizes(weights: dict[Column, float], counts: dict[Column, int], side: int) -
     return sizes
 
 
-def stage_weights(weights: dict[str, float], stage: int) -> dict[str, float]:
-    """The task weights: as given, or every single-image (stage 1) or multi-image (stage 2) task once."""
+def stage_weights(weights: dict[str, float], stage: int | str) -> dict[str, float]:
+    """The task weights: as given, or every single-image (stage 2: multi-image) task once."""
     if unknown := sorted(set(weights) - set(TASKS)):
         raise ValueError(f"data.weights: unknown task(s) {', '.join(unknown)}; known: {', '.join(TASKS)}")
     return dict(weights) or {name: 1.0 for name, task in TASKS.items() if task.multi_image == (stage == 2)}

@@ -9,8 +9,10 @@ regions are written by one of two heads: region tokens ("text"), or links, whose
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import cv2
@@ -27,7 +29,7 @@ from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox, square_resize
 from vistallm.regions.masks import rle_to_mask
 from vistallm.regions.tracks import write_tracks
-from vistallm.schema import IGNORE_INDEX, Batch, Region, Sample, SampleReject
+from vistallm.schema import IGNORE_INDEX, Batch, Region, RolloutBatch, Sample, SampleReject
 from vistallm.tasks import (
     TASKS,
     RegionSlot,
@@ -317,6 +319,24 @@ def _frame_places(sequences: list[Sequence]) -> Tensor | None:
         return None
     places = [torch.arange(len(s.images)) if s.sample.video else torch.full((len(s.images),), -1) for s in sequences]
     return torch.cat(places)
+
+
+def collate_rollouts(
+    sequences: list[Sequence], vocabulary: Vocabulary, tasks: Collection[str], replay: bool
+) -> RolloutBatch:
+    """Pad the prompts of the samples of `tasks` (that text answers), and the other samples whole for the replay.
+
+    All processes run both: where a batch lacks samples of one kind, its first sample stands for them.
+    """
+    drawn = [one for one in sequences if one.sample.task in tasks and one.head == "text"]
+    rest = [one for one in sequences if one.sample.task not in tasks or one.head != "text"] or sequences[:1]
+    drawn = drawn or sequences[:1]
+    return RolloutBatch(
+        prompts=collate(drawn, vocabulary, generation=True),
+        samples=[dataclasses.replace(one.sample, pixels=None) for one in drawn],
+        answers=[one.answer for one in drawn],
+        replay=collate(rest, vocabulary) if replay else None,
+    )
 
 
 def _pad(rows: list[Tensor], value: int, left: bool = False) -> Tensor:

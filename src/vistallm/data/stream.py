@@ -11,10 +11,11 @@ import json
 import os
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -67,7 +68,7 @@ class TrainStream(IterableDataset):
     """Endless batches of one rank.
 
     `data.lanes` must be a multiple of world_size x workers; None = exactly that many. The first `done` batches of the
-    run, over all ranks, are skipped by the index.
+    run, over all ranks, are skipped by the index. `collate` makes a batch of sequences and the vocabulary.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class TrainStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         done: int = 0,
+        collate: Callable[..., Any] = collate,
     ) -> None:
         super().__init__()
+        self.collate = collate
         self.mixture, self.builder, self.data, self.rejects = mixture, builder, data, rejects
         self.seed, self.rank, self.world_size, self.done = seed, rank, world_size, done
         self.workers = max(data.workers, 1)
@@ -141,7 +144,7 @@ class TrainStream(IterableDataset):
         rows.sort(key=lambda sequence: len(sequence.input_ids))
         edges = [round(i * len(rows) / pool) for i in range(pool + 1)]
         order = random.Random(seed).sample(range(pool), pool)
-        batches = [collate(rows[edges[i] : edges[i + 1]], self.builder.vocabulary) for i in order]
+        batches = [self.collate(rows[edges[i] : edges[i + 1]], self.builder.vocabulary) for i in order]
         batches[0].rejects = self.rejects.counts.total() - before
         return batches
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.generation import LogitsProcessor
 
 from vistallm.data.vocabulary import Vocabulary
@@ -36,6 +37,8 @@ class Output:
     token_loss: Tensor  # (M,) float32, with gradient
     row: Tensor  # (M,) int64: the sample of each token
     correct: Tensor  # (M,) bool: whether it is the most probable one
+    states: Tensor  # (M, C) of the last layer, with gradient
+    logits: Tensor  # (M, V) float32, with gradient
     link_loss: Tensor | None = None  # () float32, summed over the batch's links and objects, with gradient
     link_parts: dict[str, Tensor] = field(default_factory=dict)  # its parts, () float32 each
 
@@ -65,6 +68,24 @@ class Generated:
 
     ids: Tensor  # (B, G) int64 new token ids, padded after the end token
     links: list[list[LinkAnswer]]  # of each row, what its links found, in the order of the answer; empty without links
+
+
+@dataclass
+class Prompts:
+    """Prompts as the language model has read them, each G times in a row for as many answers: N = B * G rows."""
+
+    states: Tensor  # (N, C), of the last token
+    cache: Any  # keys and values (transformers' DynamicCache)
+    mask: Tensor  # (N, T) int64, 0 = left padding
+
+
+@dataclass
+class Drawn:
+    """An answer drawn by chance for each of N rows."""
+
+    ids: Tensor  # (N, L) int64, padded after the end token
+    logprob: Tensor  # (N, L) float32, of each token when it was drawn
+    allowed: Tensor  # (N, L, V) bool, the tokens that could be drawn
 
 
 class VistaLLM(nn.Module):
@@ -137,12 +158,13 @@ class VistaLLM(nn.Module):
         targets = batch.labels[:, 1:]
         row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
         target = targets[row, position]
-        logits = self.decoder.get_output_embeddings()(hidden[row, position]).float()
+        states = hidden[row, position]
+        logits = self.decoder.get_output_embeddings()(states).float()
         token_loss = F.cross_entropy(logits, target, reduction="none")
         if self.bin_sigma > 0:
             is_bin = torch.isin(target, self.bin_ids)
             token_loss = torch.where(is_bin, self._soft_bin_loss(logits, target), token_loss)
-        output = Output(token_loss, row, logits.detach().argmax(-1) == target)
+        output = Output(token_loss, row, logits.detach().argmax(-1) == target, states, logits)
         if self.links is not None and self.region_encoder is not None:
             pixels, states = self._stem_pixels(batch), self._slot_states(batch.input_ids, hidden)[0]
             links = batch.links or links_to_find([], [], [], pixels.shape[-1] // 2).to(hidden.device)
@@ -198,6 +220,69 @@ class VistaLLM(nn.Module):
             return Generated(ids, [[] for _ in ids])
         # The first state is of the prompt's last token; a link that the limit has cut lacks its last states.
         return Generated(ids, self._find(batch, ids[:, : len(states) - 1], states[1:], patches))
+
+    def read_prompts(self, batch: Batch, copies: int) -> Prompts:
+        """Read the prompts of a left-padded batch once, for `copies` answers each."""
+        mask = batch.attention_mask
+        with training_attention():
+            output = self.language_model()(
+                inputs_embeds=self.input_embeddings(batch),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=True,
+            )
+        output.past_key_values.batch_repeat_interleave(copies)
+        states, mask = (t.repeat_interleave(copies, 0) for t in (output.last_hidden_state[:, -1], mask))
+        return Prompts(states, output.past_key_values, mask)
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Prompts, limit: int, temperature: float, grammar: LogitsProcessor, sharded: bool = False
+    ) -> Drawn:
+        """Draw an answer of at most `limit` tokens for each row; `sharded`: all processes take equally many steps."""
+        states, mask, cache, text = prompts.states, prompts.mask, DynamicCache(), self.vocabulary.lm
+        for number, layer in enumerate(prompts.cache.layers):
+            cache.update(layer.keys.detach(), layer.values.detach(), number)
+        ids, logprobs, allowed = mask.new_zeros(len(mask), 0), list[Tensor](), list[Tensor]()
+        going = torch.arange(len(mask), device=mask.device)  # rows that are still read
+        ended = torch.zeros_like(going, dtype=torch.bool)
+        waiting = torch.ones((), device=mask.device)
+        while True:
+            if waiting:
+                scores = self.decoder.get_output_embeddings()(states).float()
+                scores = scores.new_zeros(len(ids), scores.shape[1]).index_copy(0, going, scores)
+                logprob = torch.log_softmax(grammar(ids, scores) / temperature, 1)
+                token = torch.multinomial(logprob.exp(), 1)
+                allowed.append(logprob.isfinite())
+                logprobs.append(logprob.gather(1, token)[:, 0])
+                token = torch.where(ended, text.pad_token_id, token[:, 0])
+                ids, ended = torch.cat([ids, token[:, None]], 1), ended | (token == text.eos_token_id)
+            waiting = (~ended.all() & (ids.shape[1] < limit)).float()
+            others = waiting.clone()
+            if sharded:
+                dist.all_reduce(others, dist.ReduceOp.MAX)
+            if not others:
+                return Drawn(ids, torch.stack(logprobs, 1), torch.stack(allowed, 1))
+            kept = (~ended[going]).nonzero()[:, 0]
+            if 0 < len(kept) <= len(going) // 2:
+                cache.batch_select_indices(kept)
+                going, mask = going[kept], mask[kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            states = self._read_on(ids[going, -1:], cache, mask)[:, -1]
+
+    def answer_logits(self, prompts: Prompts, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states (N, L, C) and logits (N, L, V) float32 of answers (N, L), with gradient; uses `prompts` up."""
+        mask = torch.cat([prompts.mask, prompts.mask.new_ones(len(ids), ids.shape[1] - 1)], 1)
+        with training_attention():
+            states = torch.cat([prompts.states[:, None], self._read_on(ids[:, :-1], prompts.cache, mask)], 1)
+        return states, self.decoder.get_output_embeddings()(states).float()
+
+    def _read_on(self, ids: Tensor, cache: DynamicCache, mask: Tensor) -> Tensor:
+        """Read ids (N, k) behind what the cache holds, mask (N, T + k): their states (N, k, C)."""
+        inputs = {"inputs_embeds": self.decoder.get_input_embeddings()(ids), "attention_mask": mask}
+        position = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+        output = self.language_model()(**inputs, position_ids=position, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state
 
     def _find(self, batch: Batch, ids: Tensor, states: list[Tensor], patches: list[Tensor]) -> list[list[LinkAnswer]]:
         """Run the link decoder on G generated ids (B, G) and the state (B, D) of each."""

@@ -50,9 +50,9 @@ class MetricsFile(Callback):
     """Appends the module's report to metrics.csv, hands it to the loggers and prints it every `print_every` seconds.
 
     `seconds` is the wall time of the step and `wait` the part of it spent waiting for the loader, both in seconds;
-    losses (those that are optimised), `samples`, `tokens` and `rejects` are over all ranks; `skipped` is 1 where the
-    gradient was not finite. A row is written when the next step has ended, or before a checkpoint, so that no step
-    waits for the device. On resume, rows after the checkpoint's step are dropped.
+    losses (those that are optimised; under stage=rl those of the replay), `samples`, `tokens` and `rejects` are over
+    all ranks; `skipped` is 1 where the gradient was not finite. A row is written when the next step has ended, or
+    before a checkpoint, so that no step waits for the device. On resume, rows after the checkpoint's step are dropped.
     """
 
     def __init__(self, path: Path, print_every: float) -> None:
@@ -138,7 +138,7 @@ class MetricsFile(Callback):
         self._waiting.append(row)
         end = self.path.stat().st_size if self.path.exists() else 0
         try:
-            if added := [column for column in row if column not in self._columns]:  # scores of val.benchmarks
+            if added := [column for column in row if column not in self._columns]:  # scores, facts of stage=rl
                 self._rewrite(read_metrics(self.path), self._columns + added)
                 end = self.path.stat().st_size
             with self.path.open("a", newline="") as file:
@@ -162,7 +162,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         rows = list(reader)
     # Columns may have been added since (a task, a fact): missing ones are empty, unknown ones are another program's.
-    if any(name not in COLUMNS and not name.startswith("val/") for name in reader.fieldnames or ()):
+    if any(name not in COLUMNS and not name.startswith(("val/", "reinforce/")) for name in reader.fieldnames or ()):
         raise ValueError(f"{path}: columns of another version; move the run folder away or choose another run_dir=")
     return rows
 

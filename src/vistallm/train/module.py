@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vistallm.config import Config
 from vistallm.links.losses import PARTS, WEIGHTS
-from vistallm.model.vistallm import VistaLLM
+from vistallm.model.vistallm import Output, VistaLLM
 from vistallm.schema import Batch
 from vistallm.tasks import TASKS
 from vistallm.train.optim import build_optimizer, keep_frozen_in_eval
@@ -33,8 +33,12 @@ class VistaModule(L.LightningModule):
     Nothing in a step waits for the device: sums stay tensors, a bad gradient is skipped by the optimizer's own kernel,
     and `read_report` fetches the numbers of a step when the next one has been given to the device. The model comes
     with its trainable parts set; `steps` are the optimizer steps of the whole run. `stop`: this process was asked to
-    stop; `stop_seen`: any process was, by the last report, so that all act alike.
+    stop; `stop_seen`: any process was, by the last report, so that all act alike. `extra_facts` of a kind of training
+    stand behind FACTS and the tasks; `divisor` is the fact whose sum divides the gradient.
     """
+
+    extra_facts: tuple[str, ...] = ()
+    divisor = "weight"
 
     def __init__(self, model: VistaLLM, config: Config, steps: int) -> None:
         super().__init__()
@@ -72,6 +76,10 @@ class VistaModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the batch's weighted sum of token and link losses; the step's total weight divides its gradient."""
+        return self.supervise(batch)[0]
+
+    def supervise(self, batch: Batch) -> tuple[Tensor, Output]:
+        """Return the weighted sum of token and link losses, and the output they are of; add to the step's facts."""
         output = self.model(batch)
         weights = token_weights(output.row, len(batch), self.config.train.loss_weight)
         losses = output.token_loss * weights
@@ -92,8 +100,16 @@ class VistaModule(L.LightningModule):
         ]
         computed = torch.stack(facts)
         sums = torch.cat([computed, counts.to(losses.device, non_blocking=True), by_task.flatten()])
+        self._add(torch.cat([sums, sums.new_zeros(len(self.extra_facts))]))
+        return losses.sum() + linked, output
+
+    def add_facts(self, values: list[Tensor]) -> None:
+        """Add to the step's `extra_facts`, () each."""
+        known = torch.zeros(len(FACTS) + 2 * len(TASK_NAMES), device=values[0].device)
+        self._add(torch.cat([known, torch.stack([value.detach().float() for value in values])]))
+
+    def _add(self, sums: Tensor) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
-        return losses.sum() + linked
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log teacher-forced loss and token accuracy."""
@@ -115,7 +131,8 @@ class VistaModule(L.LightningModule):
             self._sums[FACTS.index("stop")] = 1.0
         sums, self._sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum"), None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / sums[0]
+        names = [*FACTS, *(2 * TASK_NAMES), *self.extra_facts]
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / sums[names.index(self.divisor)]
         for parameter in parameters:
             gradient: Any = parameter.grad
             gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -146,16 +163,19 @@ class VistaModule(L.LightningModule):
         self.stop_seen = facts["stop"] > 0
         losses, weights = (values[len(FACTS) :][i * len(TASK_NAMES) :][: len(TASK_NAMES)] for i in range(2))
         objects = facts["objects"]
+        # reinforcement without replay supervises nothing
+        weight, supervised, cells = (facts[name] or math.nan for name in ("weight", "supervised", "cells"))
         self.report = {
-            "loss": (facts["loss"] + facts["links"]) / facts["weight"],
-            "accuracy": facts["correct"] / facts["supervised"],
+            "loss": (facts["loss"] + facts["links"]) / weight,
+            "accuracy": facts["correct"] / supervised,
+            "padding": 1 - facts["tokens"] / cells,
+            **dict(zip(self.extra_facts, values[len(FACTS) + 2 * len(TASK_NAMES) :], strict=True)),
             "lr": known["lr"],
             "grad_norm": norm,
             "samples": facts["samples"],
             "tokens": facts["tokens"],
             "rejects": facts["rejects"],
             "skipped": float(not math.isfinite(norm)),
-            "padding": 1 - facts["tokens"] / facts["cells"],
             **{f"loss/{task}": a / b for task, a, b in zip(TASK_NAMES, losses, weights, strict=True) if b},
             **({"loss/links": facts["links"] / facts["weight"]} if facts["links"] else {}),
             **{f"links/{name}": facts[name] / (objects if name in WEIGHTS else 1) for name in PARTS if objects},

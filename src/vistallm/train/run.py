@@ -38,19 +38,24 @@ from vistallm.model.checkpoint import (
 )
 from vistallm.model.language_model import check_sizes
 from vistallm.model.vistallm import VistaLLM
+from vistallm.tasks import TASKS
 from vistallm.train.callbacks import AnswerScores, Checkpoints, MetricsFile, Preempted, StopAtSignal
 from vistallm.train.module import VistaModule
 from vistallm.train.optim import cast_frozen, set_trainable
+from vistallm.train.reinforce import ReinforceModule, Sampler
 from vistallm.train.strategy import build_strategy, check_layout, compile_layers, resolve_precision
 
 OTHER_RUN = "of a run with other model.* or train.*; resume with its settings, or start a new run_dir= with ckpt="
 Score = Callable[[VistaLLM], dict[str, float]]
 Validator = Callable[[Config, Path], Score]
+MakeSampler = Callable[[Config, Vocabulary], Sampler]
 OWN_TRAINER_KEYS = ("strategy", "precision", "logger", "callbacks", "default_root_dir", "gradient_clip_val", "plugins")
 
 
-def train(config: Config, validator: Validator | None = None) -> Path:
-    """Run one stage and return its run folder; `validator` scores answers while it trains (val.benchmarks).
+def train(config: Config, validator: Validator | None = None, make_sampler: MakeSampler | None = None) -> Path:
+    """Run one stage and return its run folder.
+
+    `validator` scores answers while it trains (val.benchmarks); `make_sampler` gives what draws them (stage=rl).
 
     Raises:
         ValueError: anything is wrong in config, data or checkpoint, or another process trains in the run folder.
@@ -63,7 +68,7 @@ def train(config: Config, validator: Validator | None = None) -> Path:
     score = validator(config, Path(root)) if validator and config.val.benchmarks else None
     with one_run(run_dir):
         resume = resume_path(config)
-        module, data = build(config, root)
+        module, data = build(config, root, make_sampler)
         if config.dry_run:  # before the trainer: the layout asked for need not be this machine's
             dry_run(config, data, module.steps)
             return run_dir
@@ -148,10 +153,31 @@ def check_settings(config: Config) -> None:
         raise ValueError("val.benchmarks, checkpoint.best: expected trainer.val_check_interval=N, too, got none")
     if best and best.startswith("val/") and not config.val.benchmarks:
         raise ValueError(f"checkpoint.best={best}: expected val.benchmarks=[...] that give this score, got none")
+    if config.stage == "rl":
+        check_reinforcement(config)
     check_layout(config)
 
 
-def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModule]:
+def check_reinforcement(config: Config) -> None:
+    """Raise ValueError for settings that stage=rl can't train with."""
+    own = config.reinforce
+    if not config.ckpt:
+        raise ValueError("stage=rl: expected ckpt=RUN, a model that answers already (stage 1 or 2), got none")
+    if unknown := [name for name in own.tasks if name not in TASKS]:
+        raise ValueError(f"reinforce.tasks: expected names of {', '.join(TASKS)}; got {', '.join(unknown)}")
+    if own.boundary > 1:
+        raise ValueError(f"reinforce.boundary={own.boundary}: expected a share from 0 to 1")
+    if own.temperature <= 0:
+        raise ValueError(f"reinforce.temperature={own.temperature}: expected a number above 0")
+    if own.copies == 1 and own.loss != "coordinate":
+        raise ValueError(f"reinforce.copies=1: {own.loss} compares answers to one prompt; expected at least 2")
+    if config.train.activation_checkpointing:
+        raise ValueError("train.activation_checkpointing=true: answers share their prompt's cache; use false")
+
+
+def build(
+    config: Config, root: Path | str, make_sampler: MakeSampler | None = None
+) -> tuple[VistaModule, CoinItDataModule]:
     """Build vocabulary, data and model, load the weights of `ckpt=`, set and print the trainable parts."""
     start, codec = find_checkpoint(config.ckpt) if config.ckpt else None, build_codec(config)
     if start:
@@ -174,6 +200,9 @@ def build(config: Config, root: Path | str) -> tuple[VistaModule, CoinItDataModu
     print(f"stage {config.stage}, {config.model.name}: {steps} steps" + (f" from {start[1]}" if start else ""))
     for name, state, trainable, total in rows:
         print(f"  {name:<10} {state:<8} {trainable:>13,} of {total:>13,} parameters train")
+    if config.stage == "rl":
+        assert make_sampler is not None
+        return ReinforceModule(model, config, steps, make_sampler(config, vocabulary)), data
     return VistaModule(model, config, steps), data
 
 

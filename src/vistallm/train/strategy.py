@@ -131,7 +131,8 @@ def shard(model: VistaLLM, mesh: Any, config: Config) -> None:
             with torch.no_grad():
                 received = distribute_tensor(sent.to(mesh.device_type), mesh, target.placements)
                 target.to_local().copy_(received.to_local())
-    register_fsdp_forward_method(model, "generate")
+    for method in ("generate", "read_prompts", "draw", "answer_logits"):
+        register_fsdp_forward_method(model, method)
     for buffer in model.buffers():  # also those that are no part of the state
         buffer.data = buffer.data.to(mesh.device_type)
         dist.broadcast(buffer, 0)
