@@ -1,8 +1,13 @@
 """The Python interface on the shipped model: the answers of eval.py's path, batched, streamed and sampled."""
 
+import json
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vistallm import VistaLLM
 from vistallm.api import AnswerRegion
@@ -10,10 +15,12 @@ from vistallm.evaluate.prompt import make_sample
 from vistallm.regions.masks import polygons_to_mask
 from vistallm.schema import Region
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def model():
-    return VistaLLM.from_pretrained("assets/mini", device="cpu")
+    return VistaLLM.from_pretrained(ROOT / "assets/mini", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +83,41 @@ def test_sampling_draws_and_a_limit_cuts(model, chosen):
     short, usual = (model.predict(image, "Describe the image.", max_new_tokens=n) for n in (2, None))
     assert short.cut
     assert len(short.raw) < len(usual.raw)
+
+
+def test_questions_about_one_image_read_it_once(model, chosen, monkeypatch):
+    read, features = [], model.model.encoder.features
+    monkeypatch.setattr(model.model.encoder, "features", lambda images: read.append(len(images)) or features(images))
+    images = [chosen[0][0], chosen[1][0]]
+    prompts = [prompt for _, prompt in chosen[:2]]
+    answers = model.predict([images[0], images[1], images[0], [images[1], images[0]]], [*prompts, *prompts])
+    assert read == [2]
+    monkeypatch.undo()
+    alone = [model.predict(images[0], prompts[0]), model.predict(images[1], prompts[1])]
+    assert [one.raw for one in answers[:2]] == [one.raw for one in alone]
+
+
+def test_the_notebook_runs():
+    cells = json.loads((ROOT / "examples/vistallm.ipynb").read_text())["cells"]
+    assert len([cell for cell in cells if cell["cell_type"] == "code"]) > 5
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec("".join(cell["source"]), names)
+    assert names["answer"].regions[0].mask().sum() == names["mask"].sum() > 0
+
+
+def test_the_exported_language_model_alone_answers_alike(chosen, tmp_path, capsys):
+    """Plain transformers on the embeddings of prompt and image."""
+    image, prompt = chosen[0]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    export = runpy.run_path(str(ROOT / "tools/export.py"))["export"]
+    export(str(ROOT / "assets/mini"), tmp_path / "out", torch.float32, language_model=True)
+    example = runpy.run_path(str(ROOT / "examples/prompt_embeds.py"))["main"]
+    example(str(tmp_path / "out"), str(tmp_path / "a.png"), prompt, str(tmp_path / "e.pt"))
+    assert capsys.readouterr().out.splitlines()[-1] == "the same as VistaLLM's"
+    assert torch.load(tmp_path / "e.pt").ndim == 2
 
 
 def test_words_alone_and_what_cannot_be_answered(model, chosen):

@@ -3,7 +3,7 @@
     python tools/bench.py masks [--points 32]                          sampling, drawing and overlap of masks
     python tools/bench.py metrics [--count 2000]                       scoring of referring segmentation
     python tools/bench.py loader [key=value ...] [--per-image 5]       the training loader
-    python tools/bench.py generate --ckpt RUN --root DIR               answers, and what the grammar costs
+    python tools/bench.py generate --ckpt RUN --root DIR               answers, with and without the grammar
     python tools/bench.py train [tokens=256 steps=10 key=value ...]    training steps of a configuration
     python tools/bench.py builders [--samples 600]                     building shards
 
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -42,10 +43,12 @@ from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions
 from vistallm.config import Config, load_config
 from vistallm.data.datamodule import CoinItDataModule, build_codec, build_sequencer, reject_log, split_shards
+from vistallm.data.sequence import collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.benchmarks import load_benchmarks, score
 from vistallm.evaluate.generate import Answerer
+from vistallm.evaluate.grammar import rule_of
 from vistallm.evaluate.predictions import Faults, read_predictions, write_predictions
 from vistallm.model.checkpoint import load_run
 from vistallm.model.vistallm import VistaLLM
@@ -219,28 +222,43 @@ def full_decoding(data: CoinItDataModule) -> Iterator[None]:
 
 
 def bench_generate(options: argparse.Namespace) -> None:
-    """Steps of the language model by batch size, under the grammar beside free decoding, on all tasks' test samples."""
+    """Answers by batch size beside transformers' plain `generate`, on all tasks' test samples, in its own order."""
     quiet()
     model, config, _ = load_run(options.ckpt)
     shards, builder = split_shards(options.root, "test"), build_sequencer(config, model.vocabulary)
     rows = (evaluation_sequences(shards, builder, task, reject_log(config), options.samples) for task in TASKS)
-    sequences, answerer = list(chain.from_iterable(rows)), Answerer(model.to(DEVICE), config)
+    sequences = [row for row in chain.from_iterable(rows) for _ in range(options.questions)]
     if not sequences:
         raise ValueError(f"--root {options.root}: no test sample of a known task")
+    answerer = Answerer(model.to(DEVICE), config)
+    text, rules = model.vocabulary.lm, {id(one): rule_of(one.sample, one.head) for one in sequences}
 
-    steps = list[None]()
-    model.language_model().register_forward_hook(lambda *_: steps.append(None))
-
-    def answer(size: int, grammar: bool) -> int:
-        steps.clear()
-        with patch.object(config.decode, "grammar", grammar):
+    def plain(size: int) -> None:
+        with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             for first in range(0, len(sequences), size):
-                answerer.answer(sequences[first : first + size])
-        return len(steps)
+                part = sequences[first : first + size]
+                batch = replace(collate(part, model.vocabulary, generation=True), first_copy=None).to(DEVICE)
+                model.decoder.generate(
+                    inputs_embeds=model.input_embeddings(batch),
+                    attention_mask=batch.attention_mask,
+                    max_new_tokens=max(answerer.grammars.compile(rules[id(one)]).limit for one in part),
+                    do_sample=False,
+                    eos_token_id=text.eos_token_id,
+                    pad_token_id=text.pad_token_id,
+                )
+
+    def answer(size: int, grammar: bool) -> None:
+        with patch.object(config.decode, "batch_size", size), patch.object(config.decode, "grammar", grammar):
+            answerer.answer_all(sequences)
 
     for size in options.batches:
-        calls: Calls = {"free decoding": partial(answer, size, False), "grammar": partial(answer, size, True)}
-        compare(f"{len(sequences)} answers in batches of {size}", calls, 0, "steps", options.rounds)
+        calls: Calls = {
+            "transformers' generate": partial(plain, size),
+            "free decoding": partial(answer, size, False),
+            "grammar": partial(answer, size, True),
+        }
+        title = f"{len(sequences)} answers in batches of {size}, {options.questions} question(s) about each image"
+        compare(title, calls, len(sequences), "answers", options.rounds)
 
 
 def random_model(config: Config) -> VistaLLM:
@@ -347,6 +365,7 @@ def main(argv: list[str]) -> None:
     generate.add_argument("--root", type=Path, required=True, help="shard folder with a test split")
     generate.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     generate.add_argument("--samples", type=int, default=8, help="of every task")
+    generate.add_argument("--questions", type=int, default=1, help="how often each sample is asked")
     train = command(bench_train)
     for one in (loader, train):
         one.add_argument("words", nargs="*", metavar="key=value", help="as for train.py")

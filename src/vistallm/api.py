@@ -24,7 +24,7 @@ import torch
 
 from vistallm.config import Config
 from vistallm.data.sequence import Sequence as TokenSequence
-from vistallm.data.sequence import SequenceBuilder
+from vistallm.data.sequence import SequenceBuilder, collate
 from vistallm.evaluate import generate
 from vistallm.evaluate.grammar import Rule, rule_of
 from vistallm.evaluate.prompt import ImageLike, make_sample, read_image
@@ -194,6 +194,15 @@ class VistaLLM:
     def builder(self) -> SequenceBuilder:
         """Builds the sequences of prompts."""
         return self._answerer(None).builder
+
+    @torch.inference_mode()
+    def prompt_embeddings(self, images: ImageLike | Sequence[ImageLike], prompt: str) -> torch.Tensor:
+        """(T, C) input embeddings of the language model for a prompt with its images: what a serving engine takes."""
+        group = images if isinstance(images, (list, tuple)) else [images]
+        pixels = [read_image(one, f"image {number}") for number, one in enumerate(group, 1)]
+        batch = collate([self._sequence(pixels, prompt, None, "text")], self.model.vocabulary, generation=True)
+        with torch.autocast(self.model.bin_ids.device.type, torch.bfloat16, enabled=bool(self.half)):
+            return self.model.input_embeddings(batch.to(self.model.bin_ids.device))[0]
 
     def _answerer(self, max_new_tokens: int | None) -> generate.Answerer:
         """The one of this limit; it keeps its compiled grammars."""

@@ -200,6 +200,7 @@ class Batch:
     image_owner: torch.Tensor  # (N,) int64, the row of the batch that each image belongs to, ascending
     ids: list[str]
     tasks: list[str]
+    first_copy: torch.Tensor | None = None  # (N,) int64, of each image the first equal one in `images`; generation only
     rejects: int = 0  # samples rejected since the stream's last batch
     links: LinkBatch | None = None  # of the answers; None where the model has none, or in generation
     prompts: torch.Tensor | None = None  # (R, S, S) uint8 0 or 1, the masks of the `<region>` tokens, in order

@@ -48,7 +48,7 @@ def test_loader(bench):
 def test_generate(bench, mini_root):
     words = ["--root", mini_root, "--rounds", 1, "--samples", 1, "--batches", 4, 8]
     text = bench("generate", "--ckpt", ROOT / "assets/mini", *words)
-    assert text.count("free decoding") == text.count("grammar") == 2
+    assert text.count("transformers' generate") == text.count("free decoding") == text.count("grammar") == 2
     assert "answers in batches of 8" in text
     with pytest.raises(ValueError, match="is not there"):
         bench("generate", "--ckpt", ROOT / "assets/mini", "--root", mini_root / "absent")

@@ -281,7 +281,8 @@ class _Regions:
 def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool = False) -> Batch:
     """Pad `sequences` to one batch.
 
-    With `generation`, the rows hold the prompt only (no last answer) and are padded on the left.
+    With `generation`, the rows hold the prompt only (no last answer) and are padded on the left, and equal images are
+    noted, which the encoder then reads once.
     """
     # The last answer ends the sequence; those of earlier rounds belong to the prompt.
     ends = [s.prompt_length if generation else None for s in sequences]
@@ -294,6 +295,9 @@ def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool 
     prompts = [(image + start, mask) for s, start in zip(sequences, first, strict=True) for image, mask in s.prompts]
     pixels = [s.pixels for s in sequences if s.pixels is not None]
     with_links = bool(vocabulary.link_tokens) and not generation
+    images = torch.cat([s.images for s in sequences])
+    seen: dict[bytes, int] = {}
+    copies = [seen.setdefault(one.numpy().tobytes(), number) for number, one in enumerate(images if generation else ())]
     side = (sequences[0].images if sequences[0].pixels is None else sequences[0].pixels).shape[-1]
     return Batch(
         input_ids=_pad(ids, pad, generation),
@@ -301,10 +305,11 @@ def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool 
         attention_mask=_pad([torch.ones_like(i) for i in ids], 0, generation),
         instruction_ids=_pad(instruction, vocabulary.qformer.pad_token_id),
         instruction_mask=_pad([torch.ones_like(i) for i in instruction], 0),
-        images=torch.cat([s.images for s in sequences]),
+        images=images,
         image_owner=torch.repeat_interleave(torch.arange(len(sequences)), counts),
         ids=[s.sample.id for s in sequences],
         tasks=[s.sample.task for s in sequences],
+        first_copy=torch.tensor(copies) if generation else None,
         links=make_links([s.links for s in sequences], counts.tolist(), side // 2) if with_links else None,
         prompts=torch.from_numpy(np.stack([mask for _, mask in prompts])) if prompts else None,
         prompt_image=torch.tensor([image for image, _ in prompts]) if prompts else None,

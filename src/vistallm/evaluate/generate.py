@@ -7,6 +7,7 @@ import functools
 import re
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -131,9 +132,17 @@ class Answerer:
     def answer_all(
         self, sequences: list[Sequence], rules: list[Rule] | None = None, temperature: float = 0.0
     ) -> list[Answer]:
-        """Answer any number of sequences, in their order: prompts of like length share a batch (decode.batch_size)."""
+        """Answer any number of sequences, in their order, in batches of decode.batch_size.
+
+        A batch holds the questions about the same images, which the encoder then reads once, and prompts of like
+        length.
+        """
         size, answers = self.config.decode.batch_size, dict[int, Answer]()
-        order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
+        images = [zlib.crc32(sequence.images.numpy().tobytes()) for sequence in sequences]
+        longest = dict[int, int]()
+        for key, sequence in zip(images, sequences, strict=True):
+            longest[key] = max(longest.get(key, 0), sequence.prompt_length)
+        order = sorted(range(len(sequences)), key=lambda i: (longest[images[i]], images[i], sequences[i].prompt_length))
         for rows in (order[first : first + size] for first in range(0, len(order), size)):
             own = rules and [rules[i] for i in rows]
             answers |= dict(zip(rows, self.answer([sequences[i] for i in rows], own, temperature), strict=True))

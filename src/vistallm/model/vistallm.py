@@ -123,11 +123,19 @@ class VistaLLM(nn.Module):
         """
         frozen = not any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen), training_attention():
-            tokens_NPD, patches = self.encoder.features(batch.images)
+            tokens_NPD, patches = self._features(batch)
         owner = batch.image_owner
         with training_attention():
             words = batch.instruction_ids[owner], batch.instruction_mask[owner]
             return self.tokenizer(tokens_NPD, *words, batch.frame), patches
+
+    def _features(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Patch tokens of each image; one that several prompts ask about is read once."""
+        if batch.first_copy is None:
+            return self.encoder.features(batch.images)
+        first, number = batch.first_copy.unique(return_inverse=True)
+        tokens, patches = self.encoder.features(batch.images[first])
+        return tokens[number], [states[number] for states in patches]
 
     def input_embeddings(self, batch: Batch, encoded: tuple[Tensor, list[Tensor]] | None = None) -> Tensor:
         """Return (B, T, C) embeddings with image tokens laid into the image slots, and regions into `<region>`.

@@ -147,7 +147,9 @@ def check_settings(config: Config) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; the nearest is trainer.{near}")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("log.wandb=true: the package wandb is not installed; pip install wandb, or log.wandb=false")
+        raise ValueError(
+            "log.wandb=true: the package wandb is not installed; pip install -e .[wandb], or log.wandb=false"
+        )
     best = config.checkpoint.best
     if (best or config.val.benchmarks) and "val_check_interval" not in config.trainer:
         raise ValueError("val.benchmarks, checkpoint.best: expected trainer.val_check_interval=N, too, got none")
