@@ -8,7 +8,7 @@ takes embeddings as a prompt then runs the language model: transformers below, o
 my-model/language_model and gets the file prompt_embeds.pt.
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,4 +39,9 @@ def main(folder: str, image: str, prompt: str, out: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="what tools/export.py --language-model wrote")
+    parser.add_argument("image")
+    parser.add_argument("prompt")
+    parser.add_argument("out", nargs="?", help="write the embeddings here")
+    main(**vars(parser.parse_args()))

@@ -120,6 +120,18 @@ def test_the_exported_language_model_alone_answers_alike(chosen, tmp_path, capsy
     assert torch.load(tmp_path / "e.pt").ndim == 2
 
 
+def test_a_calibration_maps_confidence_and_presence(model, chosen, monkeypatch):
+    image, prompt = chosen[0]
+    monkeypatch.setattr(model, "calibration", {})
+    plain = model.predict(image, prompt)
+    monkeypatch.setattr(model, "calibration", {"mask": (2.0, 1.0), "presence": (1.0, 0.0)})
+    answer = model.predict(image, prompt)
+    assert (plain.calibrated, answer.calibrated) == (False, True)
+    odds = np.log(plain.regions[0].confidence / (1 - plain.regions[0].confidence))
+    assert answer.regions[0].confidence == pytest.approx(1 / (1 + np.exp(-2 * odds - 1)))
+    assert answer.presence == pytest.approx(plain.presence, abs=1e-5)
+
+
 def test_words_alone_and_what_cannot_be_answered(model, chosen):
     image = chosen[0][0]
     answer = model.predict(image, "How many objects are there?", task="vqa")

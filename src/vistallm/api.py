@@ -26,6 +26,7 @@ from vistallm.config import Config
 from vistallm.data.sequence import Sequence as TokenSequence
 from vistallm.data.sequence import SequenceBuilder, collate
 from vistallm.evaluate import generate
+from vistallm.evaluate.confidence import calibrate, read_calibration
 from vistallm.evaluate.grammar import Rule, rule_of
 from vistallm.evaluate.prompt import ImageLike, make_sample, read_image
 from vistallm.metrics.detection import sure_regions
@@ -65,6 +66,7 @@ class Answer:
     failure: str | None = None  # why the regions can't be read ("unclosed", ...), or None
     presence: float | None = None  # how probable any region was against "no target", None where it was no question
     cut: bool = False  # it had to end at the limit of tokens
+    calibrated: bool = False  # confidence and presence are chances of being right (tools/calibrate.py), not ranks alone
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, without pixels."""
@@ -78,6 +80,7 @@ class VistaLLM:
     model: network.VistaLLM
     config: Config
     half: bool | None = None  # whether to compute in bf16; None = on an accelerator
+    calibration: dict[str, tuple[float, float]] = field(default_factory=dict)  # of mask, box and presence
     _answerers: dict[int | None, generate.Answerer] = field(default_factory=dict, init=False, repr=False)
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False)  # one generation at a time
 
@@ -101,8 +104,8 @@ class VistaLLM:
             dtype = torch.bfloat16 if half else torch.float32
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
-        model, config, _ = load_run(path, dtype=dtype)
-        return cls(model.to(device), config, dtype == torch.bfloat16)
+        model, config, checkpoint = load_run(path, dtype=dtype)
+        return cls(model.to(device), config, dtype == torch.bfloat16, read_calibration(checkpoint))
 
     def predict(
         self,
@@ -236,8 +239,14 @@ class VistaLLM:
             words = words.replace(slot, "")
         found = sure_regions(parsed.regions) if linked else parsed.regions
         regions = [_answer_region(one, sequence.letterboxes[one.image]) for one in found]
+        curve = None if linked else self.calibration.get(parsed.kind)
+        if curve:
+            for one in regions:
+                one.confidence = one.confidence and calibrate(one.confidence, *curve)
+            if parsed.presence is not None and "presence" in self.calibration:
+                parsed.presence = calibrate(parsed.presence, *self.calibration["presence"])
         text = codec.number_regions(words)
-        return Answer(text, reply.text, parsed.kind, regions, None, parsed.presence, reply.cut)
+        return Answer(text, reply.text, parsed.kind, regions, None, parsed.presence, reply.cut, bool(curve))
 
 
 class _ClosedError(Exception):

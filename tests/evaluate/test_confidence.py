@@ -128,3 +128,34 @@ def test_an_answers_confidence(predictions):
     assert chosen[0].parsed.presence is None
     chosen[1].parsed = None
     assert C.answer_confidence(chosen[1]) is None
+
+
+def test_a_fitted_calibration_solves_the_equations_of_maximum_likelihood():
+    """Where the likelihood of a logistic line is largest, residuals are orthogonal to 1 and to the log odds."""
+    generator = np.random.default_rng(1)
+    sure = generator.beta(2, 5, 4000)
+    odds = np.log(sure / (1 - sure))
+    right = generator.random(4000) < 1 / (1 + np.exp(-(1.7 * odds + 2.5)))
+    slope, offset = C.fit_calibration(sure.tolist(), right.tolist())
+    assert (slope, offset) == (pytest.approx(1.7, abs=0.15), pytest.approx(2.5, abs=0.2))
+    chance = np.array([C.calibrate(value, slope, offset) for value in sure])
+    assert (chance - right).mean() == pytest.approx(0, abs=1e-3)
+    assert ((chance - right) * odds).mean() == pytest.approx(0, abs=2e-3)
+    assert (np.argsort(chance) == np.argsort(sure)).all()
+    assert C.calibration(chance, right)[-1] < 0.03 < 0.3 < C.calibration(sure, right)[-1]
+    for values, outcomes in (([0.2, 0.4], [True, True]), ([0.1, 0.2, 0.8, 0.9], [True, True, False, False])):
+        with pytest.raises(ValueError, match="calibration: expected"):
+            C.fit_calibration(values, outcomes)
+
+
+def test_a_calibration_is_read_for_its_own_weights_alone(tmp_path):
+    curves = {"mask": {"slope": 2.0, "offset": 1.0, "answers": 9}}
+    (tmp_path / "manifest.json").write_text("one")
+    assert C.read_calibration(tmp_path / "manifest.json") == {}
+    assert C.write_calibration(tmp_path / "manifest.json", curves) == tmp_path / "calibration.json"
+    assert C.read_calibration(tmp_path / "manifest.json") == {"mask": (2.0, 1.0)}
+    (tmp_path / "manifest.json").write_text("other")
+    assert C.read_calibration(tmp_path / "manifest.json") == {}
+    C.write_calibration(tmp_path / "checkpoints/step-000003.ckpt", curves)
+    assert C.read_calibration(tmp_path / "checkpoints/step-000003.ckpt") == {"mask": (2.0, 1.0)}
+    assert C.read_calibration(tmp_path / "checkpoints/step-000004.ckpt") == {}

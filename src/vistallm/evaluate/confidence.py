@@ -9,15 +9,21 @@ confidence of a region that a link found is its score, and COCO AP ranks by eith
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from vistallm.evaluate.grammar import RegionGrammar, Role
 from vistallm.metrics.detection import sure
+from vistallm.model.checkpoint import MANIFEST
 from vistallm.schema import Parsed, Prediction
 
 RIGHT_FROM = dict.fromkeys(("mask", "masks", "prompted", "context", "semseg", "coseg", "box"), 0.5)
@@ -119,6 +125,56 @@ def calibration(
     used = answers > 0
     mean, share = (np.bincount(number, values, bins)[used] / answers[used] for values in (sure, hit))
     return mean, share, answers[used], float((np.abs(mean - share) * answers[used]).sum() / len(sure))
+
+
+def fit_calibration(confidence: Sequence[float], right: Sequence[bool]) -> tuple[float, float]:
+    """Slope and offset for `calibrate`, the most likely ones (Platt 1999, with his targets against overfitting).
+
+    Raises:
+        ValueError: answers of one outcome alone, or confidences that do not rise with being right.
+    """
+    odds, hit = _log_odds(np.asarray(confidence, float)), np.asarray(right, bool)
+    if len({*hit.tolist()}) < 2:
+        raise ValueError(f"calibration: expected right and wrong answers, got {hit.sum()} right of {len(hit)}")
+    target = np.where(hit, (hit.sum() + 1) / (hit.sum() + 2), 1 / ((~hit).sum() + 2))
+    slope, offset = minimize(
+        lambda w: (np.logaddexp(0, w[0] * odds + w[1]) - target * (w[0] * odds + w[1])).sum(), (1, 0)
+    ).x
+    if slope <= 0:
+        raise ValueError(f"calibration: expected confidences that rise with being right, got a slope of {slope:.3g}")
+    return float(slope), float(offset)
+
+
+def calibrate(confidence: float, slope: float, offset: float) -> float:
+    """Turn a confidence into the chance of being right, in [0, 1]; the order of confidences stays."""
+    return float(expit(slope * _log_odds(np.asarray(confidence)) + offset))
+
+
+def write_calibration(checkpoint: Path, curves: Mapping[str, Mapping[str, float]]) -> Path:
+    """Write {mask, box, presence: {slope, offset, ...}} beside the weights that they are of; return the file."""
+    path, weights = _calibration_of(checkpoint)
+    path.write_text(json.dumps({"weights": weights, **curves}, indent=1) + "\n")
+    return path
+
+
+def read_calibration(checkpoint: Path) -> dict[str, tuple[float, float]]:
+    """Slope and offset by name, as `write_calibration` left them; none without a file of just these weights."""
+    path, weights = _calibration_of(checkpoint)
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    if record.pop("weights", None) != weights:
+        return {}
+    return {name: (curve["slope"], curve["offset"]) for name, curve in record.items()}
+
+
+def _calibration_of(checkpoint: Path) -> tuple[Path, str]:
+    """Place of the calibration, and what tells weights from others: a manifest holds hashes, a run counts steps."""
+    if checkpoint.name == MANIFEST:
+        return checkpoint.with_name("calibration.json"), hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    return checkpoint.parent.parent / "calibration.json", checkpoint.name
+
+
+def _log_odds(confidence: np.ndarray) -> np.ndarray:
+    return logit(np.clip(confidence, 1e-6, 1 - 1e-6))
 
 
 def rejection_curve(predictions: Sequence[Prediction]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
