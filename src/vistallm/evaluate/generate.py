@@ -345,14 +345,15 @@ def target_of(sample: Sample, answer: str) -> dict[str, Any]:
     """Return the `target` of a sample's Prediction, JSON-ready; `answer` is its rendered answer text.
 
     {"regions": the regions the answer names, "answer", "empty": whether it names none (a text task: False), "meta": the
-    sample's own plain values, and its `image_ids`}, with "candidates" (boxes, in order), "given" (regions that only the
-    question names) and "answers" (references) where there are any.
+    sample's own plain values, its `image_ids` and `frames`}, with "candidates" (boxes, in order), "given" (regions that
+    only the question names) and "answers" (references) where there are any.
     """
     task = find_task(sample.task)
     wanted = sample.fields.get("targets", [0]) if task.kind != "text" else []
     if "{found}" in task.answer:  # a list of names with all that the sample has of each
         wanted = sorted({region.object for region in sample.regions})
-    meta = {k: v for k, v in sample.meta.items() if isinstance(v, (bool, int, float, str)) or k == "image_ids"}
+    plain, listed = (bool, int, float, str), ("image_ids", "frames")
+    meta = {key: value for key, value in sample.meta.items() if isinstance(value, plain) or key in listed}
     target: dict[str, Any] = {
         "regions": [one.to_json() for number in wanted for one in sample.regions if one.object == number],
         "answer": answer,
