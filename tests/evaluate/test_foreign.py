@@ -251,8 +251,10 @@ def test_ids_are_matched_by_reference_sentence_or_words(answers, mini_root, tmp_
     predictions, faults = read(mini_root, path, "coco", ["mini_rec"])
     assert [one.failure for one in predictions] == [None, None, None, "missing"]
     assert "1 of 4 records name no sample" in faults[""][0]
-    path.write_text(json.dumps([{"image_id": 5, "sentence": "LEFT man", "bbox": box}]))
-    assert read(mini_root, path, "coco", ["mini_rec"])[0][0].parsed.regions[0].box == (0, 0, 4, 4)
+    samples[2].meta["image_ids"] = ["custom:a dog.jpg"]
+    for image, row in ((5, 0), ("a dog.jpg", 2)):
+        path.write_text(json.dumps([{"image_id": image, "sentence": "LEFT man", "bbox": box}]))
+        assert read(mini_root, path, "coco", ["mini_rec"])[0][row].parsed.regions[0].box == (0, 0, 4, 4)
 
 
 def test_a_task_of_lmms_eval_scores_text_answers_as_we_do(answers, mini_root, tmp_path):

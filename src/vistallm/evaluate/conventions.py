@@ -36,9 +36,10 @@ def compare(benchmark: Benchmark, predictions: Sequence[Prediction], incomplete:
     metric.update(predictions)
     images = {one.id: str((fact(one, "image_ids") or [one.id])[0]) for one in predictions}
     sums = row_sums(metric.rows(), images, metric.means if known else ())
-    others = None
-    if incomplete or benchmark.size not in (None, len(predictions)):
-        others = f"published rows are of all {benchmark.size or ''} samples, these scores are not: none stands beside"
+    others = "" if benchmark.paper else "No published row is known."
+    if benchmark.paper and (incomplete or benchmark.size not in (None, len(predictions))):
+        size = benchmark.size or "the"
+        others = f"No published row stands beside: they are of all {size} samples, these scores are not."
     lines = [f"## {benchmark.name}: {len(predictions)} samples of {len(set(images.values()))} images", ""]
     lines += ["| score | value | 95% interval | published rows of this definition |", "|---|---|---|---|"]
     for name, pairs in sums.items():
@@ -48,7 +49,7 @@ def compare(benchmark: Benchmark, predictions: Sequence[Prediction], incomplete:
         value = 100 * pairs[:, 0].sum() / max(pairs[:, 1].sum(), 1e-9)
         text = SCORE_NAMES.get(name, name)
         lines.append(f"| {text} | {value:.1f} | {100 * low:.1f} to {100 * high:.1f} | {'' if others else beside} |")
-    return [*lines, "", f"Intervals: {RESAMPLES} bootstrap samples of images. " + (others or "")]
+    return [*lines, "", f"Intervals: {RESAMPLES} bootstrap samples of images. " + others]
 
 
 def row_sums(rows: Sequence[Row], images: Mapping[str, str], means: Sequence[str]) -> dict[str, np.ndarray]:

@@ -123,10 +123,10 @@ def _names(facts: Mapping[str, Any]) -> list[Hashable]:
     if "ref_id" in facts and "sent_id" in facts:
         names.append(("ref", str(facts["ref_id"]), str(facts["sent_id"])))
     names += [(key, str(facts[key])) for key in ("sent_id", "question_id") if key in facts]
-    words = next((str(facts[key]) for key in EXPRESSION_KEYS if key in facts), None)
-    digits = re.findall(r"\d+", Path(str(facts.get("image_id", facts.get("image", "")))).stem)
-    if words is not None and digits:  # COCO_train2014_000000581857.jpg, coco:581857 and 581857 are one image
-        names.append(("image", int(digits[-1]), " ".join(words.casefold().split())))
+    expression = next((" ".join(str(facts[key]).casefold().split()) for key in EXPRESSION_KEYS if key in facts), "")
+    image = Path(str(facts.get("image_id", facts.get("image", ""))).rpartition(":")[2]).stem
+    if image and expression:  # COCO_train2014_000000581857.jpg and 581857 are one image
+        names += [("image", part, expression) for part in (image, *map(int, re.findall(r"\d+", image)[-1:]))]
     return names
 
 
