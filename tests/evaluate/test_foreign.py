@@ -198,6 +198,9 @@ def test_what_can_not_be_read_is_refused(answers, mini_root, tmp_path):
     predictions, faults = read(mini_root, path, "coco", ["mini_res"])
     assert predictions[[p.id for p in predictions].index(one.id)].failure == "malformed"
     assert "expected run lengths of size" in "".join(faults["mini_res"])
+    size = [one.images[0]["height"], one.images[0]["width"]]
+    path.write_text(json.dumps([{"id": one.id, "segmentation": {"size": size, "counts": "5"}}]))
+    assert "do not fill" in "".join(read(mini_root, path, "coco", ["mini_res"])[1]["mini_res"])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from vistallm.evaluate.predictions import Faults
 from vistallm.metrics.regions import box_iou, boxes_of
 from vistallm.metrics.words import read_words
 from vistallm.regions.letterbox import Letterbox
-from vistallm.regions.masks import mask_to_rle, rle_area, segmentation_to_rle
+from vistallm.regions.masks import mask_to_rle, rle_area, rle_to_mask, segmentation_to_rle
 from vistallm.schema import Parsed, Prediction, Region, Sample
 from vistallm.tasks import Task, find_task, write_answer
 
@@ -251,7 +251,9 @@ def read_given(
 def _rle(mask: Any, width: int, height: int) -> Record:
     """The run lengths of a segmentation or of a mask image of the image's own size; ValueError for another size."""
     if not isinstance(mask, str):
-        return segmentation_to_rle(mask, height, width)
+        rle = segmentation_to_rle(mask, height, width)
+        rle_to_mask(rle)  # raises where the runs do not fill the image, which pycocotools does not see
+        return rle
     pixels = cv2.imread(mask, cv2.IMREAD_GRAYSCALE)
     if pixels is None or pixels.shape != (height, width):
         got = "no image" if pixels is None else f"{pixels.shape[1]} x {pixels.shape[0]}"
