@@ -10,6 +10,7 @@ from PIL import Image
 
 from vistallm.config import PAD_COLOUR
 from vistallm.evaluate.prompt import make_sample, read_image
+from vistallm.regions.masks import rle_to_mask
 
 IMAGES = [np.zeros((50, 80, 3), np.uint8), np.zeros((30, 40, 3), np.uint8)]
 
@@ -20,7 +21,9 @@ def test_regions_become_placeholders_in_the_image_they_name():
     assert [(r.image, r.kind) for r in sample.regions] == [(0, "box"), (1, "point"), (0, "mask")]
     assert sample.regions[0].box == (1, 2, 30, 40)
     assert sample.regions[1].point == (5, 6)
-    assert [part.shape for part in sample.regions[2].polygons] == [(3, 2), (3, 2)]
+    mask = rle_to_mask(sample.regions[2].rle)
+    assert mask[:9, :9].sum() == pytest.approx(9 * 9 / 2, abs=5), "a triangle"
+    assert mask[20:29, 20:29].sum() == mask[:9, :9].sum() == mask.sum() / 2
     assert make_sample(IMAGES, "Segment {point:5,6}.", "interactive", "link").instruction == "Segment {region:0:point}."
 
 
@@ -39,6 +42,7 @@ def test_regions_become_placeholders_in_the_image_they_name():
         ("{box:1,2,3,4;1,2,3,4}", "can't be read"),
         ("{mask:1,2,3,4}", "can't be read"),
         ("{mask:all}", "can't be read"),
+        ("{mask:1,2,1,2,1,2}", "covers no pixel"),
         ("the {mask} here", "is no region"),
         ("the {regions:0} here", "is no region"),
         ("the {box:1,2,3,4", "is no region"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vistallm.coinit.images import decode_pixels, on_padding
 from vistallm.config import DataConfig
+from vistallm.regions.masks import polygons_to_rle, rle_area
 from vistallm.schema import ImageInfo, Region, Sample
 from vistallm.tasks import find_task
 
@@ -111,8 +112,11 @@ def _read_region(match: re.Match[str], images: Sequence[np.ndarray], number: int
         wrong = f"it is not inside image {index + 1} of {size[0]}x{size[1]} pixels"
     elif kind == "box" and (np.diff(parts[0], axis=0) <= 0).any():
         wrong = "x0 < x1 and y0 < y1 do not hold"
+    rle = polygons_to_rle(parts, size[1], size[0]) if kind == "mask" and not wrong else None
+    if rle and not rle_area(rle):
+        wrong = "it covers no pixel"
     if wrong:
         raise ValueError(f"prompt: {match[0]}: {wrong}; expected {FORMS}")
-    values = [part.tolist() for part in parts] if kind == "mask" else parts[0].ravel().tolist()
-    name = "polygons" if kind == "mask" else kind
-    return Region.from_json({"image": index, "kind": kind, "object": number, name: values})
+    if rle:
+        return Region(index, kind, number, rle=rle)
+    return Region.from_json({"image": index, "kind": kind, "object": number, kind: parts[0].ravel().tolist()})
