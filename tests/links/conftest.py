@@ -62,6 +62,6 @@ def inputs():
     def make(count, images, seed=1):
         draw = torch.Generator().manual_seed(seed)
         features = [torch.randn(images, 16, 24, generator=draw) for _ in range(2)]
-        return torch.randn(count, 4, 20, generator=draw), features, torch.randn(images, 3, 32, 32, generator=draw)
+        return torch.randn(count, 5, 20, generator=draw), features, torch.randn(images, 3, 32, 32, generator=draw)
 
     return make

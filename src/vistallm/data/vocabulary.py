@@ -79,6 +79,12 @@ class Vocabulary:
         return [token_ids(self.lm, tokens) for tokens in self.link_tokens]
 
     @property
+    def phrase_ends(self) -> list[int]:
+        """Ids that no phrase of a link holds: marks between phrases, and tokens of links and of images."""
+        marks = [number for token, number in self.lm.get_vocab().items() if token.strip("\u2581\u0120") in (*",.:",)]
+        return sorted({*marks, self.image_id, *(number for ids in self.link_ids for number in ids)})
+
+    @property
     def bin_ids(self) -> list[int]:
         """Ids of `<bin_i>` in the language model's vocabulary, ascending; empty for text coordinates."""
         return token_ids(self.lm, (t for t in self.region_tokens if t.startswith("<bin_")))

@@ -222,6 +222,7 @@ class LinkDecoder(nn.Module):
                 f"links.width={d} links.heads={config.heads}: expected a width that 4 * heads divides; change one"
             )
         self.slots = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
+        self.words = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
         self.phrase = mlp(d, d)
         self.own_queries = nn.Parameter(torch.randn(len(OWN_LINKS), config.queries, d))
         self.scene_queries = nn.Parameter(torch.randn(len(SCENE_LINKS), 1, d))  # what the patches of a scene share
@@ -241,7 +242,7 @@ class LinkDecoder(nn.Module):
         """Decode the links of a batch.
 
         Args:
-            states: (L, K, width), last hidden states of the slots.
+            states: (L, K + 1, width), last hidden states of the slots, and the mean embedding of the phrase's words.
             links: of the same L links; targets are not read.
             features: per encoder block (N, grid * grid, encoder_width) patch tokens of all images of the batch.
             pixels: (N, 3, S, S) normalised; S divides by 4, and M is S / 2.
@@ -260,7 +261,8 @@ class LinkDecoder(nn.Module):
         patches = torch.cat(blocks, -1)
         memory = self.memory(patches) + self.place(grid_boxes(self.grid, device))
         pixel_map = self.pixels(patches, pixels[used].to(dtype))
-        slots = self.slots(states.to(dtype))
+        states = states.to(dtype)
+        slots = self.slots(states[:, :-1]) + self.words(states[:, -1:])
         families = []
         for names, queries in ((OWN_LINKS, self.own_queries), (SCENE_LINKS, self.scene_queries)):
             links_GP, kind, image = _layout(table, [LINKS.index(name) for name in names])

@@ -98,6 +98,7 @@ class VistaLLM(nn.Module):
 
     bin_ids: Tensor  # (num_bins,) int64, ids of the coordinate tokens
     link_ids: Tensor  # (4, 1 + K) int64, of each kind of link the routing token and its slots; (0,) without links
+    phrase_ends: Tensor  # (E,) int64, tokens that no phrase of a link holds
 
     def __init__(
         self,
@@ -115,6 +116,7 @@ class VistaLLM(nn.Module):
         self.links, self.region_encoder = links, region_encoder
         self.register_buffer("bin_ids", torch.tensor(vocabulary.bin_ids, dtype=torch.long), persistent=False)
         self.register_buffer("link_ids", torch.tensor(vocabulary.link_ids, dtype=torch.long), persistent=False)
+        self.register_buffer("phrase_ends", torch.tensor(vocabulary.phrase_ends, dtype=torch.long), persistent=False)
 
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Return (N, Q, C) image tokens, one block per image, guided by its sample's instruction, and patch tokens.
@@ -187,13 +189,21 @@ class VistaLLM(nn.Module):
     def _slot_states(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Read (B, T, D) behind each routing token of `ids` (B, T), where all its K slots are there.
 
-        Returns (L, K, D) states of the slots and (L,) int64 rows.
+        Returns (L, K + 1, D), the states of the slots and the mean embedding of the words before the routing token (its
+        phrase; zeros without any), and (L,) int64 rows. Embeddings say which of a list of names is meant.
         """
         row, position = torch.isin(ids, self.link_ids[:, 0]).nonzero(as_tuple=True)
         whole = position + self.link_ids.shape[1] <= ids.shape[1]
         row, position = row[whole], position[whole]
         slots = position[:, None] + torch.arange(1, self.link_ids.shape[1], device=ids.device)
-        return hidden[row[:, None], slots], row
+        steps = torch.arange(ids.shape[1], device=ids.device)
+        ends = torch.where(torch.isin(ids, self.phrase_ends), steps, -1).cummax(1).values
+        before = F.pad(ends, (1, 0), value=-1)[row, position]  # the last token before the phrase
+        words = ((steps > before[:, None]) & (steps < position[:, None])).nonzero()  # (W, 2): link, place
+        embedded = self.decoder.get_input_embeddings()(ids[row[words[:, 0]], words[:, 1]]).to(hidden.dtype)
+        count = (position - before - 1).clamp(min=1)[:, None].to(hidden.dtype)
+        phrase = hidden.new_zeros(len(row), hidden.shape[2]).index_add(0, words[:, 0], embedded) / count
+        return torch.cat([hidden[row[:, None], slots], phrase[:, None]], 1), row
 
     def _stem_pixels(self, batch: Batch) -> Tensor:
         return self.encoder.normalise(batch.images if batch.pixels is None else batch.pixels)
