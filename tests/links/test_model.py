@@ -77,6 +77,22 @@ def test_targets_are_the_regions_on_the_letterbox_square(linked, samples):
     assert target.masks.shape == (1, 24, 24)
 
 
+def test_a_link_knows_the_words_of_its_phrase(linked):
+    """The mean embedding of the words since the last comma, colon, link or start, whatever stands behind them."""
+    _, builder, model = linked
+    lm, slots = builder.vocabulary.lm, "".join(builder.vocabulary.link_tokens[LINKS.index("DET")])
+    table = model.decoder.get_input_embeddings().weight
+    text = f"ASSISTANT: red star {slots}, circle {slots} image 2: {slots} green {slots} , , red"
+    ids = torch.tensor([lm.encode(text, add_special_tokens=False)])
+    hidden = torch.zeros(*ids.shape, table.shape[1])
+    states, rows = model._slot_states(ids, hidden)
+    means = [table[lm.convert_tokens_to_ids(words)].mean(0) for words in (["red", "star"], ["circle"], ["green"])]
+    wanted = torch.stack([*means[:2], torch.zeros_like(means[0]), means[2]])
+    torch.testing.assert_close(states[:, -1], wanted)
+    assert states.shape[:2] == (4, 5)
+    assert rows.tolist() == [0] * 4
+
+
 def test_a_batch_numbers_images_and_groups(linked, samples):
     _, builder, model = linked
     rows = [builder.build(samples[task][0], head="link") for task in ("attcoseg", "res", "gres")]
