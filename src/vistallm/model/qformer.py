@@ -53,7 +53,7 @@ class FrameMixer(nn.Module):
             video_M = (place_M == 0).cumsum(0) - 1
             queries, width = frames_MQH.shape[1:]
             rows_VFQH = frames_MQH.new_zeros(int(video_M[-1]) + 1, int(place_M.max()) + 1, queries, width)
-            rows_VFQH[video_M, place_M] = self.norm(frames_MQH)
+            rows_VFQH[video_M, place_M] = self.norm(frames_MQH).to(rows_VFQH.dtype)
             absent_VF = torch.ones(rows_VFQH.shape[:2], dtype=torch.bool, device=place_M.device)
             absent_VF[video_M, place_M] = False
             x = rows_VFQH.transpose(1, 2).flatten(0, 1)  # (V * Q, F, H)
