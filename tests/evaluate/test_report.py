@@ -225,6 +225,13 @@ def test_published_rows_of_all_systems_stand_in_a_table_of_their_own(predictions
     assert texts[1][-2:] == [f"{100 * ceiling[name]:.1f}" for name in ("miou", "ciou")]
     assert [row[-1] for row in texts[2:]] == ["74.5", "74.1", "1.0"]
     assert "unknown" not in table
+    assert "not comparable" not in table
+    scores[real.name].size = 10834
+    scores[real.name].paper[1]["note"] = "SEG token given"
+    write_report(tmp_path / "report.html", scores, chosen)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{len(chosen)} samples: not comparable with rows of 10,834" in page
+    assert "a source, SEG token given" in page
 
 
 def test_speed_confidence_and_outcomes(predictions, tmp_path):

@@ -116,6 +116,7 @@ class BenchmarkScores:
     faults: int = 0
     head: str = "text"
     teacher_forced: NamedScores | None = None
+    size: int | None = None  # samples that published rows are of, where that is known
 
 
 Scores = dict[str, BenchmarkScores]
@@ -254,6 +255,7 @@ def _score_one(
         else {},
         ceiling=mask_ceiling(known, benchmark, codec) if polygons and codec and known else None,
         paper=list(benchmark.paper),
+        size=benchmark.size,
         unlabelled=len(scored) - len(known),
         cut=sum(one.cut for one in scored),
         faults=len(faults.found.get(name, [])),
@@ -285,7 +287,7 @@ def mask_ceiling(predictions: Sequence[Prediction], benchmark: Benchmark, codec:
 
 def write_scores(scores: Scores, path: Path, run: Mapping[str, Any] | None = None) -> None:
     """Write scores.json: {"version", "run": facts about the run, "benchmarks": {name: ...}}."""
-    usual = {"head": "text", "teacher_forced": None}  # written only where they differ
+    usual = {"head": "text", "teacher_forced": None, "size": None}  # written only where they differ
     rows = {name: dataclasses.asdict(one).items() for name, one in scores.items()}
     kept = {name: {k: v for k, v in row if k not in usual or v != usual[k]} for name, row in rows.items()}
     record = {"version": SCORES_VERSION, "run": dict(run or {}), "benchmarks": kept}
