@@ -9,9 +9,10 @@ import torch
 
 from vistallm.coinit.shards import read_raw
 from vistallm.config import ReinforceConfig
-from vistallm.data.datamodule import split_shards
+from vistallm.data.datamodule import build_codec, split_shards
 from vistallm.data.images import decode_sample
 from vistallm.data.sequence import collate, collate_rollouts
+from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.grammar import rule_of
 from vistallm.evaluate.rollouts import DrawnObject, RolloutSampler, Truth, boundary_iou, count_duplicates
 from vistallm.metrics import METRICS
@@ -92,6 +93,16 @@ def made(kind, *objects, images=1):
     return Sample("made", task, "test", infos, fields={"targets": list(range(len(objects)))}, regions=regions)
 
 
+def test_text_coordinates_are_rewarded_and_have_no_edits(tiny_config):
+    config = tiny_config("coords=text", "reinforce.loss=dr_grpo", "points=12")
+    own = RolloutSampler(config, Vocabulary.build(config.model, build_codec(config)))
+    text = " The mask is [4,4,11,4,12,12,4,13] ."
+    batch = RolloutBatch(None, [made("mask", A)], [""], None)
+    assert reward(own, batch, 0, tokens(text, own.vocabulary)) > 0.8
+    with pytest.raises(ValueError, match="coords=tokens"):
+        RolloutSampler(tiny_config("coords=text"), own.vocabulary)
+
+
 def polygon(*values):
     return "".join(f"<bin_{value}>" for value in values)
 
@@ -130,7 +141,7 @@ def case(request, sampler, vocabulary):
     parsed = sampler.read(batch, 0, 0, row).parsed
     objects, truth = sampler.find_objects(row, parsed), Truth(sample, sampler.own)
     table = [truth.overlaps(one) for one in objects]
-    edits = list(sampler.edits(row, objects, table, truth, sample, np.array(allowed)))
+    edits = list(sampler.edits(row, objects, table, truth, np.array(allowed)))
     return batch, row, objects, edits, np.array(allowed)
 
 

@@ -114,12 +114,9 @@ class RolloutSampler:
         self.config, self.own, self.vocabulary = config, config.reinforce, vocabulary
         self.codec: RegionCodec = build_codec(config)
         self.grammars = AnswerGrammars(vocabulary, config.points, config.decode.max_new_tokens)
+        stops = token_ids(vocabulary.lm, ["<m_ed>", "<b_ed>"]) if vocabulary.region_tokens else []
+        self.stop_ids = dict(zip(("mask", "box"), stops, strict=False))
         self.bin_of = {token: number for number, token in enumerate(vocabulary.bin_ids)}
-
-    @functools.cached_property
-    def stop_ids(self) -> dict[str, int]:
-        """The closing marker of each kind."""
-        return dict(zip(("mask", "box"), token_ids(self.vocabulary.lm, ["<m_ed>", "<b_ed>"]), strict=True))
 
     def __call__(self, model: VistaLLM, batch: RolloutBatch) -> Rollouts:
         """Draw `reinforce.copies` answers for each prompt and score them."""
@@ -153,7 +150,7 @@ class RolloutSampler:
                 if self.own.loss == "coordinate":
                     roles = self.grammars.roles[rows[number]]
                     shared[number, : len(roles)] = torch.from_numpy((roles == Role.WORD) | (roles == Role.START))
-                    found = self.edits(rows[number], objects, table, truth, sample, allowed[number])
+                    found = self.edits(rows[number], objects, table, truth, allowed[number])
                     edits += [(number, *edit) for edit in found]
         groups = rewards.reshape(-1, copies)
         changes = np.array([edit[3] for edit in edits], np.float32)
@@ -185,45 +182,35 @@ class RolloutSampler:
 
     def find_objects(self, row: list[int], parsed: Parsed) -> list[DrawnObject]:
         """Return the objects of an answer that can be read, with the places of their coordinates in its ids."""
-        objects, fresh, group = list[DrawnObject](), True, -1
-        for position, role in enumerate(self.grammars.roles[row].tolist()):
-            if role == Role.START:
-                group += 1
+        pairs = ((one, one.polygons or [np.reshape(one.box or (), (2, 2))]) for one in parsed.regions)
+        objects = [DrawnObject(one.image, 0, parts) for one, parts in pairs]
+        group = number = -1
+        fresh = True
+        for position, role in enumerate(self.grammars.roles[row].tolist()):  # coords=text has no such roles
+            group += role == Role.START
             if role == Role.BIN:
                 if fresh:
-                    region = parsed.regions[len(objects)]
-                    box = region.box and [np.reshape(region.box, (2, 2))]
-                    objects.append(DrawnObject(region.image, group, region.polygons or box or []))
-                    objects[-1].positions.append([])
-                objects[-1].positions[-1].append(position)
+                    number += 1
+                    objects[number].group = group
+                    objects[number].positions.append([])
+                objects[number].positions[-1].append(position)
             elif role == Role.PART:
-                objects[-1].positions.append([])
+                objects[number].positions.append([])
             fresh = role in (Role.START, Role.SEPARATOR)
         return objects
 
     def edits(
-        self,
-        row: list[int],
-        objects: list[DrawnObject],
-        table: list[np.ndarray],
-        truth: Truth,
-        sample: Sample,
-        allowed: np.ndarray,
+        self, row: list[int], objects: list[DrawnObject], table: list[np.ndarray], truth: Truth, allowed: np.ndarray
     ) -> Iterator[Edit]:
         """Yield the edits of an answer: coordinates moved by `reinforce.moves`, and groups that end earlier.
 
-        Args:
-            row: its token ids.
-            objects: what they draw.
-            table: the `overlaps` of each object.
-            truth: rewards the edited answers.
-            sample: of the prompt.
-            allowed: (L, V) bool, the tokens that the grammar permits.
+        `row`: its token ids; `objects`: what they draw, with their `overlaps` in `table`; `allowed`: (L, V) bool, the
+        tokens that the grammar permits.
         """
-        reward, bins = truth.reward(table), self.vocabulary.bin_ids
+        reward, bins, stop = truth.reward(table), self.vocabulary.bin_ids, self.stop_ids[truth.kind]
         for number, one in enumerate(objects):
-            info = sample.images[one.image]
-            letterbox = Letterbox(info.width, info.height, max(info.width, info.height))
+            height, width = truth.sizes[one.image]
+            letterbox = Letterbox(width, height, max(width, height))
             pixels = coordinate_table(len(bins), letterbox)
             corners = [np.array([self.bin_of[row[p]] for p in places]).reshape(-1, 2) for places in one.positions]
             parts = [np.stack([pixels[c[:, 0], 0], pixels[c[:, 1], 1]], 1) for c in corners]
@@ -239,20 +226,18 @@ class RolloutSampler:
                             other = truth.reward([*table[:number], truth.overlaps(drawn), *table[number + 1 :]])
                             yield position, bins[moved], other - reward, False
                     drawn.parts[part][vertex, axis] = old
-            yield from self._endings(number, objects, drawn, table, truth, allowed, reward)
+            for position, row_table in self._endings(number, objects, drawn, table, truth):
+                if allowed[position, stop]:
+                    yield position, stop, truth.reward(row_table) - reward, True
 
     def _endings(
-        self,
-        number: int,
-        objects: list[DrawnObject],
-        drawn: DrawnObject,
-        table: list[np.ndarray],
-        truth: Truth,
-        allowed: np.ndarray,
-        reward: float,
-    ) -> Iterator[Edit]:
-        """Yield the edits that end object `number` and its group earlier: before each vertex, part and next object."""
-        stop, one = self.stop_ids[truth.kind], objects[number]
+        self, number: int, objects: list[DrawnObject], drawn: DrawnObject, table: list[np.ndarray], truth: Truth
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Yield where object `number` and its group could end, before each vertex, part and next object: what is left.
+
+        `drawn` is the object as its tokens say; what is left is the table of overlaps.
+        """
+        one = objects[number]
         later = [row for other, row in zip(objects, table, strict=True) if other.group > one.group]
         first = number == 0 or objects[number - 1].group < one.group
         cuts = [(0, 0, one.positions[0][0])] if first else []  # parts kept whole, vertices of the next one, position
@@ -261,10 +246,9 @@ class RolloutSampler:
             if part + 1 < len(one.positions) or number + 1 < len(objects) and objects[number + 1].group == one.group:
                 cuts.append((part + 1, 0, places[-1] + 1))
         for whole, vertices, position in cuts:
-            if allowed[position, stop]:
-                kept = [*drawn.parts[:whole], *([drawn.parts[whole][:vertices]] if vertices else [])]
-                own = [truth.overlaps(DrawnObject(one.image, one.group, kept))] if kept else []
-                yield position, stop, truth.reward([*table[:number], *own, *later]) - reward, True
+            kept = [*drawn.parts[:whole], *([drawn.parts[whole][:vertices]] if vertices else [])]
+            own = [truth.overlaps(DrawnObject(one.image, one.group, kept))] if kept else []
+            yield position, [*table[:number], *own, *later]
 
 
 @functools.lru_cache(64)
