@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -102,3 +103,28 @@ def tiny_model(tiny_config, vocabulary):
 
     torch.manual_seed(0)
     return build_model(tiny_config(), vocabulary).eval()
+
+
+@pytest.fixture
+def open_page():
+    """Callable: width in pixels -> a page of a real headless browser; an error or a refused script fails the test.
+
+    Skips, with what to install, where there is no browser.
+    """
+    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e .[browser]")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    faults = []
+
+    def make(width):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda line: faults.append(line.text) if "policy" in line.text.lower() else None)
+        return page
+
+    with sync.sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield make
+        browser.close()
+    assert not faults

@@ -315,3 +315,11 @@ def test_curve_averages_runs_of_rows_and_skips_blanks(metrics_csv):
     assert loss[0] == pytest.approx(np.mean([3, 1.5, 1]))
     assert plots.curve(columns, "val_loss")[1].tolist() == [0.5]
     assert plots.curve(columns, "nothing") is None
+
+
+def test_images_of_a_page_have_a_budget():
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    few, many = (gallery.embed_images({str(i): [noise] for i in range(count)}) for count in (2, 32))
+    assert sum(len(uri) for group in many.values() for uri in group) <= gallery.IMAGE_BYTES
+    assert len(few["0"][0]) > 4 * len(many["0"][0])
+    assert gallery.embed_images({}) == {}

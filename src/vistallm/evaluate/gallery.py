@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -23,7 +23,8 @@ from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.masks import rle_to_mask
 from vistallm.schema import Prediction, Region
 
-MAX_SIDE = 420  # pixels of an embedded image's longer side
+IMAGE_BYTES = 600_000  # of a page's images, so that many of them make it no heavier: they become smaller instead
+SIZES = ((420, 85), (320, 80), (240, 75), (160, 70), (160, 40))  # pixels of an image's longer side, quality of its JPEG
 _SLOTS = rf"\[(?P<link>{'|'.join(LINKS)})\](\s*\[[A-Z]+_\d+\])*"  # a link with its slots
 _GROUP = re.compile(rf"<([bpm])_st>.*?<\1_ed>|{_SLOTS}", re.DOTALL)
 _BINS = re.compile(r"(?:\s*<bin_\d+>){3,}")
@@ -68,10 +69,18 @@ def short_text(text: str, limit: int = 220) -> Markup:
     return Markup(str(escape(text)).replace("\x00", "<b>").replace("\x01", "</b>"))
 
 
-def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -> list[dict[str, Any]]:
-    """Draw one answer on its images, each (H, W, 3) uint8 RGB; None: on plain canvases.
+def embed_images(images: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[str]]:
+    """Turn the images of a page, prediction id -> each (H, W, 3) uint8 RGB, into data URIs of about IMAGE_BYTES."""
+    some = [image for group in images.values() for image in group][::8]  # to choose a size is not worth more time
+    fitting = (size for size in SIZES if 8 * sum(len(_data_uri(image, *size)) for image in some) <= IMAGE_BYTES)
+    size = next(fitting, SIZES[-1])
+    return {name: [_data_uri(image, *size) for image in group] for name, group in images.items()}
 
-    Returns, for each image, width and height in pixels, `image` as a data URI or None, and the SVG shapes of three
+
+def draw_pictures(prediction: Prediction, uris: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Draw one answer on its images, given as data URIs; None: on plain canvases.
+
+    Returns, for each image, width and height in pixels, `image` as its data URI or None, and the SVG shapes of three
     layers: `given` in the prompt, `answer` and `truth`.
     """
     target, given = ([Region.from_json(row) for row in prediction.target.get(key, [])] for key in ("regions", "given"))
@@ -85,7 +94,7 @@ def draw_pictures(prediction: Prediction, images: Sequence[np.ndarray] | None) -
             name: Markup("").join(_shape(one, max(width, height) / 45, names) for one in regions if one.image == index)
             for name, regions in layers.items()
         }
-        uri = None if images is None else _data_uri(images[index])
+        uri = None if uris is None else uris[index]
         pictures.append(drawn | {"width": width, "height": height, "image": uri})
     return pictures
 
@@ -107,16 +116,20 @@ def _shape(region: Region, radius: float, names: Sequence[str] = ()) -> Markup:
     return named + Markup(text).format(x, max(y, 0) + 2 * radius, 2 * radius, label)
 
 
+def mask_path(region: Region) -> str:
+    """Outline a mask as the `d` of an SVG path, in pixels of its image; holes run the other way."""
+    rings = region.polygons
+    if region.rle is not None:  # half a pixel of slack removes the stair steps, which no reader needs
+        outlines = outline_rings(as_mask(rle_to_mask(region.rle)), holes=True)
+        rings = [cv2.approxPolyDP(ring.astype(np.float32), 0.8, True).reshape(-1, 2) for ring in outlines]
+    return "".join(
+        "M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in ring.tolist()) + "Z" for ring in rings or () if len(ring)
+    )
+
+
 def _outline(region: Region, radius: float) -> Markup:
     if region.kind == "mask":
-        rings = region.polygons
-        if region.rle is not None:  # half a pixel of slack removes the stair steps, which no reader needs
-            outlines = outline_rings(as_mask(rle_to_mask(region.rle)), holes=True)
-            rings = [cv2.approxPolyDP(ring.astype(np.float32), 0.8, True).reshape(-1, 2) for ring in outlines]
-        parts = (
-            "M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in ring.tolist()) + "Z" for ring in rings or () if len(ring)
-        )
-        return Markup(f'<path d="{"".join(parts)}"/>')
+        return Markup(f'<path d="{mask_path(region)}"/>')
     if region.box is not None:
         x0, y0, x1, y1 = region.box
         return Markup(f'<rect x="{x0:g}" y="{y0:g}" width="{max(0, x1 - x0):g}" height="{max(0, y1 - y0):g}"/>')
@@ -124,9 +137,9 @@ def _outline(region: Region, radius: float) -> Markup:
     return Markup(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}"/>')
 
 
-def _data_uri(image: np.ndarray) -> str:
-    scale = MAX_SIDE / max(image.shape[:2])
+def _data_uri(image: np.ndarray, side: int, quality: int) -> str:
+    scale = side / max(image.shape[:2])
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+    data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")

@@ -6,6 +6,7 @@ data URIs, plots inline SVG. This module computes what the template is filled wi
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 
 from vistallm.evaluate.benchmarks import BenchmarkScores, Scores
 from vistallm.evaluate.confidence import RIGHT_FROM, answer_confidence, calibration, rejection_curve
-from vistallm.evaluate.gallery import draw_pictures, pick, short_text
+from vistallm.evaluate.gallery import draw_pictures, embed_images, pick, short_text
 from vistallm.evaluate.plots import Curve, Plot, curve, line_plots, precision_curve, read_columns
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.metrics import METRICS, SCORE_NAMES, NamedScores
@@ -65,19 +66,12 @@ def write_report(
     short |= {one.name: f"{short[one.name]}, {WORDS['heads'][one.head]}" for one in order if links}
     benchmarks = [(one, short[one.name], groups[one.name]) for one in order]
     texts, cards = _texts_of(order, groups), list[Card]()
-    for one in order:
-        for group, prediction in pick(groups[one.name]) if one.name not in texts.values() else ():
-            other = next((each for each in groups.get(texts.get(one.name, ""), ()) if each.id == prediction.id), None)
-            both = [each for each in (other, prediction) if each is not None]
-            cards.append(
-                (
-                    group,
-                    [
-                        (each, draw_pictures(each, (images or {}).get(each.id)), answer_confidence(each))
-                        for each in both
-                    ],
-                )
-            )
+    picked = [each for one in order if one.name not in texts.values() for each in pick(groups[one.name])]
+    uris = embed_images({one.id: images[one.id] for _, one in picked if images and one.id in images})
+    for group, prediction in picked:
+        beside_it = (one for one in groups.get(texts.get(prediction.benchmark, ""), ()) if one.id == prediction.id)
+        both = [*itertools.islice(beside_it, 1), prediction]
+        cards.append((group, [(one, draw_pictures(one, uris.get(one.id)), answer_confidence(one)) for one in both]))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vistallm", "evaluate"),
         autoescape=True,
