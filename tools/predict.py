@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 
 from vistallm.evaluate.prompt import make_sample, read_image
-from vistallm.regions.overlay import draw_regions
+from vistallm.regions.overlay import draw_strip
 
 if TYPE_CHECKING:
     from vistallm.api import Answer, VistaLLM
@@ -54,12 +54,7 @@ def show(answer: Answer, images: list[np.ndarray], words: argparse.Namespace) ->
         raise ValueError(f"the answer can't be read: {answer.failure}")
     print(json.dumps(answer.to_json()))
     if words.out:
-        height = max(240, *(image.shape[0] for image in images))
-        strip, panels = np.full((height, 8, 3), 255, np.uint8), list[np.ndarray]()
-        for index, image in enumerate(images):
-            here = [region for region in answer.regions if region.image == index]
-            panels += [draw_regions(image, here, height / image.shape[0]), strip]
-        write_image(words.out, np.concatenate(panels[:-1], axis=1))
+        write_image(words.out, draw_strip(images, answer.regions, least=240))
         print(f"overlay: {words.out}")
     for region in answer.regions if words.masks else ():
         if region.kind in ("mask", "box"):

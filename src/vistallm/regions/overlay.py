@@ -61,6 +61,16 @@ def draw_regions(
     return canvas
 
 
+def draw_strip(images: Sequence[np.ndarray], regions: Sequence[Region], least: int = 1) -> np.ndarray:
+    """Draw regions on their images, side by side, as high as the highest and at least `least` pixels: (H, W, 3) RGB."""
+    height = max(least, *(image.shape[0] for image in images))
+    panels, gap = list[np.ndarray](), np.full((height, 8, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        here = [region for region in regions if region.image == index]
+        panels += [draw_regions(image, here, height / image.shape[0]), gap]
+    return np.concatenate(panels[:-1], axis=1)
+
+
 def _outlines(canvas: np.ndarray, region: Region, scale: float, fill: tuple[int, ...] | None) -> list[np.ndarray]:
     """Outlines of a mask or box, each (n, 2) int32 in pixels of the canvas; a mask is tinted with `fill` in place."""
     if region.rle is not None and region.kind == "mask":
