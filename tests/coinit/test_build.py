@@ -26,6 +26,7 @@ from vistallm.coinit.sources.custom import load_jsonl
 from vistallm.coinit.sources.records import Record
 from vistallm.config import PAD_COLOUR
 from vistallm.data.images import decode_sample
+from vistallm.evaluate import prompt
 from vistallm.regions.masks import mask_to_rle, merge_rles, rle_area, rle_to_mask, segmentation_to_rle
 from vistallm.schema import ImageInfo, Region, Sample
 
@@ -292,7 +293,7 @@ def test_an_exif_orientation_is_never_applied(tmp_path, suffix, orientation):
     loaded = decode_sample(raw)
     assert (loaded.images[0].width, loaded.images[0].height) == (64, 48)
     (shown,) = load_tool("view_samples").choose(tmp_path / "out", None, None, 1, 0)
-    asked = load_tool("predict").decode_pixels((tmp_path / f"a.{suffix}").read_bytes(), "a")
+    asked = prompt.read_image(tmp_path / f"a.{suffix}")
     for seen in (loaded.pixels[0], shown.pixels[0], asked):
         assert np.array_equal(seen, expected)
         assert seen[12:20, 8:16, 0].min() > 200 > 120 > seen[:, 32:, 0].max()
@@ -308,7 +309,7 @@ def test_transparent_pixels_have_the_colour_of_padding_in_training_and_in_predic
     for raw in read_raw(tmp_path / "out" / "train-000000.tar"):
         (seen,) = decode_sample(raw).pixels
         name = raw.record["meta"]["image_ids"][0].removeprefix("jsonl:")
-        assert np.array_equal(load_tool("predict").decode_pixels((tmp_path / name).read_bytes(), name), seen)
+        assert np.array_equal(prompt.read_image(tmp_path / name), seen)
         assert (abs(seen[0].astype(int) - PAD_COLOUR) <= 1).all()
         assert (seen[1, 0] == 200).all()
         assert (abs(seen[1, 1] - (100 * 200 + 155 * np.array(PAD_COLOUR)) / 255) <= 1).all()

@@ -51,15 +51,14 @@ def light(monkeypatch):
 
     build.rejects = False
     monkeypatch.setattr(module, "decode_sample", lambda raw, size, pixels: Sample.from_json(raw.record))
-    monkeypatch.setattr(module, "collate", lambda rows, vocabulary: Ids(row.id for row in rows))
 
     def make(shards, weights=ONCE, worker=None, rejects=False, **settings):
         build.rejects = rejects
         info = None if worker is None else SimpleNamespace(id=worker)
         monkeypatch.setattr(module, "get_worker_info", lambda: info)
-        builder = SimpleNamespace(build=build, vocabulary=None, image_size=48)
+        builder = SimpleNamespace(build=build, vocabulary=None, image_size=48, frames=8)
         mixture = shards if isinstance(shards, Mixture) else mixture_of(shards, weights)
-        return iter(stream_of(mixture, builder, RejectLog(None, 1.0), **{"mix": 4, **settings}))
+        return iter(stream_of(mixture, builder, RejectLog(None, 1.0), **{"mix": 4, "collate": ids_of, **settings}))
 
     return make
 
@@ -69,6 +68,11 @@ def stream_of(mixture, builder, rejects, *, batch_size=1, buffer=20, pool=1, mix
     data = DataConfig(batch_size=batch_size, shuffle_buffer=buffer, pool_batches=pool, mix_shards=mix)
     data.workers, data.lanes = workers, lanes
     return TrainStream(mixture, builder, data, rejects, **place)
+
+
+def ids_of(rows, vocabulary):
+    """Collate rows of a light builder."""
+    return Ids(row.id for row in rows)
 
 
 class Ids(list):
@@ -408,8 +412,8 @@ def test_a_damaged_shard_loses_its_samples_aloud(light, shards, tmp_path, how):
         return SimpleNamespace(id=sample.id, input_ids=[0])
 
     rejects, counts = RejectLog(tmp_path / "rejects.jsonl", 1.0), DAMAGE[how]
-    builder = SimpleNamespace(build=build, vocabulary=None, image_size=48)
-    stream = stream_of(mixture, builder, batch_size=51, buffer=9, rejects=rejects)
+    builder = SimpleNamespace(build=build, vocabulary=None, image_size=48, frames=8)
+    stream = stream_of(mixture, builder, batch_size=51, buffer=9, rejects=rejects, collate=ids_of)
     batch = next(iter(stream))
     assert len(batch) == len(set(batch)) == 51 - counts[1]
     assert rejects.counts == counts[0]

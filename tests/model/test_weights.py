@@ -175,7 +175,7 @@ def test_whole_path_is_that_of_instructblip(tiny_config, tmp_path, monkeypatch):
         attention_mask=torch.ones_like(text),
     ).logits
     seen = {"images": images, "image_owner": torch.arange(2), "instruction_ids": ids}
-    batch = SimpleNamespace(input_ids=text, instruction_mask=(ids != 0).long(), **seen)
+    batch = SimpleNamespace(input_ids=text, instruction_mask=(ids != 0).long(), first_copy=None, frame=None, **seen)
     model.vocabulary = SimpleNamespace(image_id=59)
     logits = model.decoder(inputs_embeds=model.input_embeddings(batch)).logits
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

@@ -114,7 +114,9 @@ class MetricsFile(Callback):
             self._printed = self._clock
             left = (trainer.max_steps - row["step"]) * (self._clock - self._began) / (row["step"] - self._start)
             rate = row["samples"] / row["seconds"]
-            text = f"step {row['step']} of {trainer.max_steps}, loss {row['loss']:.4f}, {rate:.1f} samples/s"
+            name = "reinforce/reward" if "reinforce/reward" in row else "loss"
+            value = f"{name.rpartition('/')[2]} {row[name]:.4f}"
+            text = f"step {row['step']} of {trainer.max_steps}, {value}, {rate:.1f} samples/s"
             print(f"{text}, {timedelta(seconds=round(left))} left", flush=True)
 
     def _write(self, trainer: L.Trainer, row: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ MADE = [
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory, picture, command, builder):
     """The sequences of every row of MADE, with drawn templates."""
+    from vistallm.coinit.frames import choose_frames
     from vistallm.coinit.shards import read_raw
     from vistallm.data.images import decode_sample
 
@@ -31,7 +32,9 @@ def sequences(tmp_path_factory, picture, command, builder):
             == 0
         ), source
         raws = [raw for shard in sorted(out.glob("*.tar")) for raw in read_raw(shard)]
-        found.append([builder.build(decode_sample(raw), random.Random(0)) for raw in raws])
+        found.append(
+            [builder.build(decode_sample(choose_frames(raw, builder.frames)), random.Random(0)) for raw in raws]
+        )
     return found
 
 

@@ -82,6 +82,7 @@ def write_questions(root, picture):
 
 MADE = [
     ("ref-youtube-vos", "train", write_rvos),
+    ("ref-davis17", "train", write_rvos),
     ("mevis", "train", write_mevis),
     ("hcstvg", "train", write_tubes),
     ("activitynet-qa", "train", write_questions),
