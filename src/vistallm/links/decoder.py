@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -97,21 +97,24 @@ def link_answers(families: Sequence[Family], count: int, least: float = 0.05, li
     """
     answers: dict[int, LinkAnswer] = {}
     for family in families:
-        for g, p in (family.links >= 0).nonzero().tolist():
-            kind = LINKS[family.kind[g]]
-            is_keypoint = kind == "POSE" and p > 0
-            scores = family.scores[-1, g, :, 0 if is_keypoint else p].sigmoid()[: 1 if kind == "SEG" else None]
-            order = scores.argsort(descending=True, stable=True)
-            order = order[: max(1, min(limit, int((scores >= least).sum())))]
-            group, query = torch.tensor([g], device=order.device), order[None, None]
-            answers[int(family.links[g, p])] = answer = LinkAnswer(
-                scores=scores[order],
-                boxes=box_convert(family.boxes[-1, g, order], "cxcywh", "xyxy"),
-                masks=family.masks(group, query)[0, 0].float(),
-            )
-            if is_keypoint:
-                x, y, visible = family.keypoints(group, query)[0, 0, :, p].unbind(-1)
-                answer.keypoints = torch.stack([x, y, visible.sigmoid()], -1)
+        for g, row in enumerate(family.links.tolist()):
+            kind, group = LINKS[family.kind[g]], torch.tensor([g], device=family.boxes.device)
+            numbers = [number for number in row if number >= 0]
+            named = numbers[1:] if kind == "POSE" else []  # links that name keypoints of the first one's objects
+            for p, number in enumerate(numbers[: len(numbers) - len(named)]):
+                scores = family.scores[-1, g, :, p].sigmoid()[: 1 if kind == "SEG" else None]
+                order = scores.argsort(descending=True, stable=True)
+                order = order[: max(1, min(limit, int((scores >= least).sum())))]
+                answers[number] = LinkAnswer(
+                    scores=scores[order],
+                    boxes=box_convert(family.boxes[-1, g, order], "cxcywh", "xyxy"),
+                    masks=family.masks(group, order[None, None])[0, 0].float(),
+                )
+            if named:
+                x, y, visible = family.keypoints(group, order[None, None])[0, 0].unbind(-1)
+                places = torch.stack([x, y, visible.sigmoid()], -1)
+                for p, number in enumerate(named, 1):
+                    answers[number] = replace(answers[numbers[0]], keypoints=places[:, p])
     return [answers[number] for number in range(count)]
 
 

@@ -310,10 +310,11 @@ class VistaLLM(nn.Module):
             return found
         hidden, owners = self._slot_states(ids, torch.stack(states, 1))
         counts = torch.bincount(batch.image_owner, minlength=len(batch)).tolist()
+        whole = torch.bincount(owners, minlength=len(ids)).tolist()  # links of each row that have all their slots
         kinds, rows, images, tokens, first, token = list[int](), list[int](), list[int](), list[int](), 0, 0
         video = [False] * int(sum(counts)) if batch.frame is None else (batch.frame >= 0).tolist()
         for row, (answer, count) in enumerate(zip(ids.tolist(), counts, strict=True)):
-            for link in read_links(str(self.vocabulary.lm.decode(answer)))[: owners.tolist().count(row)]:
+            for link in read_links(str(self.vocabulary.lm.decode(answer)))[: whole[row]]:
                 # Reading the answer faults a wrong number; a link of a video is read in every frame.
                 seen = range(count) if video[first] else [min(link.image, count - 1)]
                 kinds += [LINKS.index(link.kind)] * len(seen)
