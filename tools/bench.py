@@ -38,13 +38,13 @@ import torch
 from pycocotools import mask as coco
 
 from vistallm.coinit.build import BuildOptions, build
-from vistallm.coinit.shards import read_raw
+from vistallm.coinit.shards import read_raw, split_shards
 from vistallm.coinit.sources import SOURCES
 from vistallm.coinit.sources.base import SourceOptions
 from vistallm.config import Config, load_config
-from vistallm.data.datamodule import CoinItDataModule, build_codec, build_sequencer, reject_log, split_shards
-from vistallm.data.sequence import collate
-from vistallm.data.stream import RejectLog, evaluation_sequences
+from vistallm.data.datamodule import CoinItDataModule
+from vistallm.data.sequence import build_codec, build_sequencer, collate
+from vistallm.data.stream import RejectLog, evaluation_sequences, reject_log
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.benchmarks import load_benchmarks, score
 from vistallm.evaluate.generate import Answerer

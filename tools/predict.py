@@ -36,6 +36,8 @@ WINDOW = 32  # lines of a batch file whose answers are written together
 
 def load_model(path: str) -> VistaLLM:
     """Load a model; torch is imported here, so that a wrong word or image is refused at once."""
+    if not Path(path).exists():
+        raise ValueError(f"--ckpt {path}: expected a run folder, a checkpoint or an export, found nothing there")
     from vistallm import VistaLLM
 
     return VistaLLM.from_pretrained(path)

@@ -32,11 +32,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from webdataset import DataPipeline
 
-from vistallm.coinit.shards import read_raw
+from vistallm.coinit.shards import read_raw, split_shards
 from vistallm.config import PAD_COLOUR, load_config
-from vistallm.data.datamodule import build_codec, build_sequencer, split_shards
 from vistallm.data.images import decode_sample
-from vistallm.data.sequence import Sequence, SequenceBuilder, collate
+from vistallm.data.sequence import Sequence, SequenceBuilder, build_codec, build_sequencer, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.scene import ATTRIBUTES, random_scene
 from vistallm.model.build import build_model

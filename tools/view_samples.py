@@ -135,7 +135,7 @@ def html_page(views: list[dict[str, Any]], title: str) -> str:
 def load_builder(run: str | None, overrides: list[str]) -> SequenceBuilder:
     """The sequence builder of a run or of the mini model."""
     from vistallm.config import apply_overrides, config_from_file, load_config
-    from vistallm.data.datamodule import build_codec, build_sequencer
+    from vistallm.data.sequence import build_codec, build_sequencer
     from vistallm.data.vocabulary import Vocabulary
 
     if run is None:
@@ -149,7 +149,7 @@ def load_builder(run: str | None, overrides: list[str]) -> SequenceBuilder:
 
 def answered(samples: list[Sample], run: str) -> list[Sample]:
     """The samples with a model's answers in place of their own; regions that the prompt gives stay."""
-    from vistallm.data.datamodule import build_sequencer
+    from vistallm.data.sequence import build_sequencer
     from vistallm.evaluate.gallery import short_text
     from vistallm.evaluate.generate import Answerer, make_prediction
     from vistallm.model.checkpoint import load_run

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 
 from vistallm.config import Config
 from vistallm.data.sequence import Sequence as TokenSequence
@@ -29,11 +30,10 @@ from vistallm.evaluate import generate
 from vistallm.evaluate.confidence import calibrate, read_calibration
 from vistallm.evaluate.grammar import Rule, rule_of
 from vistallm.evaluate.prompt import ImageLike, make_sample, read_image
-from vistallm.metrics.detection import sure_regions
 from vistallm.model import vistallm as network
 from vistallm.model.checkpoint import load_run
 from vistallm.regions.letterbox import Letterbox
-from vistallm.regions.masks import box_polygon, polygons_to_mask, rle_to_mask
+from vistallm.regions.masks import box_polygon, polygons_to_rle
 from vistallm.schema import Region
 from vistallm.tasks import find_task
 
@@ -47,12 +47,13 @@ class AnswerRegion(Region):
 
     def mask(self) -> np.ndarray:
         """(height, width) bool; a box is filled. Raises ValueError for a point or keypoints."""
-        if self.rle is not None:
-            return rle_to_mask(self.rle)
-        if self.polygons is None and (self.kind != "box" or self.box is None):
+        if self.rle is None and self.polygons is None and (self.kind != "box" or self.box is None):
             raise ValueError(f"expected a mask or a box, got a {self.kind}: it covers no pixels")
-        parts = self.polygons or [box_polygon(np.array(self.box).reshape(2, 2), 4)]
-        return polygons_to_mask(parts, self.height, self.width)
+        # Not by the compiled functions of regions/masks.py, which a first answer would wait for.
+        rle = self.rle or polygons_to_rle(
+            self.polygons or [box_polygon(np.array(self.box).reshape(2, 2), 4)], self.height, self.width
+        )
+        return coco_mask.decode(rle).astype(bool, order="C")
 
 
 @dataclass
@@ -237,7 +238,7 @@ class VistaLLM:
         words = reply.text
         for slot in (slot for _, *slots in self.model.vocabulary.link_tokens for slot in slots):
             words = words.replace(slot, "")
-        found = sure_regions(parsed.regions) if linked else parsed.regions
+        found = [one for one in parsed.regions if not linked or one.sure]
         regions = [_answer_region(one, sequence.letterboxes[one.image]) for one in found]
         curve = None if linked else self.calibration.get(parsed.kind)
         if curve:

@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 REGION_KINDS: tuple[str, ...] = ("mask", "box", "point")  # what region tokens can write
 STORED_KINDS = (*REGION_KINDS, "keypoints")  # what a shard can hold; keypoints are written by links alone
 PROMPT_SHAPES = ("point", "box", "circle", "scribble", "polygon", "mask")  # in which an instruction shows an object
+SURE = 0.5  # the confidence from which a link's object of a class counts as said, where no ranking is asked for
 Rle = dict[str, Any]  # COCO run lengths: {"size": [H, W], "counts": str (compressed)}
 
 
@@ -47,6 +48,11 @@ class Region:
     keypoints: tuple[tuple[float, ...], ...] | None = None
     label: str | None = None  # class name of the object, or the phrase of the link that found it
     confidence: float | None = None  # of a generated region, in [0, 1] (`vistallm.evaluate.confidence`)
+
+    @property
+    def sure(self) -> bool:
+        """Whether an answer by links stands for it: of the classes that links name they give doubtful objects, too."""
+        return self.label is None or self.confidence is None or self.confidence >= SURE
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, without the fields that are not set."""
@@ -280,6 +286,12 @@ class Prediction:
     cut: bool = False  # the answer reached decode.max_new_tokens
     head: str = "text"  # text | link: what wrote the regions
     forced: bool = False  # the links were read with the true answer as text (decode.teacher_forced)
+
+    @property
+    def sure_regions(self) -> list[Region]:
+        """The regions that the answer stands for, without the doubtful ones of links, which AP ranks."""
+        regions = self.parsed.regions if self.parsed else []
+        return [one for one in regions if self.head == "text" or one.sure]
 
     def to_json(self) -> dict[str, Any]:
         """The JSON record of the line."""

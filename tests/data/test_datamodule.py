@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vistallm.data.datamodule import CoinItDataModule, data_root, split_shards
+from vistallm.coinit.shards import split_shards
+from vistallm.data.datamodule import CoinItDataModule, data_root
 
 
 def test_missing_and_empty_folders(tiny_config, tmp_path):

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from vistallm.coinit.shards import RawSample, read_raw, seal, write_shard
+from vistallm.coinit.shards import RawSample, read_raw, seal, split_shards, write_shard
 from vistallm.config import DataConfig
 from vistallm.data import stream as module
-from vistallm.data.datamodule import split_shards
 from vistallm.data.images import decode_sample
 from vistallm.data.order import Mixture, Shard
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vistallm.data.datamodule import build_codec
+from vistallm.data.sequence import build_codec
 from vistallm.data.vocabulary import IMAGE_TOKENS, Piece, Vocabulary, encode, encode_pieces
 from vistallm.schema import SampleReject
 

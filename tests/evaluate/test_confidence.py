@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vistallm.coinit.shards import read_raw
-from vistallm.data.datamodule import split_shards
+from vistallm.coinit.shards import read_raw, split_shards
 from vistallm.data.images import decode_sample
 from vistallm.data.sequence import collate
 from vistallm.evaluate import confidence as C

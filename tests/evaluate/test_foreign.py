@@ -43,8 +43,7 @@ def answers(samples_of_mini, perfect, codec):
 
 @pytest.fixture(scope="module")
 def samples_of_mini(mini_root):
-    from vistallm.coinit.shards import read_raw
-    from vistallm.data.datamodule import split_shards
+    from vistallm.coinit.shards import read_raw, split_shards
     from vistallm.schema import Sample
 
     raws = (raw for shard in split_shards(mini_root, "test") for raw in read_raw(shard))

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from vistallm.coinit.shards import read_raw
-from vistallm.data.datamodule import reject_log, split_shards
+from vistallm.coinit.shards import read_raw, split_shards
 from vistallm.data.images import decode_sample
 from vistallm.data.sequence import collate
+from vistallm.data.stream import reject_log
 from vistallm.evaluate import generate
 from vistallm.evaluate.benchmarks import load_benchmarks
 from vistallm.evaluate.generate import (

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from vistallm.config import load_config
-from vistallm.data.datamodule import build_codec
+from vistallm.data.sequence import build_codec
 from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary
 from vistallm.evaluate.generate import read_answer
 from vistallm.evaluate.grammar import MAX_OBJECTS, AnswerGrammars, Role, Rule, rule_of

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vistallm.evaluate.generate import read_answer
-from vistallm.metrics.regions import box_of
-from vistallm.metrics.words import READERS
 from vistallm.regions.codec import RegionCodec
 from vistallm.regions.letterbox import Letterbox
+from vistallm.regions.masks import box_of
 from vistallm.tasks import TASKS
+from vistallm.tasks.answers import READERS
 
 FRAME = Letterbox(100, 80, 112)
 CODEC = RegionCodec(num_bins=101, points=12)

@@ -88,6 +88,14 @@ def test_images_that_cannot_be_used_are_refused(tmp_path):
             read_image(array, "image 1")
 
 
+@pytest.mark.slow
+def test_a_question_needs_no_library_of_training_or_scoring():
+    words = "import sys, vistallm.api; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", words], check=True, capture_output=True, text=True)
+    libraries = {"lightning", "torchmetrics", "matplotlib", "peft", "webdataset", "gradio", "pycocoevalcap"}
+    assert not libraries & {*done.stdout.split()}
+
+
 def test_neither_the_package_nor_reading_a_prompt_imports_torch():
     words = "import sys, vistallm, vistallm.evaluate.prompt; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0

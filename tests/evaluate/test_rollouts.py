@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from vistallm.coinit.shards import read_raw
+from vistallm.coinit.shards import read_raw, split_shards
 from vistallm.config import ReinforceConfig
-from vistallm.data.datamodule import build_codec, split_shards
 from vistallm.data.images import decode_sample
-from vistallm.data.sequence import collate, collate_rollouts
+from vistallm.data.sequence import build_codec, collate, collate_rollouts
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.grammar import rule_of
 from vistallm.evaluate.rollouts import DrawnObject, RolloutSampler, Truth, boundary_iou, count_duplicates

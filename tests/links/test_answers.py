@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
 from vistallm.config import load_config
-from vistallm.data.datamodule import build_codec
+from vistallm.data.sequence import build_codec
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.grammar import AnswerGrammars, Rule
 from vistallm.evaluate.links import full_mask, read_link_answer

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vistallm.data.datamodule import build_codec, build_sequencer
-from vistallm.data.sequence import collate
+from vistallm.data.sequence import build_codec, build_sequencer, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.links import LINKS, Link, read_links
 from vistallm.model.build import build_model

@@ -9,8 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
 from vistallm.config import DecoderConfig, load_config
-from vistallm.data.datamodule import build_codec, build_sequencer
-from vistallm.data.sequence import collate
+from vistallm.data.sequence import build_codec, build_sequencer, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_model
 from vistallm.model.language_model import build_decoder, initialise_new_rows

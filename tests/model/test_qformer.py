@@ -12,9 +12,9 @@ from transformers import (
     LlamaConfig,
 )
 
+from vistallm.coinit.shards import split_shards
 from vistallm.config import TokenizerConfig
-from vistallm.data.datamodule import build_sequencer, split_shards
-from vistallm.data.sequence import collate
+from vistallm.data.sequence import build_sequencer, collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.model.build import build_model
 from vistallm.model.qformer import InstructionGuidedTokenizer

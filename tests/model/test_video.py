@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from vistallm.config import apply_overrides
-from vistallm.data.datamodule import build_codec, build_sequencer
-from vistallm.data.sequence import collate
+from vistallm.data.sequence import build_codec, build_sequencer, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.evaluate.generate import Answerer, make_prediction
 from vistallm.links import read_links

@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from vistallm.config import CLIP_MEAN, CLIP_STD
-from vistallm.data.datamodule import build_codec
-from vistallm.data.sequence import collate
+from vistallm.data.sequence import build_codec, collate
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_model
 from vistallm.model.qformer import load_tokenizer_weights

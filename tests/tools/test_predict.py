@@ -89,6 +89,7 @@ def test_a_batch_file_is_answered_line_by_line(main, asked, answer, tmp_path, ca
         (["--prompt", "x", "--task", "ress"], "res, grec"),
         (["--prompt", "x", "--link", "vqa"], "links answer"),
         (["--prompt", "{mask:1}"], "can't be read"),
+        (["--prompt", "x"], "--ckpt unused: expected a run folder"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_the_model_loads(main, asked, words, wrong):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vistallm.config import load_config
-from vistallm.data.datamodule import build_codec
+from vistallm.data.sequence import build_codec
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_model
 

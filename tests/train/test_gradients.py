@@ -38,7 +38,8 @@ LAYOUTS = {  # processes, words, sizes of the micro-batches of one process
 
 def unequal_sequences(config):
     """Four of the shortest answers (3 tokens), then four of the longest masks (of 40 points), of the test split."""
-    from vistallm.data.datamodule import build_codec, build_sequencer, split_shards
+    from vistallm.coinit.shards import split_shards
+    from vistallm.data.sequence import build_codec, build_sequencer
     from vistallm.data.stream import RejectLog, evaluation_sequences
     from vistallm.data.vocabulary import Vocabulary
 

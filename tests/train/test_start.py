@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vistallm.coinit.shards import split_shards
 from vistallm.config import save_config
-from vistallm.data.datamodule import build_sequencer, split_shards
-from vistallm.data.sequence import collate
+from vistallm.data.sequence import build_sequencer, collate
 from vistallm.data.stream import RejectLog, evaluation_sequences
 from vistallm.model.build import build_model
 from vistallm.model.checkpoint import find_checkpoint

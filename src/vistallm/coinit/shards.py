@@ -137,6 +137,17 @@ def read_index(root: Path | str) -> dict[str, Any]:
     return index
 
 
+def split_shards(root: Path, split: str, task: str | None = None) -> list[Path]:
+    """The shard files of a split that hold samples of a task (None = any); ValueError where one or all are missing."""
+    rows = {name: row for name, row in read_index(root)["shards"].items() if row["split"] == split}
+    if not rows:
+        raise ValueError(f"{root}: index.json lists no shard of split {split!r}; build it with tools/build_coinit.py")
+    missing = [name for name in rows if not (root / name).is_file()]
+    if missing:
+        raise ValueError(f"{root}: index.json lists {len(missing)} shard(s) that are not there, first {missing[0]}")
+    return [root / name for name, row in rows.items() if task is None or row["tasks"].get(task)]
+
+
 @dataclass
 class RawSample:
     """One sample of a shard, undecoded."""

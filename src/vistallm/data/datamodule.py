@@ -15,51 +15,20 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
 
-from vistallm.coinit.shards import is_remote, read_index
+from vistallm.coinit.shards import is_remote
+from vistallm.coinit.shards import split_shards as split_shards
 from vistallm.config import Config
 from vistallm.data.mixture import build_mixture, find_folders, require_folders
 from vistallm.data.order import Epoch
-from vistallm.data.sequence import Sequence, SequenceBuilder, collate, collate_rollouts
-from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences
+from vistallm.data.sequence import Sequence, build_sequencer, collate, collate_rollouts
+from vistallm.data.sequence import build_codec as build_codec
+from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences, reject_log
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.build import ensure_mini
-from vistallm.regions.codec import RegionCodec
 from vistallm.regions.masks import load_compiled
 from vistallm.schema import IGNORE_INDEX, Batch
-from vistallm.tasks import TemplateRange
 
 MINI_ROOT = Path("data/mini")
-
-
-def build_codec(config: Config) -> RegionCodec:
-    """The codec of a configuration."""
-    own = (config.coords, config.num_bins, config.points, config.mask_sampler, config.target_iou)
-    return RegionCodec(*own, keyframes=config.video.keyframes)
-
-
-def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
-    """The sample-to-sequence builder of a configuration."""
-    templates = config.data.templates
-    if isinstance(templates, str) and templates != "mini":
-        raise ValueError(f"data.templates={templates}: expected a number, mini or null")
-    return SequenceBuilder(
-        codec=build_codec(config),
-        vocabulary=vocabulary,
-        queries=config.model.tokenizer.queries,
-        image_size=config.model.encoder.image_size,
-        system_prompt=config.model.decoder.system_prompt,
-        max_length=config.data.max_length,
-        max_instruction=config.model.tokenizer.max_instruction_tokens,
-        templates=cast(TemplateRange, templates),
-        template=config.decode.template,
-        links=None if config.model.links == "none" else config.links,
-        frames=config.data.frames,
-    )
-
-
-def reject_log(config: Config) -> RejectLog:
-    """A new log of rejects that appends to rejects.jsonl of the run folder."""
-    return RejectLog(Path(str(config.run_dir)) / "rejects.jsonl", config.data.max_reject_share)
 
 
 def data_root(config: Config) -> Path:
@@ -79,17 +48,6 @@ def data_root(config: Config) -> Path:
 def training_root(config: Config) -> str:
     """The place of the training shards, which may be remote; raises ValueError as `data_root` does."""
     return str(config.data.root) if is_remote(str(config.data.root)) else str(data_root(config))
-
-
-def split_shards(root: Path, split: str, task: str | None = None) -> list[Path]:
-    """The shard files of a split that hold samples of a task (None = any); ValueError where one or all are missing."""
-    rows = {name: row for name, row in read_index(root)["shards"].items() if row["split"] == split}
-    if not rows:
-        raise ValueError(f"{root}: index.json lists no shard of split {split!r}; build it with tools/build_coinit.py")
-    missing = [name for name in rows if not (root / name).is_file()]
-    if missing:
-        raise ValueError(f"{root}: index.json lists {len(missing)} shard(s) that are not there, first {missing[0]}")
-    return [root / name for name, row in rows.items() if task is None or row["tasks"].get(task)]
 
 
 class CoinItDataModule(L.LightningDataModule):

@@ -14,13 +14,14 @@ import random
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import cast
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from vistallm.config import PAD_COLOUR, LinkConfig
+from vistallm.config import PAD_COLOUR, Config, LinkConfig
 from vistallm.data.vocabulary import Piece, Vocabulary, encode, encode_pieces, token_ids
 from vistallm.links import REGION_TOKEN, write_link
 from vistallm.links.prompts import draw_prompt
@@ -276,6 +277,32 @@ class _Regions:
         shown = square_mask(drawn, box, self.builder.image_size) > 0  # also a dot that is less than a pixel
         self.prompts.append((region.image, shown.astype(np.uint8)))
         return Piece(REGION_TOKEN, tokens=1)
+
+
+def build_codec(config: Config) -> RegionCodec:
+    """The codec of a configuration."""
+    own = (config.coords, config.num_bins, config.points, config.mask_sampler, config.target_iou)
+    return RegionCodec(*own, keyframes=config.video.keyframes)
+
+
+def build_sequencer(config: Config, vocabulary: Vocabulary) -> SequenceBuilder:
+    """The sample-to-sequence builder of a configuration."""
+    templates = config.data.templates
+    if isinstance(templates, str) and templates != "mini":
+        raise ValueError(f"data.templates={templates}: expected a number, mini or null")
+    return SequenceBuilder(
+        codec=build_codec(config),
+        vocabulary=vocabulary,
+        queries=config.model.tokenizer.queries,
+        image_size=config.model.encoder.image_size,
+        system_prompt=config.model.decoder.system_prompt,
+        max_length=config.data.max_length,
+        max_instruction=config.model.tokenizer.max_instruction_tokens,
+        templates=cast(TemplateRange, templates),
+        template=config.decode.template,
+        links=None if config.model.links == "none" else config.links,
+        frames=config.data.frames,
+    )
 
 
 def collate(sequences: list[Sequence], vocabulary: Vocabulary, generation: bool = False) -> Batch:

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vistallm.coinit.frames import choose_frames
 from vistallm.coinit.shards import RawSample, is_remote, read_raw
-from vistallm.config import DataConfig
+from vistallm.config import Config, DataConfig
 from vistallm.data.images import decode_sample
 from vistallm.data.order import Epoch, Mixture, Shard, Visit, check_layout, lane_groups
 from vistallm.data.sequence import Sequence, SequenceBuilder, collate
@@ -62,6 +62,11 @@ class RejectLog:
                 f"data.max_reject_share={self.max_share}; see {self.path}, run "
                 f"`python tools/build_coinit.py check DIR`, or raise the share. Last: {reject}"
             )
+
+
+def reject_log(config: Config) -> RejectLog:
+    """A new log of rejects that appends to rejects.jsonl of the run folder."""
+    return RejectLog(Path(str(config.run_dir)) / "rejects.jsonl", config.data.max_reject_share)
 
 
 class TrainStream(IterableDataset):

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from vistallm.evaluate.grammar import RegionGrammar, Role
-from vistallm.metrics.detection import sure
 from vistallm.model.checkpoint import MANIFEST
 from vistallm.schema import Parsed, Prediction
 
@@ -102,7 +101,7 @@ def answer_confidence(prediction: Prediction) -> float | None:
         return None
     if not parsed.regions:
         return None if parsed.presence is None else 1 - parsed.presence
-    regions = sure(prediction) or parsed.regions
+    regions = prediction.sure_regions or parsed.regions
     known = [region.confidence for region in regions if region.confidence is not None]
     return sum(known) / len(known) if len(known) == len(regions) else None
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from vistallm.metrics.regions import boxes_of, image_masks
 from vistallm.metrics.scores import fact
-from vistallm.metrics.words import read_words
 from vistallm.schema import Prediction, Region
+from vistallm.tasks.answers import read_words
 
 Predictions = Sequence[Prediction]
 

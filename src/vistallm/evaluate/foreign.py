@@ -18,18 +18,17 @@ from typing import Any, cast
 import cv2
 import numpy as np
 
-from vistallm.coinit.shards import read_raw
+from vistallm.coinit.shards import read_raw, split_shards
 from vistallm.config import CHOICES, Config, ForeignConfig
-from vistallm.data.datamodule import split_shards
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.generate import ONE_REGION, target_of
 from vistallm.evaluate.predictions import Faults
 from vistallm.metrics.regions import box_iou, boxes_of
-from vistallm.metrics.words import read_words
 from vistallm.regions.letterbox import Letterbox
 from vistallm.regions.masks import mask_to_rle, rle_area, rle_to_mask, segmentation_to_rle
 from vistallm.schema import Parsed, Prediction, Region, Sample
 from vistallm.tasks import Task, find_task, write_answer
+from vistallm.tasks.answers import read_words
 
 Record = dict[str, Any]
 COCO_BOXES = ForeignConfig(coordinates="pixels", order="xywh")  # of COCO results

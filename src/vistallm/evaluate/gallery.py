@@ -17,10 +17,8 @@ from markupsafe import Markup, escape
 
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.links import LINKS, read_links
-from vistallm.metrics.detection import sure
-from vistallm.metrics.regions import box_of
 from vistallm.regions.contours import as_mask, outline_rings
-from vistallm.regions.masks import rle_to_mask
+from vistallm.regions.masks import box_of, rle_to_mask
 from vistallm.schema import Prediction, Region
 
 IMAGE_BYTES = 600_000  # of a page's images, so that many of them make it no heavier: they become smaller instead
@@ -85,7 +83,7 @@ def draw_pictures(prediction: Prediction, uris: Sequence[str] | None) -> list[di
     """
     target, given = ([Region.from_json(row) for row in prediction.target.get(key, [])] for key in ("regions", "given"))
     given += [Region(0, "box", box=tuple(box)) for box in prediction.target.get("candidates", [])]
-    layers = {"given": given, "answer": sure(prediction), "truth": target}
+    layers = {"given": given, "answer": prediction.sure_regions, "truth": target}
     names = [link.phrase for link in read_links(prediction.text)][1:]  # of keypoints
     pictures = []
     for index, size in enumerate(prediction.images):

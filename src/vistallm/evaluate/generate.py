@@ -12,32 +12,33 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from vistallm.coinit.frames import choose_frames
-from vistallm.coinit.shards import RawSample, SampleReject, read_raw
+from vistallm.coinit.shards import RawSample, SampleReject, read_raw, split_shards
 from vistallm.config import Config
-from vistallm.data.datamodule import build_sequencer, reject_log, split_shards
 from vistallm.data.images import decode_sample
-from vistallm.data.sequence import Sequence, SequenceBuilder, collate
-from vistallm.data.stream import RejectLog
-from vistallm.evaluate.benchmarks import Benchmark
+from vistallm.data.sequence import Sequence, SequenceBuilder, build_sequencer, collate
+from vistallm.data.stream import RejectLog, reject_log
 from vistallm.evaluate.confidence import TokenLog, set_confidence
 from vistallm.evaluate.grammar import AnswerGrammars, Role, Rule, rule_of
 from vistallm.evaluate.links import read_link_answer
 from vistallm.links.decoder import LinkAnswer
-from vistallm.metrics.regions import box_of
-from vistallm.metrics.words import read_words
 from vistallm.model.vistallm import VistaLLM
 from vistallm.regions.codec import RegionCodec, RegionParseError
 from vistallm.regions.letterbox import Letterbox
+from vistallm.regions.masks import box_of
 from vistallm.regions.tracks import fill_tracks
 from vistallm.schema import Parsed, Prediction, Region, Sample
 from vistallm.tasks import Task, find_task
+from vistallm.tasks.answers import read_words
+
+if TYPE_CHECKING:  # it brings torchmetrics, which an answer does not need
+    from vistallm.evaluate.benchmarks import Benchmark
 
 WINDOW = 4  # batches of samples that are read together, so that prompts of like length share a batch
 ONE_REGION = ("box", "candidates")  # metrics of tasks whose answer is one region

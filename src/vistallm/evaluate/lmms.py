@@ -14,9 +14,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from vistallm.coinit.shards import read_shard
+from vistallm.coinit.shards import read_shard, split_shards
 from vistallm.config import ForeignConfig
-from vistallm.data.datamodule import split_shards
 from vistallm.evaluate.benchmarks import Benchmark
 from vistallm.evaluate.foreign import read_given, text_given
 from vistallm.evaluate.generate import target_of

@@ -22,7 +22,6 @@ from vistallm.evaluate.gallery import draw_pictures, embed_images, pick, short_t
 from vistallm.evaluate.plots import Curve, Plot, curve, line_plots, precision_curve, read_columns
 from vistallm.evaluate.predictions import by_benchmark
 from vistallm.metrics import METRICS, SCORE_NAMES, NamedScores
-from vistallm.metrics.detection import sure
 from vistallm.schema import Prediction
 from vistallm.tasks import TASKS
 
@@ -169,7 +168,7 @@ def outcome(prediction: Prediction, metric: str) -> str:
         return "right"
     if metric not in RIGHT_FROM:
         return "wrong"
-    if empty or not sure(prediction):
+    if empty or not prediction.sure_regions:
         return "imagined" if empty else "missed"
     return "inexact" if prediction.score else "elsewhere"
 

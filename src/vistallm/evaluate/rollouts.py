@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from vistallm.config import Config, ReinforceConfig
-from vistallm.data.datamodule import build_codec
+from vistallm.data.sequence import build_codec
 from vistallm.data.vocabulary import Vocabulary, token_ids
 from vistallm.evaluate.generate import read_answer, target_of
 from vistallm.evaluate.grammar import AnswerGrammars, Role, rule_of

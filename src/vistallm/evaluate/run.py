@@ -27,7 +27,9 @@ from lightning.fabric.strategies import DDPStrategy
 
 from vistallm.coinit.shards import read_index
 from vistallm.config import Config, apply_overrides, config_from_file, load_config, save_config
-from vistallm.data.datamodule import MINI_ROOT, build_codec, data_root, reject_log
+from vistallm.data.datamodule import MINI_ROOT, data_root
+from vistallm.data.sequence import build_codec
+from vistallm.data.stream import reject_log
 from vistallm.evaluate import generate as gen
 from vistallm.evaluate.benchmarks import (
     Benchmark,

@@ -17,28 +17,13 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vistallm.metrics.regions import answered, box_of, image_masks, mask_counts, mask_of, target_regions
+from vistallm.metrics.regions import answered, image_masks, mask_counts, mask_of, target_regions
 from vistallm.metrics.scores import NamedScores, Row, SampleScores, Sums, mean
-from vistallm.regions.masks import rle_area, rle_box
+from vistallm.regions.masks import box_of, rle_area, rle_box
 from vistallm.schema import Prediction, Region
 
 IouType = Literal["bbox", "segm", "keypoints"]
-SURE = 0.5  # the confidence from which an object of a link counts as said, where no ranking is asked for
 KEYPOINT_SIGMA = 0.05  # of every keypoint, except those of COCO's 17 of a person, which have their own
-
-
-def sure(prediction: Prediction) -> list[Region]:
-    """Return the regions that an answer stands for: all, but of the classes that links name those from 0.5.
-
-    Of named classes links also give their doubtful objects, which AP ranks.
-    """
-    regions = answered(prediction)
-    return regions if prediction.head == "text" else sure_regions(regions)
-
-
-def sure_regions(regions: Sequence[Region]) -> list[Region]:
-    """Return those regions of a link answer that it stands for."""
-    return [one for one in regions if one.label is None or one.confidence is None or one.confidence >= SURE]
 
 
 def label_of(region: Region) -> str:
@@ -139,7 +124,7 @@ class DetectionScores(SampleScores):
 
     def _measure(self, prediction: Prediction) -> Sums:
         target, said = target_regions(prediction, optional=True), answered(prediction)
-        targets, answers, sures = (coco_objects(one, prediction) for one in (target, said, sure(prediction)))
+        targets, answers, sures = (coco_objects(one, prediction) for one in (target, said, prediction.sure_regions))
         sizes = [[int(image["height"]), int(image["width"])] for image in prediction.images]
         images, certain = (
             [
@@ -215,7 +200,7 @@ class CountScores(SampleScores):
     names = ("accuracy", "miscounted")
 
     def _measure(self, prediction: Prediction) -> Sums:
-        error = abs(len(sure(prediction)) - len(target_regions(prediction, optional=True)))
+        error = abs(len(prediction.sure_regions) - len(target_regions(prediction, optional=True)))
         readable = prediction.parsed is not None
         return {
             **dict.fromkeys(("score", "accuracy"), (readable and error == 0, 1)),

@@ -14,7 +14,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from vistallm.metrics.scores import NamedScores, Row, SampleScores, Sums, fact, mean
-from vistallm.regions.masks import polygons_to_rle, rle_box
+from vistallm.regions.masks import box_of, polygons_to_rle
 from vistallm.schema import PROMPT_SHAPES, Prediction, Region, Rle
 
 Boxes = np.ndarray | Sequence  # (N, 4), or one box (4,)
@@ -63,18 +63,6 @@ def mask_counts(predicted: Rle, target: Rle) -> tuple[int, int, int]:
     areas = int(coco_mask.area(predicted)) + int(coco_mask.area(target))
     intersection = int(coco_mask.area(coco_mask.merge([predicted, target], intersect=True)))
     return intersection, areas - intersection, target["size"][0] * target["size"][1]
-
-
-def box_of(region: Region) -> tuple[float, ...]:
-    """Return a region's box (x0, y0, x1, y1): its own, its point as a box without area, or its mask's or keypoints'."""
-    if region.box or region.point:
-        return region.box or 2 * (region.point or ())
-    if region.rle is not None:
-        return rle_box(region.rle)
-    points = [point for polygon in region.polygons or () for point in polygon.tolist()]
-    points += [[x, y] for x, y, v in region.keypoints or () if v > 0]
-    hull = np.array(points or [[0.0, 0.0]])
-    return (*hull.min(0).tolist(), *hull.max(0).tolist())
 
 
 def boxes_of(regions: Sequence[Region]) -> np.ndarray:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from vistallm.metrics.regions import answered, box_iou, box_of, image_masks
+from vistallm.metrics.regions import answered, box_iou, image_masks
 from vistallm.metrics.scores import SampleScores, Sums
-from vistallm.regions.masks import rle_to_mask
+from vistallm.regions.masks import box_of, rle_to_mask
 from vistallm.schema import Prediction, Region
 
 TOLERANCE = 0.008  # of a contour, as a share of the frame's diagonal, rounded up to whole pixels

@@ -1,4 +1,4 @@
-"""Scores of answers in words: questions, choices, yes or no, statements; and how such answers are read.
+"""Scores of answers in words: questions, choices, yes or no, statements; `tasks/answers.py` reads such answers.
 
 VQAv2: the public evaluation (GT-Vision-Lab/VQA, vqaEval.py). POPE: RUCAIBox/POPE evaluate.py. NLVR2: lil-lab metrics.
 VCR: r2c eval_q2ar.py.
@@ -7,13 +7,14 @@ VCR: r2c eval_q2ar.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
 
 from vistallm.metrics.scores import NamedScores, Row, SampleScores, Sums, fact, groups_of, mean
 from vistallm.schema import Prediction
+from vistallm.tasks.answers import read_words
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -55,46 +56,6 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
         answer, others = normalise_vqa(answer), [normalise_vqa(reference) for reference in others]
     matches = np.array([reference == answer for reference in others], int)
     return float(np.minimum(1, (matches.sum() - matches) / 3).mean())
-
-
-def _short(text: str) -> str:
-    """Cut "... the answer is X." down to X; a text without those words is the answer itself."""
-    start = text.lower().rfind("answer is")
-    short = text[start + len("answer is") :] if start >= 0 else text
-    return short.strip(" :").removesuffix(".").strip()
-
-
-def _letter(text: str) -> str | None:
-    match = re.search(r"\(\s*([A-Z])\s*\)|\b([A-Z])\b", _short(text))
-    return (match[1] or match[2]) if match else None
-
-
-def _yes_or_no(text: str) -> str | None:
-    """POPE's own reading ("not" means no, first sentence only), but a text with neither word is no silent "yes"."""
-    words = set(re.findall(r"[a-z]+", text.split(".")[0].lower()))
-    return "no" if words & {"no", "not"} else "yes" if "yes" in words else None
-
-
-def _true_or_false(text: str) -> str | None:
-    words = {word.capitalize() for word in re.findall(r"[a-z]+", text.lower())} & {"True", "False"}
-    return words.pop() if len(words) == 1 else None
-
-
-READERS: dict[str, tuple[Callable[[str], str | None], str]] = {  # the reader, and why it finds no answer
-    "caption": (str, "empty"),
-    "vqa": (_short, "empty"),
-    "exact": (_short, "empty"),
-    "choice": (_letter, "no-choice"),
-    "yesno": (_yes_or_no, "no-yes-or-no"),
-    "truth": (_true_or_false, "no-true-or-false"),
-}
-
-
-def read_words(text: str, family: str) -> tuple[str | None, str | None]:
-    """Read an answer in words (a generated one, or a target's): it and None, or None and why it can't be read."""
-    read, reason = READERS[family]
-    answer = read(text.strip())
-    return (answer, None) if answer else (None, reason)
 
 
 class AnswerAccuracy(SampleScores):

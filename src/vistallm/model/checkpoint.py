@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor
 from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint import load as load_sharded
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from vistallm.config import Config, config_from_file, save_config
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_empty, tie
-from vistallm.model.language_model import SIZES
+from vistallm.model.language_model import SIZES, copy_token_rows
 from vistallm.model.vistallm import VistaLLM
 from vistallm.model.weights import check_keys, read_safetensors
 
@@ -196,11 +195,8 @@ def load_run(
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, assign=True)
     tie(model)
-    for layer in model.modules():
-        if isinstance(layer, TrainableTokensLayer):  # its buffer is a copy of rows, and no part of the state
-            base: Any = layer.base_layer
-            for adapter, rows in layer.token_indices.items():
-                layer.trainable_tokens_original[adapter] = base.weight.data[rows].clone()
+    if config.train.decoder == "lora":
+        copy_token_rows(model)
     return model.eval(), config, checkpoint
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -145,9 +144,22 @@ def initialise_new_rows(
 
 def add_lora(decoder: PreTrainedModel, config: DecoderConfig, new_ids: list[int]) -> nn.Module:
     """Wrap with LoRA (peft); the rows of the new tokens train too, in the input and the output matrix."""
+    from peft import LoraConfig, get_peft_model  # here, because a model without LoRA loads sooner
+
     rows: dict[str, list[int]] = {"embed_tokens": new_ids}
     if not decoder.config.tie_word_embeddings:
         rows["lm_head"] = new_ids
     sizes: dict[str, Any] = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
     sizes |= {"lora_dropout": config.lora_dropout, "trainable_token_indices": rows}
     return get_peft_model(decoder, LoraConfig(target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **sizes))
+
+
+def copy_token_rows(model: nn.Module) -> None:
+    """Set peft's own copies of the new tokens' rows, which are no part of the state, to what has been loaded."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            base: Any = layer.base_layer
+            for adapter, rows in layer.token_indices.items():
+                layer.trainable_tokens_original[adapter] = base.weight.data[rows].clone()

@@ -21,7 +21,7 @@ from pycocotools import mask as coco
 from vistallm.regions.contours import MIN_VERTICES, as_mask, outline_rings
 from vistallm.regions.refine import draw_polygon
 from vistallm.regions.samplers import adaptive_points, curvature_points, uniform_points
-from vistallm.schema import Rle
+from vistallm.schema import Region, Rle
 
 SAMPLERS = ("uniform", "curvature", "adaptive")
 
@@ -206,6 +206,18 @@ def rle_box(rle: Rle) -> tuple[float, float, float, float]:
     """Box of a mask: (x0, y0, x1, y1), pixel edges."""
     x, y, w, h = coco.toBbox(_compressed(rle)).tolist()
     return x, y, x + w, y + h
+
+
+def box_of(region: Region) -> tuple[float, ...]:
+    """Return a region's box (x0, y0, x1, y1): its own, its point as a box without area, or its mask's or keypoints'."""
+    if region.box or region.point:
+        return region.box or 2 * (region.point or ())
+    if region.rle is not None:
+        return rle_box(region.rle)
+    points = [point for polygon in region.polygons or () for point in polygon.tolist()]
+    points += [[x, y] for x, y, v in region.keypoints or () if v > 0]
+    hull = np.array(points or [[0.0, 0.0]])
+    return (*hull.min(0).tolist(), *hull.max(0).tolist())
 
 
 def rle_iou(a: Rle, b: Rle) -> float:

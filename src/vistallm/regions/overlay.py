@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from pycocotools import mask as coco_mask
 
-from vistallm.regions.masks import box_polygon, polygons_to_mask, rle_to_mask
+from vistallm.regions.masks import box_polygon, polygons_to_rle, rle_to_mask
 from vistallm.schema import Region
 
 COLOURS = ((255, 0, 200), (0, 120, 255), (0, 170, 60), (255, 140, 0), (120, 60, 220), (0, 180, 190))
@@ -79,7 +80,7 @@ def _outlines(canvas: np.ndarray, region: Region, scale: float, fill: tuple[int,
     else:
         box = [] if region.box is None else [box_polygon(np.reshape(region.box, (2, 2)), 4)]
         rings = [np.asarray(ring) * scale for ring in region.polygons or box]
-        mask = polygons_to_mask(rings if region.polygons else [], *canvas.shape[:2]).view(np.uint8)
+        mask = coco_mask.decode(polygons_to_rle(rings if region.polygons else [], *canvas.shape[:2]))
         outlines = [np.rint(ring).astype(np.int32) for ring in rings]
     if fill is not None:
         canvas[mask > 0] = (0.65 * canvas[mask > 0] + 0.35 * np.array(fill)).astype(np.uint8)

@@ -25,7 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from vistallm.config import Config, config_from_file
-from vistallm.data.datamodule import CoinItDataModule, build_codec, describe_data, describe_samples, training_root
+from vistallm.data.datamodule import CoinItDataModule, describe_data, describe_samples, training_root
+from vistallm.data.sequence import build_codec
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.model.build import build_empty, build_model, wrap_with_lora
 from vistallm.model.checkpoint import (

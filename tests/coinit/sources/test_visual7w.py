@@ -66,7 +66,7 @@ def test_candidates_and_targets(build, rejects):
 
 def test_candidates_are_written_as_boxes_and_the_answer_as_a_point(build, tiny_words):
     from vistallm.config import Config, apply_overrides
-    from vistallm.data.datamodule import build_codec, build_sequencer
+    from vistallm.data.sequence import build_codec, build_sequencer
     from vistallm.data.vocabulary import Vocabulary
 
     config = apply_overrides(Config(), tiny_words)
