@@ -6,6 +6,7 @@ import doctest
 import re
 from html.parser import HTMLParser
 
+import cv2
 import numpy as np
 import pytest
 
@@ -83,7 +84,7 @@ def test_page_shows_every_task_and_loads_nothing(predictions, tmp_path, metrics_
         config="seed: 7",
     )
     parser = parse(page)
-    assert all(load.startswith("data:image/jpeg;base64,") for load in parser.loads)
+    assert all(load.startswith("data:image/webp;base64,") for load in parser.loads)
     assert len(parser.loads) == sum(len(p.images) for p in predictions if p.id in page)
     assert not re.search(r"@import|url\((?!#)|<link|\$[a-z_]+\b", page)
     for name, one in scores.items():
@@ -154,7 +155,8 @@ def test_text_and_links_stand_side_by_side_on_the_same_samples(predictions, tmp_
     pairs = [card for card in parser.cards if card["data-task"] == "mini_res_link"]
     assert len(pairs) == 9
     assert {card["data-task"] for card in parser.cards} == {"mini_res_link", "mini_rec", "mini_vqa"}
-    assert page.count('data-number="text"') == page.count('data-number="links"') == page.count("<use href=") == 9
+    assert page.count('data-number="text"') == page.count('data-number="links"') == 9
+    assert page.count('<use href="#') == 2 * 9, "image and truth of a pair are in the page once"
     assert len(parser.loads) == len(parser.cards), "a picture is in the page once"
     assert page.count("<b>[GRD]</b>") == 9
     assert "<th>Head</th>" in page
@@ -315,6 +317,21 @@ def test_curve_averages_runs_of_rows_and_skips_blanks(metrics_csv):
     assert loss[0] == pytest.approx(np.mean([3, 1.5, 1]))
     assert plots.curve(columns, "val_loss")[1].tolist() == [0.5]
     assert plots.curve(columns, "nothing") is None
+
+
+def test_page_with_a_photograph_for_every_answer_is_below_a_megabyte(predictions, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def photograph(size):
+        coarse = rng.integers(0, 255, (48, 64, 3), np.uint8)  # 240 pixels of it are a JPEG of 15 kB
+        return cv2.resize(coarse, (size["width"] * 3, size["height"] * 3), interpolation=cv2.INTER_CUBIC)
+
+    images = {p.id: [photograph(size) for size in p.images] for p in predictions}
+    scores = B.score(predictions, BENCHMARKS)
+    write_report(tmp_path / "report.html", scores, predictions, images=images)
+    page = (tmp_path / "report.html").read_bytes()
+    assert page.count(b"data:image/webp") > 150
+    assert len(page) < 1_000_000
 
 
 def test_images_of_a_page_have_a_budget():

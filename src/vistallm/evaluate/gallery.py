@@ -1,7 +1,7 @@
 """Predictions and images -> gallery cards: each image with the target's outline and the answer's fill, and the texts.
 
-Overlays are SVG in pixels of the original image over a JPEG (or a plain canvas where no image is at hand), so they stay
-sharp at any zoom and their layers can be switched. The card itself is written in `report.html`.
+Overlays are SVG in pixels of the original image over a WebP image (or a plain canvas where no image is at hand), so
+they stay sharp at any zoom and their layers can be switched. The card itself is written in `report.html`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from vistallm.regions.contours import as_mask, outline_rings
 from vistallm.regions.masks import box_of, rle_to_mask
 from vistallm.schema import Prediction, Region
 
-IMAGE_BYTES = 600_000  # of a page's images, so that many of them make it no heavier: they become smaller instead
-SIZES = ((420, 85), (320, 80), (240, 75), (160, 70), (160, 40))  # pixels of an image's longer side, quality of its JPEG
+IMAGE_BYTES = 400_000  # of a page's images, so that many of them make it no heavier: they become smaller instead
+SIZES = ((420, 75), (420, 50), (320, 50), (240, 45), (200, 35), (160, 35), (160, 25), (128, 20))  # side, WebP quality
 _SLOTS = rf"\[(?P<link>{'|'.join(LINKS)})\](\s*\[[A-Z]+_\d+\])*"  # a link with its slots
 _GROUP = re.compile(rf"<([bpm])_st>.*?<\1_ed>|{_SLOTS}", re.DOTALL)
 _BINS = re.compile(r"(?:\s*<bin_\d+>){3,}")
@@ -68,11 +68,17 @@ def short_text(text: str, limit: int = 220) -> Markup:
 
 
 def embed_images(images: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[str]]:
-    """Turn the images of a page, prediction id -> each (H, W, 3) uint8 RGB, into data URIs of about IMAGE_BYTES."""
-    some = [image for group in images.values() for image in group][::8]  # to choose a size is not worth more time
-    fitting = (size for size in SIZES if 8 * sum(len(_data_uri(image, *size)) for image in some) <= IMAGE_BYTES)
-    size = next(fitting, SIZES[-1])
-    return {name: [_data_uri(image, *size) for image in group] for name, group in images.items()}
+    """Turn the images of a page, prediction id -> each (H, W, 3) uint8 RGB, into data URIs of about IMAGE_BYTES.
+
+    Several images of one prediction are shown, and kept, smaller than an image alone.
+    """
+    parts = {name: 1.0 if len(group) == 1 else 0.6 for name, group in images.items()}
+    every = [(image, parts[name]) for name, group in images.items() for image in group]
+    some = every[::8]  # enough to choose a size
+    most = IMAGE_BYTES * len(some) / max(len(every), 1)
+    sizes = (size for size in SIZES if sum(len(_data_uri(*one, *size)) for one in some) <= most)
+    size = next(sizes, SIZES[-1])
+    return {name: [_data_uri(image, parts[name], *size) for image in group] for name, group in images.items()}
 
 
 def draw_pictures(prediction: Prediction, uris: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -135,9 +141,9 @@ def _outline(region: Region, radius: float) -> Markup:
     return Markup(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}"/>')
 
 
-def _data_uri(image: np.ndarray, side: int, quality: int) -> str:
-    scale = side / max(image.shape[:2])
+def _data_uri(image: np.ndarray, part: float, side: int, quality: int) -> str:
+    scale = part * side / max(image.shape[:2])
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
+    data = cv2.imencode(".webp", image[:, :, ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])[1]
+    return "data:image/webp;base64," + base64.b64encode(data.tobytes()).decode("ascii")

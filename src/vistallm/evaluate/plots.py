@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,10 +74,19 @@ def line_plots(
             if len(names) > 1 or style == "reliability":
                 axes.legend(fontsize=8, handlelength=1.4)
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            figure.savefig(
+                buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            )
         svg = buffer.getvalue()
-        plots.append(Plot(caption, Markup(svg[svg.index("<svg") :]), note))
+        plots.append(Plot(caption, Markup(_shorten(svg[svg.index("<svg") :])), note))
     return plots
+
+
+def _shorten(svg: str) -> str:
+    """Drop what no reader sees of matplotlib's SVG, half of it: names of groups, fonts, parts of a tenth of a point."""
+    svg = re.sub(r' transform="rotate\(-?0 [^"]*"|(?<=<g) id="[^"]*"|font-family: [^;]*; |\n *(?=<)', "", svg)
+    svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda place: re.sub(r"(\.\d)\d+", r"\1", place[0]), svg)
+    return re.sub(r"\s*([MLz]) ?(?=[\d\n\"-])", r"\1", svg)
 
 
 def precision_curve(scores: Sequence[float]) -> Curve:
