@@ -65,7 +65,7 @@ def tiny_config(mini_root):
 
 @pytest.fixture(scope="session")
 def vocabulary(tiny_config):
-    from vistallm.data.datamodule import build_codec
+    from vistallm.data.sequence import build_codec
     from vistallm.data.vocabulary import Vocabulary
 
     config = tiny_config()
@@ -74,7 +74,7 @@ def vocabulary(tiny_config):
 
 @pytest.fixture(scope="session")
 def builder(tiny_config, vocabulary):
-    from vistallm.data.datamodule import build_sequencer
+    from vistallm.data.sequence import build_sequencer
 
     return build_sequencer(tiny_config(), vocabulary)
 
@@ -82,8 +82,7 @@ def builder(tiny_config, vocabulary):
 @pytest.fixture(scope="session")
 def samples(mini_root):
     """Decoded test samples by task."""
-    from vistallm.coinit.shards import read_raw
-    from vistallm.data.datamodule import split_shards
+    from vistallm.coinit.shards import read_raw, split_shards
     from vistallm.data.images import decode_sample
 
     found: dict[str, list] = {}

@@ -16,12 +16,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from vistallm.coinit.shards import is_remote
-from vistallm.coinit.shards import split_shards as split_shards
 from vistallm.config import Config
 from vistallm.data.mixture import build_mixture, find_folders, require_folders
 from vistallm.data.order import Epoch
 from vistallm.data.sequence import Sequence, build_sequencer, collate, collate_rollouts
-from vistallm.data.sequence import build_codec as build_codec
 from vistallm.data.stream import RejectLog, TrainStream, evaluation_sequences, reject_log
 from vistallm.data.vocabulary import Vocabulary
 from vistallm.mini.build import ensure_mini
