@@ -184,12 +184,13 @@ def _words(rule: Rule, kind: str, named: list[str], x: str) -> str:
     lead = f'(([^{x}]* [^{x}:{_SPACE}])? [{_SPACE}]* | ([^{x}]* [^{x}0-9{_SPACE}])? [{_SPACE}]* ":" [{_SPACE}]*)'
     between = rf"[,{_SPACE}]{{0,2}} [^{x}0-9:,{_SPACE}] {lead}"  # a comma alone would make two brackets one group
     one = f"({' | '.join(named)}) group_{kind}" if len(named) > 1 else f"group_{kind}"
+    after = f" | [,{_SPACE}]{{0,2}} {one}" if len(named) > 1 else ""  # the name of an image parts groups, too
     # Empty brackets do not say their kind: a mask, unless the task does.
     if not rule.single and (rule.kind or kind == "mask" or x == "<"):
         one = f"({one} | empty_{kind})"
     if rule.single:
         return f"{_SP if len(named) > 1 else lead} {one} [^{x}]*"
-    rest = f"{one} ({between} {one})* [^{x}]*"
+    rest = f"{one} ({between} {one}{after})* [^{x}]*"
     if rule.kind:
         return f"{lead} {rest}"
     word = f"[^{x}{_LETTERS}]* [{_LETTERS}]"
