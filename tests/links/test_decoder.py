@@ -128,6 +128,8 @@ def _looking(heat, box, guess):
         image=torch.tensor([0]),
         links=torch.tensor([[0]]),
         asked=torch.tensor([[True]]),
+        patches=torch.zeros(1, 1, 1),
+        coarse=None,
         boxes=torch.tensor(box).view(1, 1, 1, 4),
         scores=torch.zeros(1, 1, 1, 1),
         embeddings=torch.zeros(1, 1, 1, 2),

@@ -144,3 +144,23 @@ def test_a_mask_of_another_side_is_refused(tiny_decoder, make_links, inputs):
     links = make_links([("GRD", 0, 2, 0)], side=8)
     with pytest.raises(ValueError, match="expected a side of 16"):
         link_losses(_run(tiny_decoder, links, inputs(1, 1)), links)
+
+
+def test_patches_under_an_object_answer_its_phrase(tiny_decoder, make_links, inputs):
+    links = make_links([("DET", 0, 1, 0), ("DET", 0, 1, 0), ("DET", 0, 0, 0), ("GRD", 0, 1, 0)])
+    masks = torch.zeros_like(links.masks)
+    masks[0, :4, :8] = 255  # of 4 x 4 patches of 4 pixels: the first two of the top row
+    masks[0, 4:6, :4] = 255  # and half of the one below
+    boxes = torch.tensor([[0.2, 0.2, 0.4, 0.4], [0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.5, 0.5]])
+    links = dataclasses.replace(links, masks=masks, boxes=boxes, has_mask=torch.tensor([True, False, False]))
+    families = _run(tiny_decoder, links, inputs(4, 1))
+    first, second, third = torch.zeros(3, 4, 4)
+    first[0, :2], first[1, 0] = 1.0, 0.5
+    second[1:3, 1:3] = 1.0  # the middle of the box, which is the whole image; the rest of it counts for nothing
+    third[:2, :2] = 1.0  # a quarter of the image: its centre lies on the corner of four patches
+    every, expected = torch.ones(4, 4), 0.0
+    wanted = [(families[0], 0, third, every), (families[1], 0, first, every), (families[1], 1, second, second)]
+    for family, phrase, target, counted in [*wanted, (families[1], 2, torch.zeros(4, 4), every)]:
+        share = family.patches[0, phrase].sigmoid().detach().view(4, 4)
+        expected -= float(((target * share.log() + (1 - target) * (1 - share).log()) * counted).sum()) / 16
+    assert float(link_losses(families, links)[1]["patches"]) == pytest.approx(expected, rel=1e-5)

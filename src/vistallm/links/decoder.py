@@ -5,7 +5,9 @@ has its slots as queries; a scene (DET, POSE) has the patches of its image, each
 self-attention, cross-attention to the patch tokens of the group's image and MLP read them, and every answer is a dot
 product: class = query . phrase, mask = query . pixel, heat of a keypoint = (query + phrase) . pixel. So a phrase picks
 what is read out of a query, and masks and keypoints are computed for those queries alone that a loss or an answer asks
-for.
+for. Before the layers each phrase is compared with each patch, and a loss says where its objects are: one matched query
+an object teaches too little about names. A scene's queries, which are patches, start their class from this likeness;
+of a link with queries of its own it steers their attention, and their masks start from it.
 Shape legend: L links, K slots, G groups, Q queries, P phrases of the largest group, N images, D decoder layers, d
 width, E mask width, M side of a mask. Coordinates are shares of the letterbox square.
 """
@@ -38,6 +40,8 @@ class Family:
     image: Tensor  # (G,) int64, row of `pixels`
     links: Tensor  # (G, P) int64, numbers of the links, -1 = no phrase, CPU
     asked: Tensor  # (G, P) bool: phrases that name a class; the others name keypoints or are padding
+    patches: Tensor  # (G, P, C) logits: whether a patch shows an object of the phrase
+    coarse: Tensor | None  # (G, M, M), of links with queries of their own: what their masks start from
     boxes: Tensor  # (D, G, Q, 4) float32, centre x, y, width, height
     scores: Tensor  # (D, G, Q, P) float32 logits
     embeddings: Tensor  # (D, G, Q, E + 1): mask embeddings and a bias
@@ -52,6 +56,8 @@ class Family:
         chosen = self._take(self.embeddings, group, query).transpose(0, 1)
         vectors, bias = chosen.flatten(1, 2).tensor_split([-1], 2)
         logits = vectors @ self.pixels[self.image[group]].flatten(2).to(vectors.dtype) + bias
+        if self.coarse is not None:
+            logits = logits + self.coarse[group].flatten(1)[:, None]
         return logits.unflatten(2, self.pixels.shape[2:]).unflatten(1, chosen.shape[1:3]).transpose(0, 1)
 
     def keypoints(self, group: Tensor, query: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ class Attention(nn.Module):
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """States x (G, T, d) read keys and values (G, S, d) where `mask` (G, 1, 1, S) is true."""
+        """States x (G, T, d) read keys and values (G, S, d) where `mask` (G, 1, 1, S) is true, or with it as a bias."""
         parts = (self.query(x), self.key(keys), self.value(values))
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
@@ -142,11 +148,11 @@ class DecoderLayer(nn.Module):
         self.within, self.across = Attention(width, heads), Attention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, place: Tensor, mask: Tensor, memory: Tensor) -> Tensor:
-        """States x and `place` (G, T, d), `mask` (G, 1, 1, T) of the real ones, and patches (G, S, d)."""
+    def forward(self, x: Tensor, place: Tensor, mask: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
+        """States x and `place` (G, T, d), `mask` (G, 1, 1, T) of the real ones, patches (G, S, d) and their bias."""
         y = self.norms[0](x)
         x = x + self.within(y + place, y + place, y, mask)
-        x = x + self.across(self.norms[1](x) + place, memory, memory)
+        x = x + self.across(self.norms[1](x) + place, memory, memory, bias)
         return x + self.mlp(self.norms[2](x))
 
 
@@ -235,8 +241,10 @@ class LinkDecoder(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.first_box, self.box = mlp(d, 4), mlp(d, 4)
         self.search, self.seen = nn.Linear(d, d), nn.Linear(d, d, bias=False)  # a bias would add the same to all cells
+        self.shown, self.named, self.patch_bias = mlp(d, d), mlp(d, d), nn.Parameter(torch.tensor([-2.0]))
         self.class_query, self.class_phrase = nn.Linear(d, d), nn.Linear(d, d)
         self.class_bias = nn.Parameter(torch.tensor([-3.0]))  # few queries hold an object
+        self.coarse = nn.Parameter(torch.ones(1))  # weight of the patches in a mask
         self.mask, self.pose, self.readout = mlp(d, channels + 1), mlp(d, d), nn.Linear(d, 3 * d)
         self.look, self.name = nn.Linear(d, channels), nn.Linear(d, channels)
         self.pixels = PixelMap(blocks * encoder_width, grid, channels, config.stem)
@@ -263,7 +271,7 @@ class LinkDecoder(nn.Module):
         blocks = [norm(f[used].to(dtype)) for norm, f in zip(self.block_norms, features, strict=True)]
         patches = torch.cat(blocks, -1)
         memory = self.memory(patches) + self.place(grid_boxes(self.grid, device))
-        pixel_map = self.pixels(patches, pixels[used].to(dtype))
+        shown, pixel_map = self.shown(memory), self.pixels(patches, pixels[used].to(dtype))
         states = states.to(dtype)
         slots = self.slots(states[:, :-1]) + self.words(states[:, -1:])
         families = []
@@ -275,15 +283,23 @@ class LinkDecoder(nn.Module):
             if names is SCENE_LINKS:
                 learned, start = learned + memory[image], torch.logit(grid_boxes(self.grid, device))
             index, present = links_GP.clamp(min=0).to(device), (links_GP >= 0).to(device)
-            hidden, boxes = self._decode(learned, start, slots[index], present, memory[image])
+            likeness = self.named(slots[index].mean(2)) @ shown[image].transpose(1, 2) / shown.shape[-1] ** 0.5
+            bias = likeness[:, None] if names is OWN_LINKS else None  # such a group has one phrase
+            hidden, boxes = self._decode(learned, start, slots[index], present, memory[image], bias)
             asked = links_GP >= 0
             asked[kind == LINKS.index("POSE"), 1:] = False
-            answers = self._answers(*hidden.tensor_split([boxes.shape[2]], 2))
-            families.append(Family(kind, image, links_GP, asked.to(device), boxes, *answers, pixel_map))
+            answers, coarse = self._answers(*hidden.tensor_split([boxes.shape[2]], 2)), None
+            shows = likeness.float() + self.patch_bias
+            if names is SCENE_LINKS:
+                answers = (answers[0] + likeness.transpose(1, 2).float(), *answers[1:])
+            else:
+                grid = self.coarse * shows.unflatten(2, (self.grid, self.grid))
+                coarse = _resized(grid, pixel_map.shape[-1])[:, 0].to(dtype)
+            families.append(Family(kind, image, links_GP, asked.to(device), shows, coarse, boxes, *answers, pixel_map))
         return families
 
     def _decode(
-        self, learned: Tensor, start: Tensor, slots: Tensor, present: Tensor, memory: Tensor
+        self, learned: Tensor, start: Tensor, slots: Tensor, present: Tensor, memory: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Run the layers: learned queries (G, Q, d) and slots (G, P, K, d) -> (D, G, Q + P, d), boxes (D, G, Q, 4)."""
         count, phrases = learned.shape[1], slots.shape[1]
@@ -296,7 +312,7 @@ class LinkDecoder(nn.Module):
         states, boxes = [], []
         for layer in self.layers:
             place = F.pad(self.place(logits.sigmoid()), (0, 0, 0, phrases))
-            x = layer(x, place, mask, memory)
+            x = layer(x, place, mask, memory, bias)
             y = self.norm(x)
             refined = self._located(y[:, :count], memory) + self.box(y[:, :count]).float()
             states.append(y)

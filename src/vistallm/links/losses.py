@@ -2,8 +2,10 @@
 
 Every figure is a sum over groups, objects and layers, so that a loss does not depend on how a batch is split over
 micro-batches and ranks. Weights are those of VisionLLM v2 (arXiv 2406.08394): class 2, L1 5, GIoU 2, mask 5, dice 5,
-keypoint L1 10, OKS 4. Unlike there, a group without objects pays the class loss: it teaches "no target".
-Shape legend: D decoder layers, G groups, Q queries, P phrases, T objects of the largest group, M side of a mask.
+keypoint L1 10, OKS 4; ours is that of phrases against patches, 10. Unlike there, a group without objects pays the class
+loss: it teaches "no target".
+Shape legend: D decoder layers, G groups, Q queries, P phrases, T objects of the largest group, M side of a mask, C
+patches.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from vistallm.links import LINKS
-from vistallm.links.decoder import Family
+from vistallm.links.decoder import Family, grid_boxes
 from vistallm.schema import LinkBatch
 
 WEIGHTS = {
-    "score": 2.0, "box_l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0, "keypoint_l1": 10.0, "oks": 4.0, "visible": 1.0
+    "patches": 10.0, "score": 2.0, "box_l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0,
+    "keypoint_l1": 10.0, "oks": 4.0, "visible": 1.0,
 }  # fmt: skip
 PARTS = (*WEIGHTS, "objects", "unmatched")  # what `link_losses` reports
 SIGMA = 0.05  # of object keypoint similarity, as a share of the object's size: the middle of COCO's .025 to .107
@@ -46,6 +49,7 @@ def link_losses(families: Sequence[Family], links: LinkBatch) -> tuple[Tensor, d
         matched += len(objects)
         found = _object_losses(family, links, group, objects, query)
         found["score"] = _score_loss(family, group, phrase, query)
+        found["patches"] = _patch_loss(family, links, places)
         found |= _keypoint_losses(family, links, places, group, objects, query)
         parts = {name: value + found[name] for name, value in parts.items()}
     loss = sum((weight * parts[name] for name, weight in WEIGHTS.items()), links.boxes.new_zeros(()))
@@ -112,6 +116,31 @@ def _score_loss(family: Family, group: Tensor, phrase: Tensor, query: Tensor) ->
     target[torch.arange(len(query), device=query.device)[:, None], group, query, phrase] = 1.0
     # alpha=-1: positives and negatives weigh the same, so that a score above one half says "more likely than not".
     return (sigmoid_focal_loss(family.scores, target, alpha=-1) * family.asked[:, None]).sum()
+
+
+def _patch_loss(family: Family, links: LinkBatch, places: Tensor) -> Tensor:
+    """Binary cross-entropy of phrases against patches: the mean over an image's patches, summed over phrases.
+
+    The target of a patch is the largest share of it that an object of the phrase covers. An object without a mask has
+    the patches around its box's centre, half the box's sides and at least one, as detectors sample centres; the other
+    patches of its box count for nothing.
+    """
+    shown = family.patches
+    group, phrase = places[links.object_link.cpu()].to(shown.device).unbind(1)
+    held = (group >= 0).nonzero()[:, 0]
+    grid, boxes, masked = round(shown.shape[2] ** 0.5), links.boxes[held, None], links.has_mask[held, None]
+    covered = F.adaptive_avg_pool2d(links.masks[held].float().div(255)[:, None], grid).flatten(1)
+    distance = (grid_boxes(grid, shown.device)[:, :2] - boxes[..., :2]).abs()
+    central = (distance <= (boxes[..., 2:] / 4).clamp(min=0.5 / grid)).all(2)
+    unknown = (~masked & ~central & (distance < boxes[..., 2:] / 2).all(2)).float()
+    covered = torch.where(masked, covered, central.float())
+    place = (group[held] * shown.shape[1] + phrase[held])[:, None].expand_as(covered)
+    target, ignored = (
+        torch.zeros_like(shown).flatten(0, 1).scatter_reduce(0, place, values, "amax").view_as(shown)
+        for values in (covered, unknown)
+    )
+    counted = family.asked[..., None] * (1 - ignored * (target == 0))
+    return (F.binary_cross_entropy_with_logits(shown, target, reduction="none") * counted).mean(2).sum()
 
 
 def _object_losses(
