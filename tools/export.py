@@ -47,6 +47,8 @@ def export(ckpt: str, out: Path, dtype: torch.dtype, merge: bool = True, languag
     differences = {"merge": (merged - original).abs().max().item(), "dtype": rounded}
     if language_model:
         plain = model.base_decoder().to(dtype)
+        if links := sorted({number for link in model.vocabulary.link_ids for number in link}):
+            plain.generation_config.suppress_tokens = links  # alone it can't read what links find
         plain.save_pretrained(out / "language_model")
         model.vocabulary.lm.save_pretrained(out / "language_model")
         plain.float()
