@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch loads; losses that are co
 
 # Everything that a result depends on, written out: the values in configs/ may change without touching a test.
 TINY = """
-model.name=tiny model.encoder.name=vistallm-mini model.encoder.weights= model.encoder.image_size=48
+model.name=tiny model.links=none model.encoder.name=vistallm-mini model.encoder.weights= model.encoder.image_size=48
 model.encoder.layer=-1 model.tokenizer.weights= model.tokenizer.queries=4 model.tokenizer.hidden_size=32
 model.tokenizer.layers=2 model.tokenizer.heads=2 model.tokenizer.intermediate_size=64
 model.tokenizer.cross_attention_every=1 model.tokenizer.dropout=0.0 model.decoder.hidden_size=64

@@ -26,10 +26,13 @@ def commands():
     """The words of every command line in a page's code blocks, and of the quickstart."""
     lines = [(page, line) for page in PAGES for line in COMMAND.findall(page.read_text(encoding="utf-8"))]
     quickstart = ROOT / "tools" / "quickstart.sh"
-    lines += [(quickstart, line) for line in re.findall(r"^python .*", quickstart.read_text(), re.MULTILINE)]
+    script = quickstart.read_text()
+    for name, words in re.findall(r"\b(\w+)=\(([^)]*)\)", script):
+        script = script.replace(f'"${{{name}[@]}}"', words)
+    lines += [(quickstart, line) for line in re.findall(r"^python (?:.*\\\n)*.*", script, re.MULTILINE)]
     for page, line in lines:
         words = re.sub(r"\[(--?[^\]]*)\]", r"\1", line.replace("\\\n", " "))  # [--optional words]
-        words = words.replace("$run", "runs/quickstart").replace('"$@"', "")
+        words = words.replace("$run", "runs/quickstart").replace(" >/dev/null", "")
         yield pytest.param(shlex.split(words), id=f"{page.name}: {line.strip()[:60]}")
 
 
