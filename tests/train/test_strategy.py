@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 launch = runpy.run_path(str(ROOT / "tests/train/ranks.py"))["launch"]
 STEPS = 8
 LINKED = ["model.links=all", "links.width=32", "links.layers=2", "links.heads=2"]
-# A sum of gradients that cancels has a sign of rounding alone, which Adam turns into a whole step: at this rate such a step
-# stays below the tolerance, and a wrong one does not.
+# Where gradients cancel, the sign of their sum is rounding, and Adam makes a whole step of it. At this rate one such step
+# stays below the tolerance; a wrong gradient does not.
 LINKED += ["links.blocks=[0,2]", "train.gradient_clip=0.5", "train.lr=5e-5"]
 LORA = ["train.decoder=lora", "model.decoder.lora_rank=2", "model.decoder.lora_dropout=0.0"]
 
