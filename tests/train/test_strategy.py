@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 launch = runpy.run_path(str(ROOT / "tests/train/ranks.py"))["launch"]
 STEPS = 8
 LINKED = ["model.links=all", "links.width=32", "links.layers=2", "links.heads=2"]
-# Where gradients cancel, the sign of their sum is rounding, and Adam makes a whole step of it. At this rate one such step
+# Where gradients cancel, the sign of their sum is rounding, and Adam makes a whole step of it. At this rate such a step
 # stays below the tolerance; a wrong gradient does not.
 LINKED += ["links.blocks=[0,2]", "train.gradient_clip=0.5", "train.lr=5e-5"]
 LORA = ["train.decoder=lora", "model.decoder.lora_rank=2", "model.decoder.lora_dropout=0.0"]
