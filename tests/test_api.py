@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,6 +121,18 @@ def test_the_exported_language_model_alone_answers_alike(chosen, tmp_path, capsy
     assert torch.load(tmp_path / "e.pt").ndim == 2
 
 
+def test_links_answer_where_the_model_has_them(model, chosen):
+    image, prompt = chosen[0]
+    answer = model.predict(image, prompt, task="gres", head="link")
+    assert answer.raw.startswith("The mask")
+    assert "[GRD]" in answer.raw
+    assert all(region.rle is not None and region.mask().any() for region in answer.regions)
+    found = model.predict(image, "Detect the object.", task="det", head="link")
+    assert found.kind == "box"
+    with pytest.raises(ValueError, match="expected a model with links"):
+        VistaLLM(SimpleNamespace(links=None), model.config).predict(image, prompt, task="gres", head="link")
+
+
 def test_a_calibration_maps_confidence_and_presence(model, chosen, monkeypatch):
     image, prompt = chosen[0]
     monkeypatch.setattr(model, "calibration", {})
@@ -137,7 +150,7 @@ def test_words_alone_and_what_cannot_be_answered(model, chosen):
     answer = model.predict(image, "How many objects are there?", task="vqa")
     assert (answer.kind, answer.regions, answer.text) == ("text", [], answer.raw.replace(" .", "."))
     for words, wrong in (
-        ({"head": "link", "task": "res"}, "expected a model with links"),
+        ({"head": "link"}, "link with a task that links answer"),
         ({"task": "ress"}, "expected one of"),
         ({"max_new_tokens": 0}, "at least 1"),
     ):
