@@ -212,6 +212,34 @@ def _resized(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x.contiguous(memory_format=torch.channels_last), size=(side, side), mode="bilinear")
 
 
+@dataclass
+class Named:
+    """The words of each phrase: where a phrase names a class, what shows it is what shows each of its words.
+
+    So a pair of words that training never names together is found by what it learnt of either. A phrase without words,
+    and an expression (GRD), whose words speak of other objects too, is what the language model makes of it.
+    """
+
+    words: Tensor  # (G, P, W, d)
+    spoken: Tensor  # (G, P, W) bool
+
+    def compare(self, seen: Tensor, phrase: Tensor, any_class: Tensor, word: nn.Module) -> Tensor:
+        """Compare `seen` (..., G, S, d) with phrases and words: logits (..., G, S, P, 1 + W) float32.
+
+        The first is of the phrase (..., G, P, d), or of a named class that there is an object of whatever class (d,).
+        """
+        first = torch.where(self.spoken.any(2, keepdim=True), any_class, phrase)
+        logits = torch.einsum("...gsd,gpwd->...gspw", seen, word(self.words))
+        logits = torch.cat([(seen @ first.transpose(-1, -2)).unsqueeze(-1), logits], -1)
+        return logits.float() / seen.shape[-1] ** 0.5
+
+    def joint(self, logits: Tensor, bias: Tensor) -> Tensor:
+        """Logit (..., G, S, P) of all of a phrase's (..., G, S, P, 1 + W), whose probabilities are multiplied."""
+        first, rest = F.logsigmoid(logits[..., 0] + bias), F.logsigmoid(logits[..., 1:])
+        share = (first + (rest * self.spoken.unsqueeze(1)).sum(-1)).clamp(max=-1e-6)
+        return share - torch.log(-torch.expm1(share))
+
+
 class LinkDecoder(nn.Module):
     """The decoder of all kinds of links.
 
@@ -244,6 +272,8 @@ class LinkDecoder(nn.Module):
         self.shown, self.named, self.patch_bias = mlp(d, d), mlp(d, d), nn.Parameter(torch.tensor([-2.0]))
         self.class_query, self.class_phrase = nn.Linear(d, d), nn.Linear(d, d)
         self.class_bias = nn.Parameter(torch.tensor([-3.0]))  # few queries hold an object
+        self.shown_word, self.class_word = mlp(d, d), nn.Linear(d, d)
+        self.shown_any, self.class_any = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
         self.coarse = nn.Parameter(torch.ones(1))  # weight of the patches in a mask
         self.mask, self.pose, self.readout = mlp(d, channels + 1), mlp(d, d), nn.Linear(d, 3 * d)
         self.look, self.name = nn.Linear(d, channels), nn.Linear(d, channels)
@@ -253,7 +283,8 @@ class LinkDecoder(nn.Module):
         """Decode the links of a batch.
 
         Args:
-            states: (L, K + 1, width), last hidden states of the slots, and the mean embedding of the phrase's words.
+            states: (L, K + W, width), last hidden states of the slots, then the embeddings of the phrase's tokens; a
+                row of zeros stands for none.
             links: of the same L links; targets are not read.
             features: per encoder block (N, grid * grid, encoder_width) patch tokens of all images of the batch.
             pixels: (N, 3, S, S) normalised; S divides by 4, and M is S / 2.
@@ -272,8 +303,13 @@ class LinkDecoder(nn.Module):
         patches = torch.cat(blocks, -1)
         memory = self.memory(patches) + self.place(grid_boxes(self.grid, device))
         shown, pixel_map = self.shown(memory), self.pixels(patches, pixels[used].to(dtype))
-        states = states.to(dtype)
-        slots = self.slots(states[:, :-1]) + self.words(states[:, -1:])
+        states, tokens = states.to(dtype).split(
+            [self.own_queries.shape[1], states.shape[1] - self.own_queries.shape[1]], 1
+        )
+        spoken = tokens.ne(0).any(2)
+        mean = tokens.sum(1, keepdim=True) / spoken.sum(1).clamp(min=1)[:, None, None]
+        slots, words = self.slots(states) + self.words(mean), self.words(tokens)
+        spoken = spoken & (links.kind != LINKS.index("GRD")).to(device)[:, None]
         families = []
         for names, queries in ((OWN_LINKS, self.own_queries), (SCENE_LINKS, self.scene_queries)):
             links_GP, kind, image = _layout(table, [LINKS.index(name) for name in names])
@@ -283,18 +319,22 @@ class LinkDecoder(nn.Module):
             if names is SCENE_LINKS:
                 learned, start = learned + memory[image], torch.logit(grid_boxes(self.grid, device))
             index, present = links_GP.clamp(min=0).to(device), (links_GP >= 0).to(device)
-            likeness = self.named(slots[index].mean(2)) @ shown[image].transpose(1, 2) / shown.shape[-1] ** 0.5
-            bias = likeness[:, None] if names is OWN_LINKS else None  # such a group has one phrase
+            named = Named(words[index], spoken[index])
+            likeness = named.compare(shown[image], self.named(slots[index].mean(2)), self.shown_any, self.shown_word)
+            shows = named.joint(likeness, self.patch_bias).transpose(1, 2)
+            bias = shows[:, None].to(dtype) if names is OWN_LINKS else None  # such a group has one phrase
             hidden, boxes = self._decode(learned, start, slots[index], present, memory[image], bias)
             asked = links_GP >= 0
             asked[kind == LINKS.index("POSE"), 1:] = False
-            answers, coarse = self._answers(*hidden.tensor_split([boxes.shape[2]], 2)), None
-            shows = likeness.float() + self.patch_bias
+            y, phrases = hidden.tensor_split([boxes.shape[2]], 2)
+            scores = named.compare(self.class_query(y), self.class_phrase(phrases), self.class_any, self.class_word)
+            coarse = None
             if names is SCENE_LINKS:
-                answers = (answers[0] + likeness.transpose(1, 2).float(), *answers[1:])
+                scores = scores + likeness
             else:
                 grid = self.coarse * shows.unflatten(2, (self.grid, self.grid))
                 coarse = _resized(grid, pixel_map.shape[-1])[:, 0].to(dtype)
+            answers = (named.joint(scores, self.class_bias), *self._answers(y, phrases))
             families.append(Family(kind, image, links_GP, asked.to(device), shows, coarse, boxes, *answers, pixel_map))
         return families
 
@@ -330,12 +370,9 @@ class LinkDecoder(nn.Module):
         # The side of a uniform square is 12 ** .5 = 3.5 times the spread of its pixels.
         return torch.logit(torch.cat([mean, 3.5 * spread], -1).clamp(0.01, 0.99))
 
-    def _answers(self, queries: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Queries (D, G, Q, d) and phrases (D, G, P, d) -> the tensors of a Family from `scores` on."""
-        scores = self.class_query(queries) @ self.class_phrase(phrases).transpose(2, 3)
-        scores = scores.float() / queries.shape[-1] ** 0.5 + self.class_bias
+    def _answers(self, queries: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries (D, G, Q, d) and phrases (D, G, P, d) -> the tensors of a Family from `embeddings` on."""
         return (
-            scores,
             self.mask(queries),
             self.pose(queries),
             self.readout(phrases).unflatten(-1, (3, -1)) / queries.shape[-1] ** 0.5,

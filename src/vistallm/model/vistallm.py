@@ -189,8 +189,8 @@ class VistaLLM(nn.Module):
     def _slot_states(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Read (B, T, D) behind each routing token of `ids` (B, T), where all its K slots are there.
 
-        Returns (L, K + 1, D), the states of the slots and the mean embedding of the words before the routing token (its
-        phrase; zeros without any), and (L,) int64 rows. Embeddings say which of a list of names is meant.
+        Returns (L, K + W, D), the states of the slots and the embeddings of the words before the routing token (its
+        phrase; padded with zeros, W >= 1), and (L,) int64 rows. Embeddings say which of a list of names is meant.
         """
         row, position = torch.isin(ids, self.link_ids[:, 0]).nonzero(as_tuple=True)
         whole = position + self.link_ids.shape[1] <= ids.shape[1]
@@ -201,9 +201,10 @@ class VistaLLM(nn.Module):
         before = F.pad(ends, (1, 0), value=-1)[row, position]  # the last token before the phrase
         words = ((steps > before[:, None]) & (steps < position[:, None])).nonzero()  # (W, 2): link, place
         embedded = self.decoder.get_input_embeddings()(ids[row[words[:, 0]], words[:, 1]]).to(hidden.dtype)
-        count = (position - before - 1).clamp(min=1)[:, None].to(hidden.dtype)
-        phrase = hidden.new_zeros(len(row), hidden.shape[2]).index_add(0, words[:, 0], embedded) / count
-        return torch.cat([hidden[row[:, None], slots], phrase[:, None]], 1), row
+        longest = int((position - before - 1).amax()) if len(row) else 0
+        phrase = hidden.new_zeros(len(row), max(longest, 1), hidden.shape[2])
+        phrase = phrase.index_put((words[:, 0], words[:, 1] - before[words[:, 0]] - 1), embedded)
+        return torch.cat([hidden[row[:, None], slots], phrase], 1), row
 
     def _stem_pixels(self, batch: Batch) -> Tensor:
         return self.encoder.normalise(batch.images if batch.pixels is None else batch.pixels)
