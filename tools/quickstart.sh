@@ -30,10 +30,10 @@ fi
 stage() { echo "== $1 ($((SECONDS - start)) s so far)"; }
 stage "1/5 mini CoinIt"
 python tools/build_coinit.py mini --out data/mini
-stage "2/5 scores before training and of assets/mini, 10 and 50 samples a task"
+stage "2/5 scores before training and of assets/mini, 5 and 50 samples a task"
 nothing=(train.lr=0 train.tokenizer_lr=0 trainer.max_steps=1) # one step at rate 0 writes the weights as they start
 python train.py stage=1 "${one[@]}" "${ranks[@]}" "${words[@]}" "${nothing[@]}" run_dir=$run/before >/dev/null
-python eval.py ckpt=$run/before run_dir=$run/before/eval decode.limit=10 "${cores[@]}"
+python eval.py ckpt=$run/before run_dir=$run/before/eval decode.limit=5 "${cores[@]}"
 python eval.py ckpt=assets/mini run_dir=$run/shipped decode.limit=50 "${cores[@]}"
 stage "3/5 stage 1: single-image data"
 python train.py stage=1 run_dir=$run/stage1 "${one[@]}" "${ranks[@]}" "${words[@]}"

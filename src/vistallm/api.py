@@ -246,7 +246,7 @@ class VistaLLM:
                 one.confidence = one.confidence and calibrate(one.confidence, *curve)
             if parsed.presence is not None and "presence" in self.calibration:
                 parsed.presence = calibrate(parsed.presence, *self.calibration["presence"])
-        text = codec.number_regions(words)
+        text = parsed.answer if linked and task else codec.number_regions(words)
         return Answer(text, reply.text, parsed.kind, regions, None, parsed.presence, reply.cut, bool(curve))
 
 

@@ -111,6 +111,7 @@ def test_phrases_become_labels_of_regions_in_original_pixels():
         ("circle", (20, 0, 40, 40), pytest.approx(0.2)),
         ("circle", (0, 0, 80, 40), pytest.approx(0.1)),
     ]
+    assert parsed.answer == "red star [0], circle []."
     assert read_link_answer(text, answers[:1], [Letterbox(80, 40, 64)], TASKS["det"]) == (None, "cut-link")
     assert read_link_answer("nothing", [], [Letterbox(80, 40, 64)], TASKS["det"]) == (None, "no-region")
     assert read_link_answer("image 2: [SEG]", answers[:1], [Letterbox(8, 4, 64)], TASKS["coseg"]) == (None, "bad-image")
@@ -123,6 +124,7 @@ def test_keypoints_belong_to_the_objects_before_them():
     answers = [LinkAnswer(scores, boxes, masks, points) for points in (None, top, left)]
     parsed, _ = read_link_answer(text, answers, [Letterbox(100, 100, 64)], TASKS["pose"])
     assert [region.label for region in parsed.regions] == ["star", "star"]
+    assert parsed.answer == "star [0, 1], top, left."
     expected = [[(25, 50), (50, 50)], [(35, 50), (60, 50)]]
     for region, points in zip(parsed.regions, expected, strict=True):
         np.testing.assert_allclose([p[:2] for p in region.keypoints], points, atol=1e-3)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 
 from vistallm.config import LinkConfig
-from vistallm.links.decoder import Family, LinkDecoder, link_answers
+from vistallm.links.decoder import Family, LinkDecoder, grid_boxes, link_answers
 from vistallm.links.losses import link_losses
 
 MIXED = [("GRD", 0, 1, 0), ("GRD", 0, 0, 0), ("SEG", 1, 2, 0), ("DET", 1, 2, 0), ("DET", 1, 0, 0), ("POSE", 2, 2, 3)]
@@ -53,6 +53,32 @@ def test_a_link_does_not_depend_on_the_rest_of_the_batch(tiny_decoder, make_link
     for a, b in zip(together[3:5], both, strict=True):
         torch.testing.assert_close(a.scores, b.scores)
         torch.testing.assert_close(a.masks, b.masks, rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_is_the_product_of_its_words(tiny_decoder, make_links, inputs):
+    """Of a named class each word counts by itself; an expression, and a link without words, is what its slots say."""
+    (star, red), none = torch.randn(2, 20, generator=torch.Generator().manual_seed(3)), torch.zeros(20)
+    phrases = [[star, none], [red, none], [star, red], [red, star], [none, none], [star, red]]
+    links = make_links([("SEG", 0, 1, 0)] * 5 + [("GRD", 0, 1, 0)])
+    states, features, pixels = inputs(6, 1)
+    states[:] = states[:1].clone()
+    slots, words = states[:, :4], torch.stack([torch.stack(phrase) for phrase in phrases])
+    with torch.no_grad():
+        tiny_decoder.shown_any.normal_()
+        shown = tiny_decoder(torch.cat([slots, words], 1), links, features, pixels)[0].patches[:, 0].double().sigmoid()
+        other = tiny_decoder(torch.cat([slots + slots.flip(1), words], 1), links, features, pixels)[0].patches[:, 0]
+        anything = shown[0] * shown[1] / shown[2]  # the share that both words have in common
+        seen = (tiny_decoder.shown(_memory(tiny_decoder, features)) @ tiny_decoder.shown_any / 32**0.5)[0]
+    torch.testing.assert_close(anything.float(), (seen + tiny_decoder.patch_bias).sigmoid(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shown[2], shown[3])
+    assert (shown[2] < shown[:2]).all()
+    moved = (other.double().sigmoid() - shown).abs().amax(1) > 1e-4
+    assert moved.tolist() == [False] * 4 + [True] * 2
+
+
+def _memory(decoder, features):
+    blocks = [norm(f) for norm, f in zip(decoder.block_norms, features, strict=True)]
+    return decoder.memory(torch.cat(blocks, -1)) + decoder.place(grid_boxes(decoder.grid, features[0].device))
 
 
 def test_without_stem_the_shapes_are_the_same_and_pixels_do_not_count(make_links, inputs):

@@ -77,7 +77,7 @@ def test_targets_are_the_regions_on_the_letterbox_square(linked, samples):
 
 
 def test_a_link_knows_the_words_of_its_phrase(linked):
-    """The mean embedding of the words since the last comma, colon, link or start, whatever stands behind them."""
+    """The embeddings of the words since the last comma, colon, link or start, whatever stands behind them."""
     _, builder, model = linked
     lm, slots = builder.vocabulary.lm, "".join(builder.vocabulary.link_tokens[LINKS.index("DET")])
     table = model.decoder.get_input_embeddings().weight
@@ -85,10 +85,10 @@ def test_a_link_knows_the_words_of_its_phrase(linked):
     ids = torch.tensor([lm.encode(text, add_special_tokens=False)])
     hidden = torch.zeros(*ids.shape, table.shape[1])
     states, rows = model._slot_states(ids, hidden)
-    means = [table[lm.convert_tokens_to_ids(words)].mean(0) for words in (["red", "star"], ["circle"], ["green"])]
-    wanted = torch.stack([*means[:2], torch.zeros_like(means[0]), means[2]])
-    torch.testing.assert_close(states[:, -1], wanted)
-    assert states.shape[:2] == (4, 5)
+    wanted = torch.zeros(4, 2, table.shape[1])
+    for link, words in ((0, ["red", "star"]), (1, ["circle"]), (3, ["green"])):
+        wanted[link, : len(words)] = table[lm.convert_tokens_to_ids(words)]
+    torch.testing.assert_close(states[:, 4:], wanted)
     assert rows.tolist() == [0] * 4
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from vistallm.links import Link, read_links
+from vistallm.links import Link, number_links, read_links
 from vistallm.links.decoder import LinkAnswer
 from vistallm.regions.letterbox import Letterbox
 from vistallm.regions.masks import mask_to_rle
@@ -34,10 +34,11 @@ def read_link_answer(
         video: the images are frames, and each link is read in every one of them.
 
     Returns:
-        (Parsed, None), whose regions hold their link's phrase as label where the task names phrases; or (None, reason):
-        "no-region", "cut-link" for a link whose slots the limit has cut, "bad-image" for an image that is not there.
+        (Parsed, None), whose regions hold their link's phrase as label where the task names phrases, and whose answer
+        has the numbers of its regions in the place of the links; or (None, reason): "no-region", "cut-link" for a link
+        whose slots the limit has cut, "bad-image" for an image that is not there.
     """
-    links = read_links(text)
+    written = links = read_links(text)
     if not links:
         return None, "no-region"
     if video:
@@ -48,6 +49,7 @@ def read_link_answer(
         return None, "bad-image"
     regions: list[Region] = []
     named: list[Region] = []  # objects whose keypoints the links behind them name
+    owned: list[list[Region] | None] = []  # of each link; None names a keypoint
     for link, answer in zip(links, found, strict=True):
         if answer.keypoints is not None:
             points = np.column_stack(
@@ -55,16 +57,23 @@ def read_link_answer(
             )
             for region, point in zip(named, points.tolist(), strict=False):
                 region.keypoints = (*(region.keypoints or ()), tuple(point))
+            owned.append(None)
             continue
         named = _regions(link, answer, letterboxes[link.image], task)
         regions += named
+        owned.append(named)
     for number, region in enumerate(regions):
         region.object = number
         if task.kind == "keypoints":
             region.keypoints = region.keypoints or ()
     presence = max(float(answer.scores.max()) for answer in found)
     rounded = [Region.from_json(region.to_json()) for region in regions]  # as in predictions.jsonl
-    return Parsed(task.kind, rounded, text, presence), None
+    frames = len(links) // len(written)
+    numbers = [
+        None if owned[i] is None else [one.object for group in owned[i : i + frames] for one in group or () if one.sure]
+        for i in range(0, len(owned), frames)
+    ]
+    return Parsed(task.kind, rounded, number_links(text, numbers), presence), None
 
 
 def _regions(link: Link, answer: LinkAnswer, letterbox: Letterbox, task: Task) -> list[Region]:

@@ -7,6 +7,7 @@ language model's embedding are the learned queries (VisionLLM v2's super-link qu
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vistallm.config import LinkConfig
@@ -15,6 +16,7 @@ LINKS = ("DET", "GRD", "SEG", "POSE")
 SCENE_LINKS = ("DET", "POSE")  # all links of one image share object queries; of the others each link has its own
 REGION_TOKEN = "<region>"  # in a prompt: a region that the region encoder reads
 _LINK = re.compile(rf"\[({'|'.join(LINKS)})\]", re.IGNORECASE)
+_WRITTEN = re.compile(rf"\s*\[({'|'.join(LINKS)})\](?:\s*\[\w+_\d+\])*", re.IGNORECASE)  # with its slots
 _IMAGE = re.compile(r"\b(?:image|frame)\s*(\d+)\s*:", re.IGNORECASE)
 
 
@@ -62,3 +64,17 @@ def read_links(text: str) -> list[Link]:
         phrase = re.split(r"[\[\],.:]", _IMAGE.sub("", before))[-1].strip()
         links.append(Link(match[1].upper(), int(named[-1]) - 1 if named else 0, phrase))
     return links
+
+
+def number_links(text: str, objects: Sequence[Sequence[int] | None]) -> str:
+    """An answer with the numbers of what each link found in its place; None leaves a link away.
+
+    >>> number_links("star [DET][DET_1] , red cross [DET][DET_1].", [[0, 2], []])
+    'star [0, 2], red cross [].'
+    """
+    numbers = iter(objects)
+
+    def name(match: re.Match[str]) -> str:
+        return "" if (found := next(numbers)) is None else f" {list(found)}"
+
+    return re.sub(r"\s+(?=[.,:])", "", _WRITTEN.sub(name, text)).strip()

@@ -274,6 +274,7 @@ class LinkDecoder(nn.Module):
         self.class_bias = nn.Parameter(torch.tensor([-3.0]))  # few queries hold an object
         self.shown_word, self.class_word = mlp(d, d), nn.Linear(d, d)
         self.shown_any, self.class_any = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
+        self.strongest = nn.Parameter(torch.tensor([0.5]))  # weight of the patch that shows a phrase best in its score
         self.coarse = nn.Parameter(torch.ones(1))  # weight of the patches in a mask
         self.mask, self.pose, self.readout = mlp(d, channels + 1), mlp(d, d), nn.Linear(d, 3 * d)
         self.look, self.name = nn.Linear(d, channels), nn.Linear(d, channels)
@@ -328,13 +329,13 @@ class LinkDecoder(nn.Module):
             asked[kind == LINKS.index("POSE"), 1:] = False
             y, phrases = hidden.tensor_split([boxes.shape[2]], 2)
             scores = named.compare(self.class_query(y), self.class_phrase(phrases), self.class_any, self.class_word)
-            coarse = None
             if names is SCENE_LINKS:
-                scores = scores + likeness
+                scores, coarse = named.joint(scores + likeness, self.class_bias), None
             else:
+                scores = named.joint(scores, self.class_bias) + self.strongest * shows.amax(2)[:, None]
                 grid = self.coarse * shows.unflatten(2, (self.grid, self.grid))
                 coarse = _resized(grid, pixel_map.shape[-1])[:, 0].to(dtype)
-            answers = (named.joint(scores, self.class_bias), *self._answers(y, phrases))
+            answers = (scores, *self._answers(y, phrases))
             families.append(Family(kind, image, links_GP, asked.to(device), shows, coarse, boxes, *answers, pixel_map))
         return families
 
