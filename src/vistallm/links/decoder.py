@@ -212,34 +212,6 @@ def _resized(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x.contiguous(memory_format=torch.channels_last), size=(side, side), mode="bilinear")
 
 
-@dataclass
-class Named:
-    """The words of each phrase: where a phrase names a class, what shows it is what shows each of its words.
-
-    So a pair of words that training never names together is found by what it learnt of either. A phrase without words,
-    and an expression (GRD), whose words speak of other objects too, is what the language model makes of it.
-    """
-
-    words: Tensor  # (G, P, W, d)
-    spoken: Tensor  # (G, P, W) bool
-
-    def compare(self, seen: Tensor, phrase: Tensor, any_class: Tensor, word: nn.Module) -> Tensor:
-        """Compare `seen` (..., G, S, d) with phrases and words: logits (..., G, S, P, 1 + W) float32.
-
-        The first is of the phrase (..., G, P, d), or of a named class that there is an object of whatever class (d,).
-        """
-        first = torch.where(self.spoken.any(2, keepdim=True), any_class, phrase)
-        logits = torch.einsum("...gsd,gpwd->...gspw", seen, word(self.words))
-        logits = torch.cat([(seen @ first.transpose(-1, -2)).unsqueeze(-1), logits], -1)
-        return logits.float() / seen.shape[-1] ** 0.5
-
-    def joint(self, logits: Tensor, bias: Tensor) -> Tensor:
-        """Logit (..., G, S, P) of all of a phrase's (..., G, S, P, 1 + W), whose probabilities are multiplied."""
-        first, rest = F.logsigmoid(logits[..., 0] + bias), F.logsigmoid(logits[..., 1:])
-        share = (first + (rest * self.spoken.unsqueeze(1)).sum(-1)).clamp(max=-1e-6)
-        return share - torch.log(-torch.expm1(share))
-
-
 class LinkDecoder(nn.Module):
     """The decoder of all kinds of links.
 
@@ -272,7 +244,7 @@ class LinkDecoder(nn.Module):
         self.shown, self.named, self.patch_bias = mlp(d, d), mlp(d, d), nn.Parameter(torch.tensor([-2.0]))
         self.class_query, self.class_phrase = nn.Linear(d, d), nn.Linear(d, d)
         self.class_bias = nn.Parameter(torch.tensor([-3.0]))  # few queries hold an object
-        self.shown_word, self.class_word = mlp(d, d), nn.Linear(d, d)
+        self.shown_word, self.word = nn.Linear(blocks * encoder_width, d), mlp(d, d)
         self.shown_any, self.class_any = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
         self.strongest = nn.Parameter(torch.tensor([0.5]))  # weight of the patch that shows a phrase best in its score
         self.coarse = nn.Parameter(torch.ones(1))  # weight of the patches in a mask
@@ -303,13 +275,14 @@ class LinkDecoder(nn.Module):
         blocks = [norm(f[used].to(dtype)) for norm, f in zip(self.block_norms, features, strict=True)]
         patches = torch.cat(blocks, -1)
         memory = self.memory(patches) + self.place(grid_boxes(self.grid, device))
-        shown, pixel_map = self.shown(memory), self.pixels(patches, pixels[used].to(dtype))
+        shown, shown_word = self.shown(memory), self.shown_word(patches)
+        pixel_map = self.pixels(patches, pixels[used].to(dtype))
         states, tokens = states.to(dtype).split(
             [self.own_queries.shape[1], states.shape[1] - self.own_queries.shape[1]], 1
         )
         spoken = tokens.ne(0).any(2)
         mean = tokens.sum(1, keepdim=True) / spoken.sum(1).clamp(min=1)[:, None, None]
-        slots, words = self.slots(states) + self.words(mean), self.words(tokens)
+        slots, words = self.slots(states) + self.words(mean), self.word(self.words(tokens))
         spoken = spoken & (links.kind != LINKS.index("GRD")).to(device)[:, None]
         families = []
         for names, queries in ((OWN_LINKS, self.own_queries), (SCENE_LINKS, self.scene_queries)):
@@ -320,22 +293,25 @@ class LinkDecoder(nn.Module):
             if names is SCENE_LINKS:
                 learned, start = learned + memory[image], torch.logit(grid_boxes(self.grid, device))
             index, present = links_GP.clamp(min=0).to(device), (links_GP >= 0).to(device)
-            named = Named(words[index], spoken[index])
-            likeness = named.compare(shown[image], self.named(slots[index].mean(2)), self.shown_any, self.shown_word)
-            shows = named.joint(likeness, self.patch_bias).transpose(1, 2)
-            bias = shows[:, None].to(dtype) if names is OWN_LINKS else None  # such a group has one phrase
+            said = spoken[index]  # (G, P, W)
+            named = said.any(2, keepdim=True)
+            shows = _alike(shown[image], torch.where(named, self.shown_any, self.named(slots[index].mean(2))))
+            says = torch.einsum("gcd,gpwd->gcpw", shown_word[image], words[index]).float() / words.shape[-1] ** 0.5
+            says = (F.logsigmoid(says) * said[:, None]).sum(3)  # (G, C, P)
+            likeness = _joint(shows + self.patch_bias, says)
+            bias = likeness.transpose(1, 2)[:, None].to(dtype) if names is OWN_LINKS else None  # one phrase a group
             hidden, boxes = self._decode(learned, start, slots[index], present, memory[image], bias)
             asked = links_GP >= 0
             asked[kind == LINKS.index("POSE"), 1:] = False
             y, phrases = hidden.tensor_split([boxes.shape[2]], 2)
-            scores = named.compare(self.class_query(y), self.class_phrase(phrases), self.class_any, self.class_word)
+            scores = _alike(self.class_query(y), torch.where(named, self.class_any, self.class_phrase(phrases)))
             if names is SCENE_LINKS:
-                scores, coarse = named.joint(scores + likeness, self.class_bias), None
+                scores, coarse = _joint(scores + shows + self.class_bias, says), None
             else:
-                scores = named.joint(scores, self.class_bias) + self.strongest * shows.amax(2)[:, None]
-                grid = self.coarse * shows.unflatten(2, (self.grid, self.grid))
+                scores = scores + self.class_bias + self.strongest * likeness.amax(1, keepdim=True)
+                grid = self.coarse * likeness.transpose(1, 2).unflatten(2, (self.grid, self.grid))
                 coarse = _resized(grid, pixel_map.shape[-1])[:, 0].to(dtype)
-            answers = (scores, *self._answers(y, phrases))
+            answers, shows = (scores, *self._answers(y, phrases)), likeness.transpose(1, 2)
             families.append(Family(kind, image, links_GP, asked.to(device), shows, coarse, boxes, *answers, pixel_map))
         return families
 
@@ -380,6 +356,17 @@ class LinkDecoder(nn.Module):
             self.look(queries),
             self.name(phrases),
         )
+
+
+def _alike(seen: Tensor, phrases: Tensor) -> Tensor:
+    """Scaled products (..., S, P) float32 of what is seen (..., S, d) and phrases (..., P, d)."""
+    return (seen @ phrases.transpose(-1, -2)).float() / seen.shape[-1] ** 0.5
+
+
+def _joint(logits: Tensor, others: Tensor) -> Tensor:
+    """Logit of the product of probabilities: one given as logits, the others as the sum of their logarithms."""
+    share = (F.logsigmoid(logits) + others).clamp(max=-1e-6)
+    return share - torch.log(-torch.expm1(share))
 
 
 def _layout(table: Tensor, kinds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
