@@ -6,10 +6,13 @@ self-attention, cross-attention to the patch tokens of the group's image and MLP
 product: class = query . phrase, mask = query . pixel, heat of a keypoint = (query + phrase) . pixel. So a phrase picks
 what is read out of a query, and masks and keypoints are computed for those queries alone that a loss or an answer asks
 for. Before the layers each phrase is compared with each patch, and a loss says where its objects are: one matched query
-an object teaches too little about names. A scene's queries, which are patches, start their class from this likeness;
-of a link with queries of its own it steers their attention, and their masks start from it.
+an object teaches too little about names. This likeness is a part of a scene's scores, whose queries are patches; of a
+link with queries of its own it steers their attention, and their masks and scores start from it.
+A class is the product of its words, each compared with the patches by a linear map of the encoder's features, and the
+layers only say whether there is an object. So a pair of words is found that training never names together; layers
+learn such pairs as "not there". An expression (GRD) speaks of other objects, too: it is what its slots say.
 Shape legend: L links, K slots, G groups, Q queries, P phrases of the largest group, N images, D decoder layers, d
-width, E mask width, M side of a mask. Coordinates are shares of the letterbox square.
+width, E mask width, M side of a mask, W words of the longest phrase. Coordinates are shares of the letterbox square.
 """
 
 from __future__ import annotations
@@ -277,13 +280,7 @@ class LinkDecoder(nn.Module):
         memory = self.memory(patches) + self.place(grid_boxes(self.grid, device))
         shown, shown_word = self.shown(memory), self.shown_word(patches)
         pixel_map = self.pixels(patches, pixels[used].to(dtype))
-        states, tokens = states.to(dtype).split(
-            [self.own_queries.shape[1], states.shape[1] - self.own_queries.shape[1]], 1
-        )
-        spoken = tokens.ne(0).any(2)
-        mean = tokens.sum(1, keepdim=True) / spoken.sum(1).clamp(min=1)[:, None, None]
-        slots, words = self.slots(states) + self.words(mean), self.word(self.words(tokens))
-        spoken = spoken & (links.kind != LINKS.index("GRD")).to(device)[:, None]
+        slots, words, spoken = self._phrases(states.to(dtype), links)
         families = []
         for names, queries in ((OWN_LINKS, self.own_queries), (SCENE_LINKS, self.scene_queries)):
             links_GP, kind, image = _layout(table, [LINKS.index(name) for name in names])
@@ -293,11 +290,9 @@ class LinkDecoder(nn.Module):
             if names is SCENE_LINKS:
                 learned, start = learned + memory[image], torch.logit(grid_boxes(self.grid, device))
             index, present = links_GP.clamp(min=0).to(device), (links_GP >= 0).to(device)
-            said = spoken[index]  # (G, P, W)
-            named = said.any(2, keepdim=True)
+            named = spoken[index].any(2, keepdim=True)
             shows = _alike(shown[image], torch.where(named, self.shown_any, self.named(slots[index].mean(2))))
-            says = torch.einsum("gcd,gpwd->gcpw", shown_word[image], words[index]).float() / words.shape[-1] ** 0.5
-            says = (F.logsigmoid(says) * said[:, None]).sum(3)  # (G, C, P)
+            says = _said(shown_word[image], words[index], spoken[index])
             likeness = _joint(shows + self.patch_bias, says)
             bias = likeness.transpose(1, 2)[:, None].to(dtype) if names is OWN_LINKS else None  # one phrase a group
             hidden, boxes = self._decode(learned, start, slots[index], present, memory[image], bias)
@@ -314,6 +309,15 @@ class LinkDecoder(nn.Module):
             answers, shows = (scores, *self._answers(y, phrases)), likeness.transpose(1, 2)
             families.append(Family(kind, image, links_GP, asked.to(device), shows, coarse, boxes, *answers, pixel_map))
         return families
+
+    def _phrases(self, states: Tensor, links: LinkBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots (L, K, d), words (L, W, d), and which of these are there (L, W) bool: of named classes alone."""
+        count = self.own_queries.shape[1]
+        states, tokens = states[:, :count], states[:, count:]
+        spoken = tokens.ne(0).any(2)
+        mean = tokens.sum(1, keepdim=True) / spoken.sum(1).clamp(min=1)[:, None, None]
+        spoken = spoken & (links.kind != LINKS.index("GRD")).to(spoken.device)[:, None]
+        return self.slots(states) + self.words(mean), self.word(self.words(tokens)), spoken
 
     def _decode(
         self, learned: Tensor, start: Tensor, slots: Tensor, present: Tensor, memory: Tensor, bias: Tensor | None
@@ -361,6 +365,12 @@ class LinkDecoder(nn.Module):
 def _alike(seen: Tensor, phrases: Tensor) -> Tensor:
     """Scaled products (..., S, P) float32 of what is seen (..., S, d) and phrases (..., P, d)."""
     return (seen @ phrases.transpose(-1, -2)).float() / seen.shape[-1] ** 0.5
+
+
+def _said(seen: Tensor, words: Tensor, spoken: Tensor) -> Tensor:
+    """Log-probability (G, C, P) float32 that a patch (G, C, d) shows all words (G, P, W, d) of a phrase."""
+    logits = torch.einsum("gcd,gpwd->gcpw", seen, words).float() / seen.shape[-1] ** 0.5
+    return (F.logsigmoid(logits) * spoken[:, None]).sum(3)
 
 
 def _joint(logits: Tensor, others: Tensor) -> Tensor:
