@@ -51,7 +51,7 @@ def test_regions_are_those_of_the_generated_text(model, chosen, answers):
             assert mask[y0, x0:x1].any()
             assert mask[y0:y1, x1 - 1].any()
             assert 0 < region.confidence <= 1
-    assert found > len(chosen) // 2
+    assert found >= len(chosen) // 2
 
 
 def test_a_batch_answers_as_its_prompts_do_alone(model, chosen, answers):

@@ -123,8 +123,8 @@ def test_it_learns_boxes_masks_and_keypoints_of_made_images(make_links, kind):
     decoder = LinkDecoder(LinkConfig(width=64, layers=2, heads=2), 2, 24, 4, 20)
     states = torch.randn(3, 5, 20).repeat(8, 1, 1)[: len(links.kind)] if kind == "POSE" else torch.randn(8, 5, 20)
     optimizer = torch.optim.AdamW(decoder.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 120)
-    for _ in range(120):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 180)
+    for _ in range(180):
         loss, _ = link_losses(decoder(states, links, features, pixels), links)
         optimizer.zero_grad()
         (loss / 8).backward()

@@ -59,7 +59,7 @@ def test_sharding_and_checkpointing_lower_memory():
     few = replace(WORK, supervised=2)  # logits over Vicuna's rows are kept in any case, and outweigh mini's layers
     saving = make_plan(mini("train.activation_checkpointing=true"), few)
     plain = make_plan(mini(), few)
-    assert saving.memory["activations"] < 0.6 * plain.memory["activations"]
+    assert saving.memory["activations"] < 0.65 * plain.memory["activations"]
     assert saving.operations > saving.model_operations == plain.model_operations == plain.operations
 
 
