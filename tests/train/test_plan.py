@@ -57,9 +57,9 @@ def test_sharding_and_checkpointing_lower_memory():
     for key in ("weights", "gradients", "optimizer"):
         assert sharded.memory[key] == pytest.approx(plain.memory[key] / 4)
     few = replace(WORK, supervised=2)  # logits over Vicuna's rows are kept in any case, and outweigh mini's layers
-    saving = make_plan(mini("train.activation_checkpointing=true"), few)
-    plain = make_plan(mini(), few)
-    assert saving.memory["activations"] < 0.65 * plain.memory["activations"]
+    saving = make_plan(mini("model.links=none", "train.activation_checkpointing=true"), few)
+    plain = make_plan(mini("model.links=none"), few)
+    assert saving.memory["activations"] < 0.6 * plain.memory["activations"]
     assert saving.operations > saving.model_operations == plain.model_operations == plain.operations
 
 

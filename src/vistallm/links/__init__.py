@@ -16,7 +16,7 @@ LINKS = ("DET", "GRD", "SEG", "POSE")
 SCENE_LINKS = ("DET", "POSE")  # all links of one image share object queries; of the others each link has its own
 REGION_TOKEN = "<region>"  # in a prompt: a region that the region encoder reads
 _LINK = re.compile(rf"\[({'|'.join(LINKS)})\]", re.IGNORECASE)
-_WRITTEN = re.compile(rf"\s*\[({'|'.join(LINKS)})\](?:\s*\[\w+_\d+\])*", re.IGNORECASE)  # with its slots
+_WRITTEN = re.compile(rf"\s*{_LINK.pattern}(?:\s*\[\w+_\d+\])*", re.IGNORECASE)  # with its slots
 _IMAGE = re.compile(r"\b(?:image|frame)\s*(\d+)\s*:", re.IGNORECASE)
 
 

@@ -293,8 +293,8 @@ class LinkDecoder(nn.Module):
             named = spoken[index].any(2, keepdim=True)
             shows = _alike(shown[image], torch.where(named, self.shown_any, self.named(slots[index].mean(2))))
             says = _said(shown_word[image], words[index], spoken[index])
-            likeness = _joint(shows + self.patch_bias, says)
-            bias = likeness.transpose(1, 2)[:, None].to(dtype) if names is OWN_LINKS else None  # one phrase a group
+            likeness = _joint(shows + self.patch_bias, says).transpose(1, 2)  # (G, P, C)
+            bias = likeness[:, None].to(dtype) if names is OWN_LINKS else None  # such a group has one phrase
             hidden, boxes = self._decode(learned, start, slots[index], present, memory[image], bias)
             asked = links_GP >= 0
             asked[kind == LINKS.index("POSE"), 1:] = False
@@ -303,11 +303,11 @@ class LinkDecoder(nn.Module):
             if names is SCENE_LINKS:
                 scores, coarse = _joint(scores + shows + self.class_bias, says), None
             else:
-                scores = scores + self.class_bias + self.strongest * likeness.amax(1, keepdim=True)
-                grid = self.coarse * likeness.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+                scores = scores + self.class_bias + self.strongest * likeness.amax(2)[:, None]
+                grid = self.coarse * likeness.unflatten(2, (self.grid, self.grid))
                 coarse = _resized(grid, pixel_map.shape[-1])[:, 0].to(dtype)
-            answers, shows = (scores, *self._answers(y, phrases)), likeness.transpose(1, 2)
-            families.append(Family(kind, image, links_GP, asked.to(device), shows, coarse, boxes, *answers, pixel_map))
+            answers = (scores, *self._answers(y, phrases), pixel_map)
+            families.append(Family(kind, image, links_GP, asked.to(device), likeness, coarse, boxes, *answers))
         return families
 
     def _phrases(self, states: Tensor, links: LinkBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -222,7 +222,7 @@ def _measure_links(config: Config, work: Workload, encoder: ImageEncoder) -> Par
     module = nn.ModuleList([decoder, regions]).requires_grad_(config.train.links)
     rows = list(range(work.samples))
     links = links_to_find([LINKS.index("GRD")] * len(rows), rows, rows, side // 2)
-    states = torch.zeros(len(rows), config.links.queries + 1, width, requires_grad=config.train.decoder != "frozen")
+    states = torch.zeros(len(rows), config.links.queries, width, requires_grad=config.train.decoder != "frozen")
     features = [torch.zeros(len(rows), encoder.patches, encoder.width) for _ in encoder.read]
     pixels = torch.zeros(len(rows), 3, side, side)
 
