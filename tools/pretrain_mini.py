@@ -19,6 +19,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from vistallm.config import PAD_COLOUR, load_config
 from vistallm.data.images import decode_sample
 from vistallm.data.sequence import Sequence, SequenceBuilder, build_codec, build_sequencer, collate
 from vistallm.data.vocabulary import Vocabulary
-from vistallm.mini.scene import ATTRIBUTES, random_scene
+from vistallm.mini.scene import ATTRIBUTES, COLOURS, HELD_OUT, random_scene
 from vistallm.model.build import build_model
 from vistallm.model.encoder import ImageEncoder
 from vistallm.model.vistallm import training_attention
@@ -45,6 +46,7 @@ from vistallm.regions.letterbox import square_resize
 from vistallm.regions.masks import rle_box, rle_to_mask
 from vistallm.schema import Sample
 
+KEPT = 3.0  # weight of the distance to the tokens of --init
 COVER = 0.3  # a patch is labelled with the object that covers at least this share of it
 SLOTS, GRID, VERTICES = 4, 12, 12  # objects, cells of a mask per side of its box, vertices: at most
 ASKED = {"pope": "question", "vqa": "question", "vcr": "question", "nlvr2": "statement"}  # objects by their words
@@ -62,15 +64,19 @@ class Heads(nn.Module):
         self.out = nn.Linear(width, sum(self.sizes))
 
     def forward(self, tokens: Tensor, labels: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float], tuple]:
-        """Tokens (N, P, D), labels (N, P, 4) with -1 for no object, boxes (N, P, 4) -> loss, scores, extra outputs."""
+        """Tokens (N, P, D), labels (N, P, 4) with -1 for no object, boxes (N, P, 4) -> loss, scores, extra outputs.
+
+        A colour of -1 on an object has no name.
+        """
         there, *kinds, box, extra = self.out(tokens).float().split(self.sizes, -1)
         on, present = labels[..., 0] >= 0, there.squeeze(-1)
         distance = (box[on] - boxes[on]).abs().mean()
         loss = binary_loss(present, on.float()) + 5 * distance
         scores = {"presence": ((present > 0) == on).float().mean().item(), "box_error": distance.item()}
         for kind, label, name in zip(kinds, labels.unbind(-1), ATTRIBUTES, strict=True):
-            loss = loss + self.weight * F.cross_entropy(kind[on], label[on])
-            scores[name] = (kind[on].argmax(-1) == label[on]).float().mean().item()
+            known = label >= 0
+            loss = loss + self.weight * F.cross_entropy(kind[known], label[known])
+            scores[name] = (kind[known].argmax(-1) == label[known]).float().mean().item()
         return loss, scores, extra.split(self.extra, -1)
 
 
@@ -102,15 +108,28 @@ def optimise(
             save_file(half, options.out, metadata)
 
 
-def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
+def unnamed_colour(rng: np.random.Generator, shape: str) -> tuple[float, ...]:
+    """An RGB colour from anywhere, but not nearest to the colour that training never shows on this shape."""
+    names, colours = list(COLOURS), np.array(list(COLOURS.values()))
+    while True:
+        rgb = rng.uniform(10, 250, 3)
+        if (shape, names[((colours - rgb) ** 2).sum(1).argmin()]) not in HELD_OUT:
+            return tuple(rgb.tolist())
+
+
+def scenes(size: int, patch: int, seed: int, unnamed: float) -> Iterator[tuple[Tensor, ...]]:
     """Yield rendered scenes of `size` pixels a side with the targets of their P patches of `patch` pixels.
 
     Image (3, size, size) uint8, labels (P, 4) int64 with -1 off the objects, boxes (P, 4) float32 in [0, 1], pixels
-    (P, patch^2) float32: which of them belong to the object.
+    (P, patch^2) float32: which of them belong to the object. A share `unnamed` of the scenes has colours without a
+    name, and -1 as their label: they teach shapes apart from colours.
     """
     rng, grid, side = np.random.default_rng([seed, 0]), size // patch, np.arange(size) + 0.5
     while True:
         scene = random_scene(rng, "train")
+        if nameless := rng.random() < unnamed:
+            for each in scene.objects:
+                each.rgb = unnamed_colour(rng, each.attributes["shape"])
         image, masks = scene.render()
         square, box = square_resize(image, size, PAD_COLOUR)
         x, y = np.floor(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2) * (box.side / size) - box.padding).T
@@ -121,6 +140,8 @@ def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
         cover = tiles.mean(-1)
         owner = cover.argmax(0)
         facts = np.array([[names.index(o.attributes[key]) for key, names in ATTRIBUTES.items()] for o in scene.objects])
+        if nameless:
+            facts[:, list(ATTRIBUTES).index("colour")] = -1
         corners = [box.to_unit(np.array(o.box, float).reshape(2, 2)).ravel() for o in scene.objects]
         labels = np.where((cover.max(0) >= COVER)[:, None], facts[owner], -1)
         pixels = tiles[owner, np.arange(grid**2)].astype(np.float32)
@@ -129,22 +150,39 @@ def scenes(size: int, patch: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
 
 
 def pretrain_encoder(options: argparse.Namespace) -> None:
-    """Train the encoder with its heads on patch tokens; writes the vision tower."""
-    config = load_config(["model=mini", "model.encoder.weights="]).model.encoder
-    encoder = ImageEncoder(config)
-    patch = config.image_size // int(encoder.patches**0.5)
-    norm, heads = nn.LayerNorm(encoder.width), Heads(encoder.width, [patch**2], weight=0.5)
+    """Train the encoder with heads on its last patch tokens and on the blocks that links read; writes the vision tower.
+
+    With --init the tokens of scenes in named colours stay near those of that file, so that what reads them still does.
+    """
+    config = load_config(["model=mini", f"model.encoder.weights={options.init}"])
+    encoder = ImageEncoder(config.model.encoder, read=config.links.blocks)
+    former = deepcopy(encoder).requires_grad_(False)
+    size, count = config.model.encoder.image_size, 1 + len(encoder.read)
+    patch = size // int(encoder.patches**0.5)
+    norms = nn.ModuleList([nn.LayerNorm(encoder.width) for _ in range(count)])
+    heads = nn.ModuleList([Heads(encoder.width * n, [patch**2], weight=0.5) for n in (1, count - 1)])
 
     def loss_of(images: Tensor, labels: Tensor, boxes: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
         with training_attention():
-            tokens = encoder(images)
-        loss, scores, (outline,) = heads(norm(tokens), labels, boxes)
-        on = labels[..., 0] >= 0
-        scores["pixels"] = ((outline[on] > 0) == (pixels[on] > 0.5)).float().mean().item()
-        return loss + binary_loss(outline[on], pixels[on]), scores
+            tokens, blocks = encoder.features(images)
+        last, *read = (norm(states) for norm, states in zip(norms, [tokens, *blocks], strict=True))
+        on, loss = labels[..., 0] >= 0, torch.zeros(())
+        for head, states in zip(heads, (last, torch.cat(read, -1)), strict=True):
+            part, scores, (outline,) = head(states, labels, boxes)
+            scores["pixels"] = ((outline[on] > 0) == (pixels[on] > 0.5)).float().mean().item()
+            loss = loss + part + binary_loss(outline[on], pixels[on])
+        if options.init:
+            with torch.no_grad():
+                wanted, others = former.features(images)
+            named = (labels == -1).all(2).logical_or((labels >= 0).all(2)).all(1).float()
+            pairs = zip([tokens, *blocks], [wanted, *others], strict=True)
+            far = [(a - b).float().square().mean((1, 2)) @ named / b.float().var() for a, b in pairs]
+            moved = torch.stack(far).mean() / named.sum().clamp(min=1)
+            loss, scores = loss + KEPT * moved, scores | {"moved": moved.item()}
+        return loss, scores
 
-    dataset = DataPipeline(partial(scenes, config.image_size, patch, options.seed))
-    parameters = [*encoder.parameters(), *norm.parameters(), *heads.parameters()]
+    dataset = DataPipeline(partial(scenes, size, patch, options.seed, options.unnamed))
+    parameters = [*encoder.parameters(), *norms.parameters(), *heads.parameters()]
     rows = DataLoader(dataset, options.batch, num_workers=1)
     optimise(loss_of, parameters, rows, encoder.visual.state_dict(), options)
 
@@ -267,8 +305,11 @@ if __name__ == "__main__":
         part.add_argument("--lr", type=float, default=1e-3)
         part.add_argument("--seed", type=int, default=0)
         part.add_argument("--out", type=Path, default=Path(f"assets/mini_{name}.safetensors"))
+        part.add_argument("--init", default="", help="go on from this file (the heads start anew)")
+    parts.choices["encoder"].add_argument(
+        "--unnamed", type=float, default=0.0, help="share of scenes whose colours have no name (default 0)"
+    )
     part.add_argument("--root", type=Path, required=True, help="a mini set; its training split is used")
-    part.add_argument("--init", default="", help="go on from this file (the heads start anew)")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     options.pretrain(options)
