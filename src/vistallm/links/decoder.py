@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou, nms
 
 from vistallm.config import LinkConfig
 from vistallm.links import LINKS, SCENE_LINKS
@@ -32,6 +32,7 @@ from vistallm.schema import LinkBatch
 
 OWN_LINKS = tuple(kind for kind in LINKS if kind not in SCENE_LINKS)  # each of these links is a group
 _FREQUENCIES = 8  # octaves of the sine code of a coordinate
+_SAME = 0.6  # candidates of one link whose boxes have this IoU are one object
 _REACH = 0.25  # of a box's side: how far from its first guess a keypoint is looked for (standard deviation)
 
 
@@ -112,11 +113,15 @@ def link_answers(families: Sequence[Family], count: int, least: float = 0.05, li
             named = numbers[1:] if kind == "POSE" else []  # links that name keypoints of the first one's objects
             for p, number in enumerate(numbers[: len(numbers) - len(named)]):
                 scores = family.scores[-1, g, :, p].sigmoid()[: 1 if kind == "SEG" else None]
-                order = scores.argsort(descending=True, stable=True)
+                boxes = box_convert(family.boxes[-1, g, : len(scores)], "cxcywh", "xyxy")
+                if kind in SCENE_LINKS:
+                    order, scores = one_per_object(boxes, scores)
+                else:
+                    scores, order = scores.sort(descending=True, stable=True)
                 order = order[: max(1, min(limit, int((scores >= least).sum())))]
                 answers[number] = LinkAnswer(
-                    scores=scores[order],
-                    boxes=box_convert(family.boxes[-1, g, order], "cxcywh", "xyxy"),
+                    scores=scores[: len(order)],
+                    boxes=boxes[order],
                     masks=family.masks(group, order[None, None])[0, 0].float(),
                 )
             if named:
@@ -125,6 +130,23 @@ def link_answers(families: Sequence[Family], count: int, least: float = 0.05, li
                 for p, number in enumerate(named, 1):
                     answers[number] = replace(answers[numbers[0]], keypoints=places[:, p])
     return [answers[number] for number in range(count)]
+
+
+def one_per_object(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Join candidates that show one object: queries (n,) int64 and their summed scores (n,), by falling score.
+
+    Matching picks one of several near queries, and picks another one the next time, so each learns its share of the
+    certainty. The best of them stays, with the sum.
+
+    Args:
+        boxes: (Q, 4) float32, x0, y0, x1, y1.
+        scores: (Q,) float32 in [0, 1].
+    """
+    kept = nms(boxes, scores, _SAME)
+    owner = (box_iou(boxes[kept], boxes) > _SAME).int().argmax(0)  # the best one that a candidate overlaps
+    summed = torch.zeros_like(scores[kept]).index_add(0, owner, scores).clamp(max=1)
+    order = summed.argsort(descending=True, stable=True)
+    return kept[order], summed[order]
 
 
 class Attention(nn.Module):
