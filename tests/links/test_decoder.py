@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 
 from vistallm.config import LinkConfig
-from vistallm.links.decoder import Family, LinkDecoder, grid_boxes, link_answers
+from vistallm.links.decoder import Family, LinkDecoder, grid_boxes, link_answers, one_per_object
 from vistallm.links.losses import link_losses
 
 MIXED = [("GRD", 0, 1, 0), ("GRD", 0, 0, 0), ("SEG", 1, 2, 0), ("DET", 1, 2, 0), ("DET", 1, 0, 0), ("POSE", 2, 2, 3)]
@@ -32,7 +32,9 @@ def test_answers_come_in_the_order_of_the_links(tiny_decoder, make_links, inputs
     links = make_links(MIXED)
     states, features, pixels = inputs(len(links.kind), 3)
     with torch.no_grad():
-        answers = link_answers(tiny_decoder(states, links, features, pixels), len(links.kind), least=0.0, limit=5)
+        own, scenes = tiny_decoder(states, links, features, pixels)
+        scenes.boxes = grid_boxes(tiny_decoder.grid, pixels.device).expand_as(scenes.boxes)  # no two are one object
+        answers = link_answers([own, scenes], len(links.kind), least=0.0, limit=5)
     assert [len(a.scores) for a in answers] == [4, 4, 1, 5, 5, 5, 5, 5, 5]  # K, one, or `limit` of the patches
     assert [a.keypoints is not None for a in answers] == [False] * 6 + [True] * 3  # the names behind the POSE link
     for answer in answers:
@@ -114,6 +116,15 @@ def _made(items, make_links):
         links.keypoints = torch.cat([centre + sign * size, torch.full((len(sign), 1), 2.0)], 1)
     patches = F.pad(F.unfold(F.avg_pool2d(pixels[:, :1], 2), 4, stride=4).transpose(1, 2), (0, 8))
     return links, [patches, patches], pixels
+
+
+def test_near_candidates_are_one_object_with_the_sum_of_their_scores():
+    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9], [0.12, 0.1, 0.5, 0.5], [0.1, 0.12, 0.5, 0.52]])
+    order, scores = one_per_object(boxes, torch.tensor([0.3, 0.8, 0.4, 0.25]))
+    assert order.tolist() == [2, 1], "the best of three, which together are surer than the other"
+    assert scores.tolist() == pytest.approx([0.95, 0.8])
+    order, scores = one_per_object(boxes, torch.tensor([0.9, 0.1, 0.8, 0.7]))
+    assert (order.tolist(), scores.tolist()) == ([0, 1], pytest.approx([1.0, 0.1]))
 
 
 @pytest.mark.parametrize("kind", ["GRD", "POSE"])
