@@ -35,7 +35,7 @@ def main(folder: str, image: str, prompt: str, out: str | None = None) -> None:
     answer = text.decode(ids, skip_special_tokens=False).removesuffix(str(text.eos_token)).strip()
     print(answer)
     same = answer == model.predict(image, prompt).raw
-    print("the same as VistaLLM's" if same else "not VistaLLM's: there the grammar of answers holds")
+    print("the same as VistaLLM's" if same else "not VistaLLM's: there a grammar holds, and bins count together")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 One benchmark of masks, one of boxes and one with samples that have no target, all answered on the validation split. A
 logistic curve goes from the model's confidence to the chance of being right (IoU at least 0.5), or from its presence to
-the chance that there is a target. Half of the answers fit it, the others measure the expected calibration error (ECE).
+the chance that there is a target. Half of the answers fit it, the others measure the expected calibration error (ECE):
+where it is larger behind the curve, the model's own values stay.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> None:
         slope, offset = fit_calibration(sure[half].tolist(), right[half].tolist())
         fitted = np.array([calibrate(value, slope, offset) for value in sure])
         before, after = (calibration(values[~half], right[~half])[3] for values in (sure, fitted))
+        if after > before:  # the model's own values are better
+            slope, offset, after, fitted = 1.0, 0.0, before, sure
         curves[name] = {"slope": slope, "offset": offset, "answers": len(sure), "ece": round(after, 4)}
         print(f"{name:<9} {len(sure)} answers, {right.mean():.1%} right, ECE {before:.1%} -> {after:.1%}")
         for values, style in (sure, ":"), (fitted, "-"):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -13,7 +14,7 @@ from vistallm.config import load_config
 from vistallm.data.sequence import build_codec
 from vistallm.data.vocabulary import IMAGE_TOKENS, Vocabulary
 from vistallm.evaluate.generate import read_answer
-from vistallm.evaluate.grammar import MAX_OBJECTS, AnswerGrammars, Role, Rule, rule_of
+from vistallm.evaluate.grammar import MAX_OBJECTS, AnswerGrammars, PooledBins, Role, Rule, rule_of
 from vistallm.regions.codec import RegionParseError
 from vistallm.regions.letterbox import Letterbox
 from vistallm.schema import REGION_KINDS
@@ -313,6 +314,16 @@ def test_rows_of_a_batch_are_independent():
         alone = known.constrain([rule])(ids[row : row + 1], torch.zeros(1, len(lm)))
         assert torch.equal(together[row], torch.isfinite(alone[0]))
     assert len({tuple(row.tolist()) for row in together}) == 4
+
+
+def test_greedy_decoding_weighs_a_marker_against_all_coordinates():
+    roles = np.array([Role.WORD, Role.BIN, Role.BIN, Role.BIN, Role.STOP])
+    scores = torch.tensor([[0.0, 0.2, 0.25, 0.2, 0.35], [0.0, 0.15, 0.2, 0.1, 0.55], [0.7, 0.0, 0.0, 0.0, 0.3]]).log()
+    chosen = PooledBins(roles)(torch.zeros(3, 0, dtype=torch.long), scores)
+    assert scores.argmax(1).tolist() == [4, 4, 0]
+    assert chosen.argmax(1).tolist() == [2, 4, 0]
+    assert torch.equal(chosen[0, 1:4], scores[0, 1:4]), "coordinates keep their scores"
+    assert torch.equal(chosen[1:], scores[1:])
 
 
 def test_a_token_outside_of_the_grammar_is_refused():

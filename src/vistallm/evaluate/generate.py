@@ -25,7 +25,7 @@ from vistallm.data.images import decode_sample
 from vistallm.data.sequence import Sequence, SequenceBuilder, build_sequencer, collate
 from vistallm.data.stream import RejectLog, reject_log
 from vistallm.evaluate.confidence import TokenLog, set_confidence
-from vistallm.evaluate.grammar import AnswerGrammars, Role, Rule, rule_of
+from vistallm.evaluate.grammar import AnswerGrammars, PooledBins, Role, Rule, rule_of
 from vistallm.evaluate.links import read_link_answer
 from vistallm.links.decoder import LinkAnswer
 from vistallm.model.vistallm import VistaLLM
@@ -114,6 +114,8 @@ class Answerer:
         grammar = self.grammars.constrain(rules or [rule_of(one.sample, one.head, every) for one in sequences])
         log = TokenLog(self.grammars.roles, grammar if decode.grammar else None)
         processors: list[LogitsProcessor] = [log, *([Watch(log, text, watch)] if watch else ())]
+        if decode.grammar and temperature == 0:
+            processors.append(PooledBins(self.grammars.roles))
         limit, lengths = grammar.limit, [one.length for one in grammar.grammars]
         if not decode.grammar:
             limit = decode.max_new_tokens or limit

@@ -277,6 +277,24 @@ class AnswerGrammars:
         return RegionGrammar([self.compile(rule) for rule in rules], self.info.vocab_size, self.ends)
 
 
+class PooledBins(LogitsProcessor):
+    """Lets greedy decoding choose between a coordinate and a marker before it chooses the coordinate.
+
+    A coordinate's probability lies on many bins, a marker's on one token: token by token, a marker that is one tenth
+    likely beats nine tenths of coordinates, and "no target" or an early end of a polygon is written.
+    """
+
+    def __init__(self, roles: np.ndarray) -> None:
+        self.bins = torch.from_numpy(np.flatnonzero(roles == Role.BIN))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Mask what is no bin in the rows of `scores` (B, V) whose bins together are likelier than any other token."""
+        bins = self.bins.to(scores.device)
+        others = scores.index_fill(1, bins, -torch.inf)
+        pooled = scores[:, bins].logsumexp(1) > others.max(1).values
+        return torch.where(pooled[:, None] & others.isfinite(), -torch.inf, scores)
+
+
 class RegionGrammar(LogitsProcessor):
     """Masks the scores of a batch of answers; `limit` is how many tokens to generate at most.
 
