@@ -21,7 +21,7 @@ else
   export OMP_NUM_THREADS=1
 fi
 # A few tasks, so that minutes are enough; a run that goes on learns at a lower rate than one that starts.
-one=(data.batch_size=16 trainer.max_steps=700 "data.weights={vqa: .8, pope: 1.4, rec: 1.6, res: 2, gres: .6, interactive: .5}")
+one=(data.batch_size=16 trainer.max_steps=800 "data.weights={vqa: .8, pope: 1.4, rec: 1.6, res: 2, gres: .6, interactive: .5}")
 two=(data.batch_size=12 trainer.max_steps=150 train.lr=5e-4 "data.weights={attcoseg: 1.5, nlvr2: .4, res: .8, rec: .4, pope: .3, vqa: .2}")
 if [ -n "$from" ]; then
   one=("$from" data.batch_size=16 train.lr=2e-4 trainer.max_steps=300) two=(data.batch_size=16 train.lr=2e-4 trainer.max_steps=300)
