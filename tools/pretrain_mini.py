@@ -156,7 +156,7 @@ def pretrain_encoder(options: argparse.Namespace) -> None:
     """
     config = load_config(["model=mini", f"model.encoder.weights={options.init}"])
     encoder = ImageEncoder(config.model.encoder, read=config.links.blocks)
-    former = deepcopy(encoder).requires_grad_(False)
+    former = deepcopy(encoder).requires_grad_(False) if options.init else None
     size, count = config.model.encoder.image_size, 1 + len(encoder.read)
     patch = size // int(encoder.patches**0.5)
     norms = nn.ModuleList([nn.LayerNorm(encoder.width) for _ in range(count)])
@@ -171,10 +171,10 @@ def pretrain_encoder(options: argparse.Namespace) -> None:
             part, scores, (outline,) = head(states, labels, boxes)
             scores["pixels"] = ((outline[on] > 0) == (pixels[on] > 0.5)).float().mean().item()
             loss = loss + part + binary_loss(outline[on], pixels[on])
-        if options.init:
+        if former is not None:
             with torch.no_grad():
                 wanted, others = former.features(images)
-            named = (labels == -1).all(2).logical_or((labels >= 0).all(2)).all(1).float()
+            named = (on == (labels[..., list(ATTRIBUTES).index("colour")] >= 0)).all(1).float()
             pairs = zip([tokens, *blocks], [wanted, *others], strict=True)
             far = [(a - b).float().square().mean((1, 2)) @ named / b.float().var() for a, b in pairs]
             moved = torch.stack(far).mean() / named.sum().clamp(min=1)

@@ -111,9 +111,9 @@ def link_answers(families: Sequence[Family], count: int, least: float = 0.05, li
             kind, group = LINKS[family.kind[g]], torch.tensor([g], device=family.boxes.device)
             numbers = [number for number in row if number >= 0]
             named = numbers[1:] if kind == "POSE" else []  # links that name keypoints of the first one's objects
+            boxes = box_convert(family.boxes[-1, g], "cxcywh", "xyxy")
             for p, number in enumerate(numbers[: len(numbers) - len(named)]):
                 scores = family.scores[-1, g, :, p].sigmoid()[: 1 if kind == "SEG" else None]
-                boxes = box_convert(family.boxes[-1, g, : len(scores)], "cxcywh", "xyxy")
                 if kind in SCENE_LINKS:
                     order, scores = one_per_object(boxes, scores)
                 else:
